@@ -96,8 +96,7 @@ class Unreachable(Error):
 
 
 BY_CODE: dict[str, type[Error]] = {
-    kind.code: kind
-    for kind in (Invalid, NotFound, Exists, InUse, NoSpace, ReadOnly, Locked, PoolFailed, ConfigError)
+    kind.code: kind for kind in (Invalid, NotFound, Exists, InUse, NoSpace, ReadOnly, Locked, PoolFailed, ConfigError)
 }
 
 

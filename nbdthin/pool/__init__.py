@@ -1,0 +1,1 @@
+"""The storage engine: mapping, journal, space. Knows nothing of NBD or of the control protocol."""

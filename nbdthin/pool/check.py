@@ -1,0 +1,209 @@
+"""Does a pool add up? The same questions for `nbdthin check POOL`, which asks the files, and for every test, which asks
+the open pool: its caches and counters are held against what follows from the entries alone, and its memory against
+what its journal would bring back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nbdthin.errors import Corrupt
+from nbdthin.pool import allocator
+from nbdthin.pool.journal import Frame, Journal
+from nbdthin.pool.layers import FULL, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, words
+from nbdthin.pool.pool import Pool
+from nbdthin.pool.records import LEAF_BLOCKS, decode
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check looked at and what it found; `problems` is empty for a sound pool."""
+
+    path: Path
+    names: int
+    layers: int
+    blocks: int  # mapped
+    frames: int  # sequence number of the last journal frame
+    problems: tuple[str, ...]
+
+
+def check_path(path: Path | str) -> Report:
+    """Check the pool at `path`, which must not be in use; writes nothing. Raises NotFound, Locked or OSError."""
+    path = Path(path)
+    try:
+        pool = Pool.open(path, inspect=True)
+    except Corrupt as error:
+        return Report(path, 0, 0, 0, 0, (str(error),))
+    try:
+        state = pool.state
+        return Report(
+            path,
+            len(state.names),
+            len(state.layers),
+            pool.allocator.used,
+            pool.journal.sequence,
+            tuple(check(pool)),
+        )
+    finally:
+        pool.close()
+
+
+def check(pool: Pool) -> list[str]:
+    """Everything wrong with an open pool, a sentence each."""
+    problems = [*_links(pool.state), *_entries(pool), *_caches(pool.state), *_space(pool)]
+    if not pool.has_changes:
+        problems.extend(_journal(pool))
+    return problems
+
+
+def _links(state: State) -> Iterator[str]:
+    for name, row in state.names.items():
+        layer = state.layers.get(row.layer)
+        if layer is None:
+            yield f"{name!r} refers to layer {row.layer}, which does not exist"
+        elif layer.name != name or layer.head == row.snapshot:
+            yield f"layer {layer.number} does not know that it is {name!r}"
+        elif not row.snapshot and layer.children:
+            yield f"volume {name!r} has layers on top of its head"
+    nameless = {number for number, layer in state.layers.items() if layer.name is None}
+    for layer in state.layers.values():
+        if layer.parent is not None and state.layers.get(layer.parent.number) is not layer.parent:
+            yield f"layer {layer.number} stands on layer {layer.parent.number}, which does not exist"
+        if layer.number >= state.next_layer:
+            yield f"layer {layer.number} is not below the counter {state.next_layer}"
+        if layer.number in nameless and not layer.children:
+            yield f"layer {layer.number} is reached by no name"
+        for number, child in layer.children.items():
+            if child.parent is not layer or state.layers.get(number) is not child:
+                yield f"layer {layer.number} wrongly counts layer {number} as its child"
+        if layer.parent is not None and layer.number not in layer.parent.children:
+            yield f"layer {layer.parent.number} does not know its child {layer.number}"
+    wanted = {number for number in nameless if len(state.layers[number].children) == 1}
+    if set(state.mergeable) != wanted:
+        yield f"layers to be merged: {sorted(wanted)}, listed are {sorted(state.mergeable)}"
+    if state.snapshots != sum(row.snapshot for row in state.names.values()):
+        yield f"{state.snapshots} snapshots are counted"
+    yield from _cycles(state)
+
+
+def _cycles(state: State) -> Iterator[str]:
+    sound: set[int] = set()
+    for layer in state.layers.values():
+        path: set[int] = set()
+        node: Layer | None = layer
+        while node is not None and node.number not in sound:
+            if node.number in path:
+                yield f"layer {node.number} is its own ancestor"
+                return
+            path.add(node.number)
+            node = node.parent
+        sound |= path
+
+
+def _entries(pool: Pool) -> Iterator[str]:
+    total = pool.allocator.total
+    for layer in pool.state.layers.values():
+        owned = 0
+        for leaf, own in layer.own.items():
+            if len(own) != LEAF_BLOCKS:
+                yield f"leaf {leaf} of layer {layer.number} has {len(own)} entries"
+                continue
+            entries = words(own)
+            data, zero = entries & FULL, entries >> np.uint64(16) & FULL
+            physical = entries >> np.uint64(32)
+            owned += int(np.count_nonzero(physical))
+            for what, bad in (
+                ("is data and zero at once", data & zero != 0),
+                ("has data in no block", (data != 0) & (physical == 0)),
+                ("lies outside the pool", physical >= total),
+            ):
+                for index in np.flatnonzero(bad).tolist():
+                    yield f"block {(leaf << LEAF_SHIFT) + index} of layer {layer.number} {what}"
+        if owned != layer.blocks:
+            yield f"layer {layer.number} owns {owned} blocks and counts {layer.blocks}"
+
+
+def _caches(state: State) -> Iterator[str]:
+    for layer in state.layers.values():
+        for leaf, effective in layer.effective_leaves.items():
+            for index, entry in enumerate(effective):
+                block = (leaf << LEAF_SHIFT) + index
+                found = layer.mixed.get(block) if entry >= MIXED else _spread(entry)
+                if found is not None and found != walk(layer, block):
+                    yield f"the effective entry of block {block} of layer {layer.number} is stale"
+        for block, physical in layer.mixed.items():
+            if physical != walk(layer, block):
+                yield f"the resolved block {block} of layer {layer.number} is stale"
+
+
+def _spread(entry: int) -> tuple[int, ...]:
+    return tuple(entry >> 32 if entry >> sub & 1 else 0 for sub in range(SUBBLOCKS))
+
+
+def walk(layer: Layer, block: int) -> tuple[int, ...]:
+    """Where the subblocks of a block are, by the definition and nothing else."""
+    result = []
+    for sub in range(SUBBLOCKS):
+        node: Layer | None = layer
+        physical = 0
+        while node is not None:
+            entry = node.entry(block)
+            if entry >> sub & 1:
+                physical = entry >> 32
+                break
+            if entry >> (16 + sub) & 1:
+                break
+            node = node.parent
+        result.append(physical)
+    return tuple(result)
+
+
+def _space(pool: Pool) -> Iterator[str]:
+    space = pool.allocator
+    owned = [layer.physical_blocks() for layer in pool.state.layers.values()]
+    blocks = np.concatenate(owned) if owned else np.empty(0, dtype=np.uint64)
+    blocks, counts = np.unique(blocks, return_counts=True)
+    for block in blocks[counts > 1].tolist():
+        yield f"physical block {block} has two owners"
+    states = space.states()
+    used = set(blocks[blocks < space.total].tolist()) | set(range(allocator.HEADER_BLOCKS))
+    marked = set(np.flatnonzero(states == allocator.USED).tolist())
+    for block in sorted(used - marked):
+        yield f"physical block {block} is in use and not marked so"
+    for block in sorted(marked - used):
+        yield f"physical block {block} is marked in use and has no owner"
+    if space.used != len(used) - allocator.HEADER_BLOCKS:
+        yield f"{len(used) - allocator.HEADER_BLOCKS} blocks are in use, {space.used} are counted"
+    if space.pending != int(np.count_nonzero(states == allocator.PENDING)):
+        yield f"{space.pending} freed blocks are counted as pending"
+
+
+def _journal(pool: Pool) -> Iterator[str]:
+    """What the files say must be what memory says."""
+    stored = State()
+
+    def replay(frame: Frame) -> None:
+        for record in decode(frame.payload):
+            stored.apply(record)
+
+    Journal(pool.path / "journal").load(replay, repair_tail=False)
+    state = pool.state
+    if stored.names != state.names:
+        yield "the journal holds other names"
+    if stored.next_layer != state.next_layer:
+        yield "the journal holds another counter"
+    if stored.layers.keys() != state.layers.keys():
+        yield "the journal holds other layers"
+        return
+    for number, layer in state.layers.items():
+        other = stored.layers[number]
+        if (other.parent and other.parent.number) != (layer.parent and layer.parent.number):
+            yield f"the journal gives layer {number} another parent"
+        for leaf in layer.own.keys() | other.own.keys():
+            mine, theirs = layer.own.get(leaf), other.own.get(leaf)
+            if mine != theirs and any(mine or ()) | any(theirs or ()):
+                yield f"the journal holds another leaf {leaf} of layer {number}"

@@ -1,0 +1,236 @@
+"""What can be asked of a pool's structure, and the records that each command becomes.
+
+A command is a fact; `plan` turns a sequence of them into records over a draft of the catalogue, so that a batch is
+all or nothing: the first refusal raises before anything has changed. Nothing here touches the pool, a file or the
+clock. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nbdthin.errors import Exists, Invalid, NotFound
+from nbdthin.pool.records import Layer, Name, Record, Unname
+
+SECTOR = 512
+MAX_VOLUME = 1 << 62  # block offsets and their ends stay inside a signed 64-bit number on every client
+MAX_LABELS = 64
+MAX_LABEL = 4096  # bytes of a label's key or value
+
+_NAME = re.compile(r"[A-Za-z0-9._:@/-]{1,255}")
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """A new volume that reads as zeroes."""
+
+    name: str
+    size: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Seal what `volume` holds now under `name`."""
+
+    volume: str
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """A new volume that starts as `snapshot`; `size` (None: the snapshot's) may be larger, never smaller."""
+
+    snapshot: str
+    name: str
+    size: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Make `volume` what `snapshot` is. Any snapshot will do; newer ones stay."""
+
+    volume: str
+    snapshot: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """Give `name` a new size. What lies beyond a smaller one is gone, and reads as zeroes after growing again."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Set labels; None as a value removes one."""
+
+    name: str
+    changes: Mapping[str, str | None]
+
+
+Command = Create | Snapshot | Clone | Rollback | Rename | Remove | Resize | Label
+
+
+def check_name(name: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise Invalid(f"not a name: {name!r} (1 to 255 letters, digits and ._:@/-)")
+    return name
+
+
+def check_size(size: int) -> int:
+    if size <= 0 or size % SECTOR or size > MAX_VOLUME:
+        raise Invalid(f"not a volume's size: {size} bytes (a multiple of 512, above 0, up to 4 EiB)")
+    return size
+
+
+def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise Invalid(f"labels are text, not {key!r} = {value!r}")
+        if not key or "=" in key or max(len(key.encode()), len(value.encode())) > MAX_LABEL:
+            raise Invalid(f"not a label: {key[:40]!r} (a key without =, key and value up to {MAX_LABEL} bytes)")
+    if len(labels) > MAX_LABELS:
+        raise Invalid(f"too many labels: {len(labels)} (up to {MAX_LABELS})")
+    return dict(labels)
+
+
+class Draft:
+    """The catalogue as it will be when the records collected so far have been applied."""
+
+    def __init__(self, names: Mapping[str, Name], next_layer: int, now: float) -> None:
+        self._base = names
+        self._changed: dict[str, Name | None] = {}
+        self._next_layer = next_layer
+        self.now = now
+        self.records: list[Record] = []
+
+    def find(self, name: str) -> Name:
+        row = self._changed[name] if name in self._changed else self._base.get(name)
+        if row is None:
+            raise NotFound(f"no volume or snapshot {name!r} (`nbdthin ls` lists what there is)")
+        return row
+
+    def find_kind(self, name: str, snapshot: bool) -> Name:
+        row = self.find(name)
+        if row.snapshot != snapshot:
+            wanted, other = ("snapshot", "volume") if snapshot else ("volume", "snapshot")
+            raise Invalid(f"{name!r} is a {other}, not a {wanted}")
+        return row
+
+    def free_name(self, name: str) -> str:
+        check_name(name)
+        if (self._changed[name] if name in self._changed else self._base.get(name)) is not None:
+            raise Exists(f"{name!r} exists already")
+        return name
+
+    def put(self, row: Name) -> None:
+        self._changed[row.name] = row
+        self.records.append(row)
+
+    def drop(self, name: str) -> None:
+        self._changed[name] = None
+        self.records.append(Unname(name))
+
+    def new_layer(self, parent: int) -> int:
+        layer = self._next_layer
+        self._next_layer += 1
+        self.records.append(Layer(layer, parent))
+        return layer
+
+
+def plan(commands: Sequence[Command], names: Mapping[str, Name], next_layer: int, now: float) -> list[Record]:
+    """The records of `commands`, in order. Raises Invalid, NotFound or Exists for the first that cannot be."""
+    draft = Draft(names, next_layer, now)
+    for command in commands:
+        _PLANS[type(command)](draft, command)
+    return draft.records
+
+
+def _create(draft: Draft, command: Create) -> None:
+    name = draft.free_name(command.name)
+    size = check_size(command.size)
+    labels = check_labels(command.labels)
+    draft.put(Name(name, False, draft.new_layer(0), size, draft.now, labels))
+
+
+def _snapshot(draft: Draft, command: Snapshot) -> None:
+    volume = draft.find_kind(command.volume, snapshot=False)
+    name = draft.free_name(command.name)
+    labels = check_labels(command.labels)
+    draft.put(Name(name, True, volume.layer, volume.size, draft.now, labels))
+    draft.put(volume._replace(layer=draft.new_layer(volume.layer)))
+
+
+def _clone(draft: Draft, command: Clone) -> None:
+    snapshot = draft.find_kind(command.snapshot, snapshot=True)
+    name = draft.free_name(command.name)
+    size = snapshot.size if command.size is None else check_size(command.size)
+    if size < snapshot.size:
+        raise Invalid(
+            f"a clone cannot be smaller than its snapshot: {size} bytes, {snapshot.name!r} has {snapshot.size}"
+        )
+    labels = check_labels(command.labels)
+    draft.put(Name(name, False, draft.new_layer(snapshot.layer), size, draft.now, labels))
+
+
+def _rollback(draft: Draft, command: Rollback) -> None:
+    volume = draft.find_kind(command.volume, snapshot=False)
+    snapshot = draft.find_kind(command.snapshot, snapshot=True)
+    draft.put(volume._replace(layer=draft.new_layer(snapshot.layer), size=snapshot.size))
+
+
+def _rename(draft: Draft, command: Rename) -> None:
+    row = draft.find(command.old)
+    name = draft.free_name(command.new)
+    draft.put(row._replace(name=name))  # first: a layer must not be without a name in between
+    draft.drop(command.old)
+
+
+def _remove(draft: Draft, command: Remove) -> None:
+    draft.find(command.name)
+    draft.drop(command.name)
+
+
+def _resize(draft: Draft, command: Resize) -> None:
+    volume = draft.find_kind(command.name, snapshot=False)
+    draft.put(volume._replace(size=check_size(command.size)))
+
+
+def _label(draft: Draft, command: Label) -> None:
+    row = draft.find(command.name)
+    labels = dict(row.labels)
+    for key, value in command.changes.items():
+        if value is None:
+            labels.pop(key, None)
+        else:
+            labels[key] = value
+    draft.put(row._replace(labels=check_labels(labels)))
+
+
+_PLANS: dict[type[Command], Callable[..., None]] = {
+    Create: _create,
+    Snapshot: _snapshot,
+    Clone: _clone,
+    Rollback: _rollback,
+    Rename: _rename,
+    Remove: _remove,
+    Resize: _resize,
+    Label: _label,
+}

@@ -1,0 +1,115 @@
+"""The data file or block device: bytes at positions, sync, and giving space back.
+
+Knows nothing of blocks in use. Every call may be made from any thread. A short read or write is never healed: it is
+an I/O error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbdthin.errors import Invalid, Locked, NotFound
+
+NOWAIT = os.RWF_NOWAIT
+BLKGETSIZE64 = 0x80081272
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+# What file systems and devices without hole punching answer.
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+
+
+def device_size(path: Path) -> int:
+    """Bytes of the block device at `path`."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        buffer = bytearray(8)
+        fcntl.ioctl(fd, BLKGETSIZE64, buffer)
+        return int.from_bytes(buffer, "little")
+    finally:
+        os.close(fd)
+
+
+def is_device(path: Path) -> bool:
+    return stat.S_ISBLK(path.stat().st_mode)
+
+
+class DataFile:
+    """An open data file.
+
+    `dirty` says that a write has ended that no sync covers yet. It is set when a write ends, in whatever thread, and
+    cleared by the pool just before a sync begins: so a write that ends during a sync stays for the next one.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Opens and locks. Raises NotFound, Locked, or Invalid when it holds less than `size` bytes."""
+        self.path = path
+        self.dirty = False
+        self.punches = True  # until the file system refuses
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            device = is_device(path)
+            # O_EXCL on a device without O_CREAT: EBUSY while it is mounted or otherwise claimed (open(2)).
+            self.fd = os.open(path, flags | os.O_EXCL if device else flags)
+        except FileNotFoundError as error:
+            raise NotFound(f"the pool's data is missing: {path}") from error
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise Locked(f"{path} is in use (mounted, or part of something that is)") from error
+            raise
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            actual = device_size(path) if device else os.fstat(self.fd).st_size
+            if actual < size:
+                raise Invalid(f"{path} has {actual} bytes, the pool needs {size}: it was truncated")
+        except BlockingIOError as error:
+            os.close(self.fd)
+            raise Locked(f"{path} is the data of a pool that is open already") from error
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def read_into(self, view: memoryview, position: int, flags: int = 0) -> None:
+        """Fill `view`. With NOWAIT, raises BlockingIOError when the bytes are not all cached."""
+        count = os.preadv(self.fd, (view,), position, flags)
+        if count != len(view):
+            if flags:
+                raise BlockingIOError(errno.EAGAIN, "partly cached")
+            raise OSError(errno.EIO, f"short read: {count} of {len(view)} bytes at {position} of {self.path}")
+
+    def write(self, buffers: Sequence[bytes | bytearray | memoryview], position: int, length: int) -> None:
+        """Write `buffers`, `length` bytes together."""
+        count = os.pwritev(self.fd, buffers, position)
+        if count != length:
+            # A full disk shows as a short write first: ask for the rest to learn the reason.
+            joined = memoryview(b"".join(buffers))
+            while count < length:
+                count += os.pwrite(self.fd, joined[count:], position + count)
+        self.dirty = True
+
+    def prefetch(self, position: int, length: int) -> None:
+        os.posix_fadvise(self.fd, position, length, os.POSIX_FADV_WILLNEED)
+
+    def sync(self) -> None:
+        """Make durable what was written. After a failure nobody knows what is: never try again."""
+        os.fdatasync(self.fd)
+
+    def punch(self, position: int, length: int) -> None:
+        """Give the space back to the file system or device; what it holds afterwards does not matter."""
+        if self.punches and _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, position, length) != 0:
+            code = ctypes.get_errno()
+            if code in _UNSUPPORTED:
+                self.punches = False
+            else:
+                raise OSError(code, os.strerror(code))
+
+    def close(self) -> None:
+        os.close(self.fd)

@@ -1,0 +1,282 @@
+"""Frames of opaque bytes that survive: segments, checkpoints, and reading them back.
+
+    POOL/journal/N.log          a segment; its first frame has sequence number N (16 hexadecimal digits)
+    POOL/journal/N.checkpoint   what frames 1 to N-1 amount to, in frames of its own, all numbered N
+    POOL/journal/next           the segment after this one, written with zeroes in advance
+
+Rules:
+- a frame's header has a checksum of its own, so a damaged length is never taken for the end;
+- behind a frame that does not check, any later frame that does means damage (`Corrupt`); at the very end it is what a
+  power cut left of a write that nobody was told about, and is cut off;
+- sequence numbers run without a gap over all segments;
+- segments are filled with zeroes before use: an append changes no file size and no extent, so its sync writes nothing
+  but the frame, and goes through even where the file system has no space left;
+- a checkpoint takes effect by the rename of a complete, synced file; only then are older files removed.
+
+This module gives no meaning to a payload.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from nbdthin.errors import Corrupt
+from nbdthin.units import MiB
+
+MAGIC = b"NBTJ"
+VERSION = 1
+HEADER = struct.Struct("<4sHHQIII")  # magic, version, 0, sequence, payload length, payload crc, header crc
+SEGMENT_BYTES = 4 * MiB
+MAX_PAYLOAD = 1 << 30
+_HEADER_BODY = struct.Struct("<4sHHQII")
+_LOG = re.compile(r"([0-9a-f]{16})\.log")
+_CHECKPOINT = re.compile(r"([0-9a-f]{16})\.checkpoint")
+_ZEROES = bytes(1 * MiB)
+
+
+class Frame(NamedTuple):
+    sequence: int
+    payload: bytes
+    path: Path
+    offset: int
+
+
+def frame(sequence: int, payload: bytes) -> bytes:
+    """`payload` with its header."""
+    assert len(payload) <= MAX_PAYLOAD
+    body = _HEADER_BODY.pack(MAGIC, VERSION, 0, sequence, len(payload), zlib.crc32(payload))
+    return body + zlib.crc32(body).to_bytes(4, "little") + payload
+
+
+def parse_frame(data: bytes | memoryview, offset: int) -> tuple[int, bytes] | None:
+    """Sequence number and payload of the frame at `offset`, or None where there is no whole, sound frame."""
+    if len(data) - offset < HEADER.size:
+        return None
+    magic, version, reserved, sequence, length, payload_crc, header_crc = HEADER.unpack_from(data, offset)
+    body = data[offset : offset + _HEADER_BODY.size]
+    if magic != MAGIC or zlib.crc32(body) != header_crc or version != VERSION or reserved:
+        return None
+    start = offset + HEADER.size
+    payload = bytes(data[start : start + length])
+    if len(payload) != length or zlib.crc32(payload) != payload_crc:
+        return None
+    return sequence, payload
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Journal:
+    """An open journal directory. Not thread-safe: one append at a time, checkpoints may be written beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sequence = 0  # of the last frame appended
+        self.bytes_since_checkpoint = 0
+        self.checkpoint_bytes = 0
+        self._fd = -1
+        self._segment = directory  # the open segment's path
+        self._position = 0
+        self._limit = 0  # where the prepared zeroes end
+        self._next_ready = False
+
+    # -- opening
+
+    @staticmethod
+    def create(directory: Path, first_payload: bytes) -> None:
+        """A new journal that starts with the checkpoint `first_payload`."""
+        directory.mkdir()
+        journal = Journal(directory)
+        journal.write_checkpoint(1, [first_payload])
+        journal._prepare(journal._log_path(1))
+        sync_directory(directory)
+
+    def load(self, apply: Callable[[Frame], None], *, repair_tail: bool = True) -> None:
+        """Hand every frame to `apply`, the checkpoint's first, and make ready to append. Raises Corrupt.
+
+        With `repair_tail` False nothing is written: for checks.
+        """
+        checkpoints = self._numbered(_CHECKPOINT)
+        if not checkpoints:
+            raise Corrupt(self.directory, None, "no checkpoint: this is not the journal of a pool, or it lost files")
+        base, path = checkpoints[-1]
+        for item in self._read_checkpoint(base, path):
+            apply(item)
+        self.checkpoint_bytes = path.stat().st_size
+        self.sequence = base - 1
+        segments = [(first, log) for first, log in self._numbered(_LOG) if first >= base]
+        if not segments or segments[0][0] != base:
+            raise Corrupt(self.directory, None, f"segment {base:016x}.log is missing")
+        end = 0
+        for index, (first, log) in enumerate(segments):
+            if first != self.sequence + 1:
+                raise Corrupt(log, 0, f"frames {self.sequence + 1} to {first - 1} are missing before this segment")
+            end = self._replay(log, index == len(segments) - 1, apply)
+            self.bytes_since_checkpoint += end
+        if repair_tail:
+            for leaving in self.directory.glob("*.new"):
+                leaving.unlink()
+            self._remove_before(base)
+            self._open_segment(segments[-1][1], end)
+            self._next_ready = (self.directory / "next").exists()
+
+    def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+        found = []
+        for path in self.directory.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match:
+                found.append((int(match[1], 16), path))
+        return sorted(found)
+
+    def _read_checkpoint(self, number: int, path: Path) -> Iterator[Frame]:
+        data = path.read_bytes()
+        offset = 0
+        while offset < len(data):
+            found = parse_frame(data, offset)
+            if found is None or found[0] != number:
+                raise Corrupt(path, offset, "a checkpoint's frame does not check")
+            yield Frame(number, found[1], path, offset)
+            offset += HEADER.size + len(found[1])
+        if not data:
+            raise Corrupt(path, 0, "an empty checkpoint")
+
+    def _replay(self, path: Path, last: bool, apply: Callable[[Frame], None]) -> int:
+        """Apply a segment's frames; the offset behind the last one."""
+        data = path.read_bytes()
+        offset = 0
+        while (found := parse_frame(data, offset)) is not None:
+            sequence, payload = found
+            if sequence != self.sequence + 1:
+                raise Corrupt(path, offset, f"frame {sequence} where frame {self.sequence + 1} belongs")
+            apply(Frame(sequence, payload, path, offset))
+            self.sequence = sequence
+            offset += HEADER.size + len(payload)
+        rest = data[offset:]
+        if rest.count(0) != len(rest):
+            self._refuse_damage(path, offset, data, last)
+        return offset
+
+    def _refuse_damage(self, path: Path, offset: int, data: bytes, last: bool) -> None:
+        """Something follows the last sound frame: a torn tail may be cut, anything else is damage."""
+        later = data.find(MAGIC, offset + 1)
+        while later >= 0:
+            if parse_frame(data, later) is not None:
+                raise Corrupt(path, offset, f"a damaged frame before a sound one at byte {later}")
+            later = data.find(MAGIC, later + 1)
+        if not last:
+            raise Corrupt(path, offset, "a damaged frame, and a later segment exists")
+
+    # -- appending
+
+    def append(self, payload: bytes) -> None:
+        """Write the next frame and make it durable. After an error the journal must not be used again."""
+        data = frame(self.sequence + 1, payload)
+        if self._position and self._position + len(data) > self._limit:
+            self._rotate()
+        os.lseek(self._fd, self._position, os.SEEK_SET)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        os.fdatasync(self._fd)
+        self._position += len(data)
+        self._limit = max(self._limit, self._position)
+        self.bytes_since_checkpoint += len(data)
+        self.sequence += 1
+
+    def _rotate(self) -> None:
+        path = self._log_path(self.sequence + 1)
+        following = self.directory / "next"
+        if self._next_ready:
+            os.rename(following, path)
+        else:
+            self._prepare(path)
+        sync_directory(self.directory)
+        os.close(self._fd)
+        self._fd = -1
+        self._open_segment(path, 0)
+        self._next_ready = False
+
+    def prepare_next(self) -> None:
+        """Have the next segment's space ready. To be called when there is time; append does without."""
+        if not self._next_ready:
+            self._prepare(self.directory / "next")
+            sync_directory(self.directory)
+            self._next_ready = True
+
+    def _open_segment(self, path: Path, position: int) -> None:
+        """Append to `path` from `position` on; what stands there is a torn tail, and goes."""
+        self._segment = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        size = os.fstat(self._fd).st_size
+        if position < size and any(os.pread(self._fd, size - position, position)):
+            os.ftruncate(self._fd, position)
+            os.fsync(self._fd)
+            size = position
+        self._position = position
+        self._limit = size
+
+    @staticmethod
+    def _prepare(path: Path) -> None:
+        partial = path.with_name(path.name + ".new")
+        with open(partial, "wb", buffering=0) as file:
+            for _ in range(SEGMENT_BYTES // len(_ZEROES)):
+                file.write(_ZEROES)
+            os.fsync(file.fileno())
+        os.rename(partial, path)
+
+    def _log_path(self, first: int) -> Path:
+        return self.directory / f"{first:016x}.log"
+
+    # -- checkpoints
+
+    def start_segment(self) -> int:
+        """End the open segment; the number a checkpoint of everything so far has."""
+        if self._position:
+            self._rotate()
+        return self.sequence + 1
+
+    def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:
+        """Make `payloads` what frames up to `number` - 1 amount to. May run in a thread beside appends."""
+        path = self.directory / f"{number:016x}.checkpoint"
+        partial = path.with_name(path.name + ".new")
+        size = 0
+        with open(partial, "wb") as file:
+            for payload in payloads:
+                size += file.write(frame(number, payload))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, path)
+        sync_directory(self.directory)
+        self.checkpoint_bytes = size
+
+    def finish_checkpoint(self, number: int) -> None:
+        """Checkpoint `number` is in place: forget what it replaces."""
+        self._remove_before(number)
+        self.bytes_since_checkpoint = self._position
+
+    def _remove_before(self, number: int) -> None:
+        for pattern in (_LOG, _CHECKPOINT):
+            for first, path in self._numbered(pattern):
+                if first < number:
+                    path.unlink()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the journal's files take."""
+        return sum(path.stat().st_size for path in self.directory.iterdir())

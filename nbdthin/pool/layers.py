@@ -1,0 +1,368 @@
+"""Layers, their leaves, and the one function that changes what exists.
+
+An entry is 64 bits: physical block << 32 | zero mask << 16 | data mask, one mask bit a subblock (a sixteenth of a
+block). A set data bit: this layer's own data, in the physical block. A set zero bit: reads as zero here, whatever the
+parents hold. Neither: the parent's subblock, or zero where there is no parent. A physical block without data bits is
+provisioned: owned, nothing in it valid yet.
+
+A layer's *own* leaves are what it wrote. Its *effective* leaves answer reads without walking: the own leaf composed
+over the parent's effective leaf, built when first touched. Where the own leaf is absent the effective leaf *is* the
+parent's, the same object, so a thousand clones share their image's. Rules that make this sound:
+
+- leaves of a layer that is not a volume's head never change, but for `merge.py`, which puts new ones in their place;
+- a head's effective leaf is private to it from the moment that it has an own leaf there (`Layer.put`);
+- an effective entry whose subblocks lie in several physical blocks is MIXED, and is resolved by walking (`resolve`).
+
+`State.apply` is the only place where names and layers come and go, live and at recovery.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import numpy.typing as npt
+
+from nbdthin.pool import records
+from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Record
+
+SUBBLOCKS = 16
+FULL = 0xFFFF
+MIXED = 0xFFFFFFFF << 32  # no physical block has this number (Pool.init sees to it)
+LEAF_SHIFT = 9
+LEAF_MASK = LEAF_BLOCKS - 1
+ZERO_LEAF = array("Q", bytes(8 * LEAF_BLOCKS))  # shared; never written
+MIXED_CACHE = 1 << 14  # resolved blocks a layer remembers (about 300 bytes each)
+
+Words = npt.NDArray[np.uint64]
+
+
+def words(leaf: array[int]) -> Words:
+    """The leaf's memory as numpy sees it."""
+    return np.frombuffer(leaf, dtype=np.uint64)
+
+
+def compose(own: int, below: int) -> int:
+    """The effective entry of `own` over the parent's effective entry `below`."""
+    data = own & FULL
+    rest = FULL & ~(data | own >> 16)
+    if below >= MIXED:
+        return MIXED if rest else own
+    inherited = below & rest
+    if not inherited:
+        return own
+    if not data:
+        return below & MIXED | inherited
+    return MIXED
+
+
+def compose_leaves(own: array[int], below: array[int]) -> array[int]:
+    """`compose` for all entries of a leaf; a new array."""
+    upper, lower = words(own), words(below)
+    data = upper & FULL
+    rest = FULL & ~(data | upper >> np.uint64(16))
+    inherited = lower & rest
+    result = np.where(data == 0, (lower & MIXED) | inherited, np.uint64(MIXED))
+    result = np.where(inherited == 0, upper, result)
+    result = np.where((lower >= MIXED) & (rest != 0), np.uint64(MIXED), result)
+    return array("Q", result.tobytes())
+
+
+def covers_all(leaf: array[int]) -> bool:
+    """No subblock of the leaf is inherited."""
+    entries = words(leaf)
+    return bool(((entries | entries >> np.uint64(16)) & FULL == FULL).all())
+
+
+class Layer:
+    """A set of blocks with one owner. See the module's rules for who may change what."""
+
+    __slots__ = (
+        "blocks",
+        "changes",
+        "children",
+        "dirty",
+        "dirty_leaves",
+        "effective_leaves",
+        "head",
+        "mixed",
+        "name",
+        "number",
+        "own",
+        "parent",
+        "referenced",
+    )
+
+    def __init__(self, number: int, parent: Layer | None) -> None:
+        self.number = number
+        self.parent = parent
+        self.children: dict[int, Layer] = {}
+        self.name: str | None = None  # the volume or snapshot whose content this is
+        self.head = False  # a volume's, and so writable
+        self.own: dict[int, array[int]] = {}
+        self.effective_leaves: dict[int, array[int]] = {}  # a cache
+        self.mixed: dict[int, tuple[int, ...]] = {}  # a cache: block -> physical block of each subblock
+        self.referenced: dict[int, int] = {}  # a cache of space.py: leaf -> blocks referenced
+        self.blocks = 0  # physical blocks owned
+        self.changes = 0  # counts changes of own leaves, for caches elsewhere
+        self.dirty: set[int] | None = None  # blocks changed since the last commit was packed
+        self.dirty_leaves: set[int] | None = None  # the same for leaves changed as a whole
+
+    def effective(self, leaf: int) -> array[int]:
+        """The effective leaf; not to be changed by the caller."""
+        found = self.effective_leaves.get(leaf)
+        return self._build(leaf) if found is None else found
+
+    def _build(self, leaf: int) -> array[int]:
+        chain = []
+        node: Layer | None = self
+        below = ZERO_LEAF
+        while node is not None:
+            found = node.effective_leaves.get(leaf)
+            if found is not None:
+                below = found
+                break
+            chain.append(node)
+            node = node.parent
+        for node in reversed(chain):
+            own = node.own.get(leaf)
+            if own is not None:
+                whole = node.parent is None or (not node.head and covers_all(own))
+                below = own if whole else compose_leaves(own, below)
+            # Kept where siblings will ask again; a long chain does not keep a leaf for each of its layers.
+            if node is self or node is self.parent or len(node.children) > 1:
+                node.effective_leaves[leaf] = below
+        return below
+
+    def resolve(self, block: int) -> tuple[int, ...]:
+        """The physical block of each subblock of a MIXED block, 0 for one that reads as zero."""
+        found = self.mixed.get(block)
+        if found is not None:
+            return found
+        result = [0] * SUBBLOCKS
+        rest = FULL
+        leaf, index = block >> LEAF_SHIFT, block & LEAF_MASK
+        node: Layer | None = self
+        while node is not None and rest:
+            own = node.own.get(leaf)
+            if own is not None:
+                entry = own[index]
+                data = entry & rest
+                if data:
+                    for sub in range(SUBBLOCKS):
+                        if data >> sub & 1:
+                            result[sub] = entry >> 32
+                rest &= ~(entry | entry >> 16)
+            node = node.parent
+        if len(self.mixed) >= MIXED_CACHE:
+            self.mixed.clear()
+        resolved = self.mixed[block] = tuple(result)
+        return resolved
+
+    def data_mask(self, block: int) -> int:
+        """The subblocks of `block` that hold data (the rest read as zero)."""
+        entry = self.effective(block >> LEAF_SHIFT)[block & LEAF_MASK]
+        if entry < MIXED:
+            return entry & FULL
+        return sum(1 << sub for sub, physical in enumerate(self.resolve(block)) if physical)
+
+    def entry(self, block: int) -> int:
+        """The own entry of `block`; 0 inherits all of it."""
+        own = self.own.get(block >> LEAF_SHIFT)
+        return 0 if own is None else own[block & LEAF_MASK]
+
+    def put(self, block: int, entry: int) -> None:
+        """Set an own entry of a head. What becomes of the old one's physical block is the caller's to say."""
+        leaf, index = block >> LEAF_SHIFT, block & LEAF_MASK
+        parent = self.parent
+        own = self.own.get(leaf)
+        if own is None:
+            if parent is not None:
+                self.effective_leaves[leaf] = self.effective(leaf)[:]
+            own = self.own[leaf] = ZERO_LEAF[:]
+            if parent is None:
+                self.effective_leaves[leaf] = own
+        old = own[index]
+        own[index] = entry
+        if parent is not None:
+            effective = self.effective_leaves.get(leaf)
+            if effective is not None:
+                effective[index] = compose(entry, parent.effective(leaf)[index])
+            if self.mixed:
+                self.mixed.pop(block, None)
+        if (old ^ entry) >> 32:
+            self.blocks += bool(entry >> 32) - bool(old >> 32)
+        self.changes += 1
+        if self.referenced:
+            self.referenced.pop(leaf, None)
+        if self.dirty is None:
+            self.dirty = set()
+        self.dirty.add(block)
+
+    def put_leaf(self, leaf: int, entries: array[int] | None) -> None:
+        """Set a whole own leaf (None: nothing of its own there). Caches of this layer, not of its children, follow."""
+        old = self.own.pop(leaf, None)
+        if old is not None:
+            self.blocks -= int(np.count_nonzero(words(old) >> np.uint64(32)))
+        if entries is not None:
+            self.own[leaf] = entries
+            self.blocks += int(np.count_nonzero(words(entries) >> np.uint64(32)))
+        self.forget(leaf)
+        self.changes += 1
+        if self.dirty_leaves is None:
+            self.dirty_leaves = set()
+        self.dirty_leaves.add(leaf)
+
+    def forget(self, leaf: int) -> None:
+        """Drop what the caches hold of a leaf."""
+        self.effective_leaves.pop(leaf, None)
+        self.referenced.pop(leaf, None)
+        if self.mixed:
+            self.mixed.clear()
+
+    def physical_blocks(self) -> Words:
+        """Every physical block that the layer owns."""
+        if not self.own:
+            return np.empty(0, dtype=np.uint64)
+        physical: Words = np.concatenate([words(leaf) for leaf in self.own.values()]) >> np.uint64(32)
+        owned: Words = physical[physical != 0]
+        return owned
+
+    def take_dirty(self) -> list[Record]:
+        """The records of what changed since the last call, with the values of this moment."""
+        result: list[Record] = []
+        leaves, self.dirty_leaves = self.dirty_leaves or set(), None
+        for leaf in sorted(leaves):
+            own = self.own.get(leaf)
+            result.append(records.Leaf(self.number, leaf, b"" if own is None else own.tobytes()))
+        dirty, self.dirty = self.dirty or set(), None
+        blocks = sorted(block for block in dirty if block >> LEAF_SHIFT not in leaves)
+        if blocks:
+            entries = records.u64(map(self.entry, blocks))
+            result.append(records.Entries(self.number, records.u64(blocks), entries))
+        return result
+
+    def load_entries(self, record: records.Entries) -> None:
+        """Recovery: set many own entries. Their order is the journal's; later ones win."""
+        blocks = np.frombuffer(record.blocks, dtype=np.uint64)
+        entries = np.frombuffer(record.entries, dtype=np.uint64)
+        if len(blocks) != len(entries):
+            raise BadRecord(f"{len(blocks)} blocks with {len(entries)} entries")
+        leaves = blocks >> np.uint64(LEAF_SHIFT)
+        starts = np.flatnonzero(np.diff(leaves, prepend=leaves[:1] + np.uint64(1)))
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(blocks)], strict=True):
+            leaf = int(leaves[start])
+            own = self.own.get(leaf)
+            if own is None:
+                own = self.own[leaf] = ZERO_LEAF[:]
+            words(own)[blocks[start:end] & np.uint64(LEAF_MASK)] = entries[start:end]
+
+    def load_leaf(self, record: records.Leaf) -> None:
+        """Recovery: set one own leaf."""
+        if not record.entries:
+            self.own.pop(record.leaf, None)
+        elif len(record.entries) != records.LEAF_BYTES:
+            raise BadRecord(f"a leaf of {len(record.entries)} bytes")
+        else:
+            self.own[record.leaf] = array("Q", record.entries)
+
+
+class State:
+    """What exists: names and layers. Changed by `apply` and by nothing else."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, records.Name] = {}
+        self.layers: dict[int, Layer] = {}
+        self.next_layer = 1
+        self.mergeable: dict[int, None] = {}  # layers without a name and with one child, in order of discovery
+        self.snapshots = 0  # names that are snapshots
+
+    def apply(self, record: Record) -> list[Layer]:
+        """Make `record` so. Returns the layers that nothing refers to any more: their blocks are the caller's."""
+        try:
+            match record:
+                case records.Entries():
+                    self.layers[record.layer].load_entries(record)
+                case records.Leaf():
+                    self.layers[record.layer].load_leaf(record)
+                case records.Layer():
+                    return self._set_layer(record)
+                case records.Name():
+                    return self._set_name(record)
+                case records.Unname():
+                    row = self.names.pop(record.name)
+                    self.snapshots -= row.snapshot
+                    return self._leave(self.layers[row.layer], record.name)
+                case records.Counter():
+                    self.next_layer = max(self.next_layer, record.next_layer)
+                case records.End():
+                    pass
+        except KeyError as error:
+            raise BadRecord(f"{type(record).__name__} refers to {error}, which does not exist") from error
+        return []
+
+    def _set_layer(self, record: records.Layer) -> list[Layer]:
+        parent = self.layers[record.parent] if record.parent else None
+        self.next_layer = max(self.next_layer, record.layer + 1)
+        layer = self.layers.get(record.layer)
+        if layer is None:
+            layer = self.layers[record.layer] = Layer(record.layer, parent)
+            before = None
+        else:
+            before, layer.parent = layer.parent, parent
+            layer.effective_leaves.clear()  # where there is no parent, own leaves are the effective ones
+        if parent is not None:
+            parent.children[layer.number] = layer
+        if before is None or before is parent:
+            return []
+        del before.children[layer.number]
+        return self._collapse(before)
+
+    def _set_name(self, record: records.Name) -> list[Layer]:
+        layer = self.layers[record.layer]
+        before = self.names.get(record.name)
+        self.names[record.name] = record
+        self.snapshots += record.snapshot - (before.snapshot if before is not None else False)
+        layer.name = record.name
+        layer.head = not record.snapshot
+        if before is None or before.layer == record.layer:
+            return []
+        return self._leave(self.layers[before.layer], record.name)
+
+    def _leave(self, layer: Layer, name: str) -> list[Layer]:
+        if layer.name != name:  # it has another name by now: a snapshot's, or a new one
+            return []
+        layer.name = None
+        layer.head = False
+        return self._collapse(layer)
+
+    def _collapse(self, layer: Layer | None) -> list[Layer]:
+        gone = []
+        while layer is not None and layer.name is None and not layer.children:
+            del self.layers[layer.number]
+            self.mergeable.pop(layer.number, None)
+            gone.append(layer)
+            if layer.parent is not None:
+                del layer.parent.children[layer.number]
+            layer = layer.parent
+        if layer is not None and layer.name is None and len(layer.children) == 1:
+            self.mergeable[layer.number] = None
+        return gone
+
+    def snapshot_records(self) -> list[Record]:
+        """Names and layers as records, parents first: what a checkpoint starts with."""
+        ordered: list[Record] = [records.Counter(self.next_layer)]
+        seen: set[int] = set()
+        for layer in self.layers.values():
+            chain: list[Layer] = []
+            node: Layer | None = layer
+            while node is not None and node.number not in seen:
+                seen.add(node.number)
+                chain.append(node)
+                node = node.parent
+            ordered.extend(
+                records.Layer(node.number, node.parent.number if node.parent is not None else 0)
+                for node in reversed(chain)
+            )
+        ordered.extend(self.names.values())
+        return ordered

@@ -1,0 +1,144 @@
+"""Merging a layer that lost its name into its only child, so that its overwritten blocks come free.
+
+Nothing waits for it and nothing changes to the eye: every volume and snapshot reads as before, at every moment and
+after any crash. It goes leaf by leaf; in each, entries that the child does not cover move to it. Where both layers hold
+parts of one block, the parent's missing subblocks are copied into the child's block, to places that are not valid there
+yet, or the child's into the parent's where that is less and those places are not valid there: a crash in between leaves
+bytes that nobody reads.
+
+A step is `copy`, which does I/O and may run in a thread, between its making and `finish`. Whoever lets others run
+meanwhile keeps writers off `blocks` of `layer` when that is a volume's head (live.py does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nbdthin.pool.layers import FULL, LEAF_SHIFT, SUBBLOCKS, Layer, words
+from nbdthin.pool.records import Layer as LayerRecord
+
+if TYPE_CHECKING:
+    from nbdthin.pool.pool import Pool
+
+
+class Step:
+    """The merge of one leaf of `parent` into `layer`."""
+
+    def __init__(self, pool: Pool, parent: Layer, layer: Layer, leaf: int) -> None:
+        self._pool = pool
+        self._parent = parent
+        self.layer = layer
+        self.leaf = leaf
+        self._copies: list[tuple[int, int, int]] = []  # from position, to position, length
+        self._joined: dict[int, tuple[int, int]] = {}  # index -> (entry to be, physical block that it makes free)
+        over = layer.own.get(leaf)
+        if over is not None:
+            upper, lower = words(over), words(parent.own[leaf])
+            rest = FULL & ~(upper | upper >> np.uint64(16))
+            both = np.flatnonzero((upper & FULL != 0) & (lower & rest & FULL != 0))
+            for index in both.tolist():
+                self._plan(index, over[index], parent.own[leaf][index])
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks of `layer` that no one may write between now and `finish`."""
+        return [(self.leaf << LEAF_SHIFT) + index for index in self._joined]
+
+    def _plan(self, index: int, upper: int, lower: int) -> None:
+        """Both hold data of one block: decide which block stays."""
+        needed = lower & FULL & ~(upper | upper >> 16)
+        data = upper & FULL
+        zero = (upper | lower) >> 16 & FULL & ~(data | needed)
+        into_child = data & lower & FULL != 0 or needed.bit_count() <= data.bit_count()
+        source, target, moved = (lower, upper, needed) if into_child else (upper, lower, data)
+        subblock = self._pool.block_size // SUBBLOCKS
+        sub = 0
+        while sub < SUBBLOCKS:
+            count = 0
+            while sub + count < SUBBLOCKS and moved >> (sub + count) & 1:
+                count += 1
+            if count:
+                origin = (source >> 32) * self._pool.block_size + sub * subblock
+                goal = (target >> 32) * self._pool.block_size + sub * subblock
+                self._copies.append((origin, goal, count * subblock))
+            sub += max(count, 1)
+        self._joined[index] = (target >> 32 << 32 | zero << 16 | data | needed, source >> 32)
+
+    def copy(self) -> None:
+        """Copy what has to move. Raises OSError; the step is then given up, and nothing has changed."""
+        for origin, goal, length in self._copies:
+            buffer = memoryview(bytearray(length))
+            self._pool.data.read_into(buffer, origin)
+            self._pool.data.write((buffer,), goal, length)
+
+    def finish(self) -> bool:
+        """Move the entries. False when the child was written meanwhile in blocks that another step must copy."""
+        pool, parent, layer, leaf = self._pool, self._parent, self.layer, self.leaf
+        lower = parent.own[leaf]
+        over = layer.own.get(leaf)
+        left = False
+        if over is None:
+            moved, remains = lower, None
+        else:
+            moved, remains = over[:], lower[:]
+            for index in np.flatnonzero(words(lower)).tolist():
+                if index in self._joined:
+                    moved[index], gone = self._joined[index]
+                    pool.discard_block(gone)
+                elif (joined := self._join(over[index], lower[index])) is None:
+                    left = True
+                    continue
+                else:
+                    moved[index] = joined
+                remains[index] = 0
+        pool.put_leaf(parent, leaf, remains if left else None)
+        pool.put_leaf(layer, leaf, moved)
+        _forget_below(layer, leaf)
+        return not left
+
+    def _join(self, upper: int, lower: int) -> int | None:
+        """The entry that stands for both, where that takes no copy; frees the block that no one needs."""
+        covered = (upper | upper >> 16) & FULL
+        needed = lower & FULL & ~covered
+        zero = (upper >> 16 | lower >> 16 & ~covered) & FULL
+        if upper & FULL and needed:
+            return None
+        if needed or not upper >> 32:
+            if upper >> 32:  # provisioned: the parent's block will do for that
+                self._pool.discard_block(upper >> 32)
+            if needed or (not covered and lower >> 32):
+                return lower >> 32 << 32 | zero << 16 | needed
+            if lower >> 32:
+                self._pool.discard_block(lower >> 32)
+            return zero << 16
+        if lower >> 32:
+            self._pool.discard_block(lower >> 32)
+        return upper >> 32 << 32 | zero << 16 | upper & FULL
+
+
+def _forget_below(layer: Layer, leaf: int) -> None:
+    """Effective leaves that may point to what has moved are built anew."""
+    todo = [layer]
+    while todo:
+        node = todo.pop()
+        node.forget(leaf)
+        node.referenced.clear()
+        todo.extend(node.children.values())
+
+
+def steps(pool: Pool, parent: Layer) -> Iterator[Step]:
+    """The steps that merge `parent`, a layer without a name, into its only child; at last it is gone.
+
+    Each must be finished, or given up, before the next is asked for. Ends early when the child goes away meanwhile.
+    """
+    while parent.number in pool.state.layers and len(parent.children) == 1:
+        (child,) = parent.children.values()
+        leaf = next(iter(parent.own), None)
+        if leaf is None:
+            grandparent = parent.parent.number if parent.parent is not None else 0
+            pool.apply([LayerRecord(child.number, grandparent)])
+            return
+        yield Step(pool, parent, child, leaf)

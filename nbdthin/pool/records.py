@@ -1,0 +1,96 @@
+"""What a journal frame says: a list of records, each the state that one thing has from now on.
+
+Records set state, they do not describe actions, so applying one twice is the same as once, a checkpoint is written in
+the same records as the journal, and one function (`layers.State.apply`) serves live work and recovery. A layer that no
+name and no other layer refers to any more is gone: removal needs no record of its own.
+
+FORMAT.md has every byte. To add a record: a class with the next tag, a row in `_TYPES`, a branch in `State.apply`,
+a golden byte string in the tests.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import msgpack
+
+LEAF_BLOCKS = 512  # entries in a leaf
+LEAF_BYTES = 8 * LEAF_BLOCKS
+
+
+class Layer(NamedTuple):
+    """Layer `layer` exists and stands on `parent` (0: on nothing)."""
+
+    layer: int
+    parent: int
+
+
+class Name(NamedTuple):
+    """`name` is a snapshot or volume of `size` bytes whose content is `layer`. A volume's layer is its head."""
+
+    name: str
+    snapshot: bool
+    layer: int
+    size: int
+    created: float
+    labels: Mapping[str, str]
+
+
+class Unname(NamedTuple):
+    name: str
+
+
+class Entries(NamedTuple):
+    """Entries of `layer`: two arrays of little-endian u64 of one length, the block numbers and their entries."""
+
+    layer: int
+    blocks: bytes
+    entries: bytes
+
+
+class Leaf(NamedTuple):
+    """Leaf `leaf` of `layer`, whole: 512 little-endian u64, or empty for a leaf without entries."""
+
+    layer: int
+    leaf: int
+    entries: bytes
+
+
+class Counter(NamedTuple):
+    """Layer numbers below `next_layer` have been used: numbers are never given out twice."""
+
+    next_layer: int
+
+
+class End(NamedTuple):
+    """The last record of a checkpoint: without it the file was not written to its end."""
+
+    records: int
+
+
+Record = Layer | Name | Unname | Entries | Leaf | Counter | End
+
+_TYPES: dict[int, type[Record]] = {1: Layer, 2: Name, 3: Unname, 4: Entries, 5: Leaf, 6: Counter, 7: End}
+_TAGS = {kind: tag for tag, kind in _TYPES.items()}
+
+
+class BadRecord(ValueError):
+    """Bytes with a valid checksum that are no record this version knows."""
+
+
+def encode(records: Iterable[Record]) -> bytes:
+    return msgpack.packb([(_TAGS[type(record)], *record) for record in records])  # type: ignore[no-any-return]
+
+
+def decode(payload: bytes) -> list[Record]:
+    try:
+        items = msgpack.unpackb(payload, strict_map_key=True, max_bin_len=len(payload))
+        return [_TYPES[tag](*fields) for tag, *fields in items]
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise BadRecord(f"not a list of records: {error!r}") from error
+
+
+def u64(values: Iterable[int]) -> bytes:
+    return array("Q", values).tobytes()

@@ -1,0 +1,62 @@
+"""Facts about a pool, as its users see them. All sizes are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One volume or snapshot.
+
+    `referenced` counts the pool blocks that it reads from or owns, `exclusive` those of them that no other name
+    needs (what removing it would give back), `shared` the rest. `parent` is the nearest snapshot below it.
+    `created` is in seconds since 1970.
+    """
+
+    name: str
+    kind: str  # "volume" or "snapshot"
+    size: int
+    referenced: int
+    exclusive: int
+    shared: int
+    parent: str | None
+    created: float
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """The pool as a whole. `oversubscription` is promised / existing space: volume sizes over `data_total`."""
+
+    path: Path
+    uuid: str
+    block_size: int
+    data_path: Path
+    data_total: int
+    data_used: int
+    data_available: int  # what the pool has left, or the file system under it where that is less
+    metadata_used: int  # bytes of the journal directory
+    metadata_total: int  # used and what the file system under it has left
+    metadata_available: int
+    memory_mapping: int  # bytes of memory that the mapping takes
+    volumes: int
+    snapshots: int
+    layers: int
+    virtual_size: int
+    oversubscription: float
+    journal: int  # bytes written to the journal since the last checkpoint
+    checkpoint: int  # bytes of the last checkpoint
+    sequence: int  # number of the last durable frame
+    failed: str | None  # why the pool turned read-only
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range in which two snapshots differ. `data`: the second holds data there; otherwise it reads as zero."""
+
+    offset: int
+    length: int
+    data: bool

@@ -1,0 +1,402 @@
+"""Reading and writing one volume or snapshot.
+
+All of it is synchronous. What a server needs to spread over threads is split in steps: `segments` says where bytes are,
+and a write is `reserve` (decide and allocate), `Write.perform` (the only step that does I/O, safe in any thread) and
+`finish` or `abandon`. Whoever lets time pass between the steps keeps others off the same blocks meanwhile (live.py).
+
+Data goes to its block before the entry says so; until `finish`, a reserved block is known to nobody else.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nbdthin.errors import Invalid, NoSpace, ReadOnly
+from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, ZERO_LEAF, Layer, words
+from nbdthin.pool.records import LEAF_BLOCKS
+
+if TYPE_CHECKING:
+    from nbdthin.pool.pool import Pool
+
+ZERO = -1  # the position of a segment that reads as zero
+SUB_BITS = 4  # 16 subblocks a block
+_LARGE_RANGE = 4096  # leaves: beyond this many, a discard looks at the leaves that exist instead of all
+
+
+class Write:
+    """A write that is decided and not yet done."""
+
+    __slots__ = ("_edges", "_runs", "_volume", "end", "entries", "fresh", "start")
+
+    def __init__(self, volume: Volume, start: int, end: int) -> None:
+        self._volume = volume
+        self.start = start  # bytes of the volume, widened to what must be written whole
+        self.end = end
+        self.fresh: list[int] = []  # physical blocks allocated for it
+        self.entries: list[tuple[int, int]] = []  # (block, entry) to put when the data is there
+        self._runs: list[tuple[int, int]] = []  # (position, length) of physically contiguous parts, in order
+        self._edges: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+
+    def add_run(self, position: int, length: int) -> None:
+        if self._runs and sum(self._runs[-1]) == position:
+            last, so_far = self._runs[-1]
+            self._runs[-1] = (last, so_far + length)
+        else:
+            self._runs.append((position, length))
+
+    def set_edges(self, before: list[tuple[int, int]], after: list[tuple[int, int]]) -> None:
+        """Segments to be read first: what surrounds the payload in subblocks that it covers in part."""
+        self._edges = (before, after)
+
+    def perform(self, payload: memoryview, flags: int = 0) -> None:
+        """The I/O. With NOWAIT, BlockingIOError before anything is written when an edge is not cached."""
+        data = self._volume.pool.data
+        if not self._edges[0] and not self._edges[1]:
+            buffers = payload
+        else:
+            joined = bytearray(self.end - self.start)
+            view = memoryview(joined)
+            lead = sum(length for _, length in self._edges[0])
+            self._volume.read_segments(self._edges[0], view[:lead], flags)
+            view[lead : lead + len(payload)] = payload
+            self._volume.read_segments(self._edges[1], view[lead + len(payload) :], flags)
+            buffers = view
+        done = 0
+        for position, length in self._runs:
+            data.write((buffers[done : done + length],), position, length)
+            done += length
+
+
+class Volume:
+    """A volume or snapshot that is open for I/O. `layer` and `size` follow what commands do to it."""
+
+    __slots__ = (
+        "__weakref__",
+        "_block_mask",
+        "_shift",
+        "_sub_mask",
+        "_sub_shift",
+        "layer",
+        "name",
+        "pool",
+        "read_only",
+        "size",
+    )
+
+    def __init__(self, pool: Pool, name: str, layer: Layer, size: int, read_only: bool) -> None:
+        self.pool = pool
+        self.name = name
+        self.layer = layer
+        self.size = size
+        self.read_only = read_only
+        self._shift = pool.block_size.bit_length() - 1
+        self._block_mask = pool.block_size - 1
+        self._sub_shift = self._shift - SUB_BITS
+        self._sub_mask = (1 << self._sub_shift) - 1
+
+    # -- reading
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`. Raises Invalid outside the volume, OSError from the disk."""
+        self._check_range(offset, length)
+        result = bytearray(length)
+        self.read_segments(self.segments(offset, length), memoryview(result))
+        return bytes(result)
+
+    def segments(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Where a range's bytes are: (position in the data file or ZERO, length), neighbours joined."""
+        result: list[tuple[int, int]] = []
+        layer, shift, block_mask = self.layer, self._shift, self._block_mask
+        last_position, last_length = -2, 0
+        while length:
+            block = offset >> shift
+            within = offset & block_mask
+            count = min(length, block_mask + 1 - within)
+            entry = layer.effective(block >> LEAF_SHIFT)[block & LEAF_MASK]
+            touched = (2 << ((within + count - 1) >> self._sub_shift)) - (1 << (within >> self._sub_shift))
+            if not entry & touched and entry < MIXED:
+                position = ZERO
+            elif entry & touched == touched:
+                position = (entry >> 32 << shift) + within
+            else:  # more than one kind: go by the subblock
+                count = min(count, self._sub_mask + 1 - (offset & self._sub_mask))
+                sub = within >> self._sub_shift
+                if entry >= MIXED:
+                    physical = layer.resolve(block)[sub]
+                else:
+                    physical = entry >> 32 if entry >> sub & 1 else 0
+                position = (physical << shift) + within if physical else ZERO
+            if position == ZERO == last_position or (position > 0 and position == last_position + last_length):
+                last_length += count
+                result[-1] = (last_position, last_length)
+            else:
+                last_position, last_length = position, count
+                result.append((position, count))
+            offset += count
+            length -= count
+        return result
+
+    def read_segments(self, segments: list[tuple[int, int]], view: memoryview, flags: int = 0) -> None:
+        """Fill `view`, which must hold zeroes already. Flags as in DataFile.read_into."""
+        done = 0
+        for position, length in segments:
+            if position != ZERO:
+                self.pool.data.read_into(view[done : done + length], position, flags)
+            done += length
+
+    # -- writing
+
+    def write(self, offset: int, payload: bytes | bytearray | memoryview) -> None:
+        """Write `payload` at `offset`. Raises Invalid, ReadOnly, NoSpace (nothing written) or OSError."""
+        self._check_range(offset, len(payload))
+        self._check_writable()
+        if payload:
+            self._write(offset, payload)
+
+    def _write(self, offset: int, payload: bytes | bytearray | memoryview) -> None:
+        write = self.reserve(offset, len(payload))
+        try:
+            write.perform(memoryview(payload))
+        except BaseException:
+            self.abandon(write)
+            raise
+        self.finish(write)
+
+    def write_block(self, offset: int, payload: memoryview) -> bool:
+        """The short way for a write inside one block that needs nothing read first; False: take the long way.
+
+        Raises NoSpace (nothing written) or OSError.
+        """
+        layer = self.layer
+        length = len(payload)
+        block = offset >> self._shift
+        within = offset & self._block_mask
+        if not 0 < length <= self._block_mask + 1 - within:
+            return False
+        sub_shift = self._sub_shift
+        touched = (2 << ((within + length - 1) >> sub_shift)) - (1 << (within >> sub_shift))
+        own = layer.own.get(block >> LEAF_SHIFT)
+        entry = 0 if own is None else own[block & LEAF_MASK]
+        if entry & touched == touched:
+            self.pool.data.write((payload,), (entry >> 32 << self._shift) + within, length)
+            return True
+        if (offset | length) & self._sub_mask:
+            return False
+        physical = entry >> 32
+        if physical:
+            self.pool.data.write((payload,), (physical << self._shift) + within, length)
+        else:
+            physical = self.pool.allocator.allocate(layer.number)
+            try:
+                self.pool.data.write((payload,), (physical << self._shift) + within, length)
+            except BaseException:
+                self.pool.give_back([physical])
+                raise
+        self.pool.put(layer, block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched)
+        return True
+
+    def reserve(self, offset: int, length: int) -> Write:
+        """Decide a write of `length` > 0 bytes and allocate for it. Raises NoSpace with nothing changed."""
+        layer, shift, sub_mask = self.layer, self._shift, self._sub_mask
+        end = offset + length
+        start, stop = offset, end
+        if offset & sub_mask and not self._owns(offset):
+            start = offset & ~sub_mask
+        if end & sub_mask and not self._owns(end - 1):
+            stop = (end | sub_mask) + 1
+        write = Write(self, start, stop)
+        write.set_edges(self.segments(start, offset - start), self.segments(end, stop - end))
+        try:
+            position = start
+            while position < stop:
+                block = position >> shift
+                within = position & self._block_mask
+                count = min(stop - position, self._block_mask + 1 - within)
+                touched = (2 << ((within + count - 1) >> self._sub_shift)) - (1 << (within >> self._sub_shift))
+                entry = layer.entry(block)
+                physical = entry >> 32
+                if entry & touched != touched:
+                    if not physical:
+                        physical = self.pool.allocator.allocate(layer.number)
+                        write.fresh.append(physical)
+                    write.entries.append((block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched))
+                write.add_run((physical << shift) + within, count)
+                position += count
+        except NoSpace:
+            self.abandon(write)
+            raise
+        return write
+
+    def finish(self, write: Write) -> None:
+        """The data is in place: let the entries say so."""
+        for block, entry in write.entries:
+            self.pool.put(self.layer, block, entry)
+
+    def abandon(self, write: Write) -> None:
+        """The write failed: what was allocated for it goes back. Bytes that it overwrote in place are unspecified."""
+        self.pool.give_back(write.fresh)
+
+    def _owns(self, offset: int) -> bool:
+        """The subblock at `offset` is this layer's own data."""
+        entry = self.layer.entry(offset >> self._shift)
+        return bool(entry >> ((offset & self._block_mask) >> self._sub_shift) & 1)
+
+    # -- discarding and zeroing
+
+    def trim(self, offset: int, length: int) -> None:
+        """Give back what the range holds; whole subblocks read as zero afterwards, parts of one keep their bytes."""
+        self._check_range(offset, length)
+        self._check_writable()
+        self.discard(*self._inside(offset, offset + length))
+
+    def write_zeroes(self, offset: int, length: int, *, allocate: bool = False) -> None:
+        """Make the range read as zero. With `allocate`, later writes to it cannot run out of space."""
+        self._check_range(offset, length)
+        self._check_writable()
+        if allocate:
+            self.provision(offset, length)
+        for start, end in self.partial_zeroes(offset, length):
+            self.write(start, bytes(end - start))
+        self.zero_whole(offset, length, allocate)
+
+    def clear_behind_end(self, before: int) -> None:
+        """The volume was resized from `before` bytes: what lies behind its end is gone, and is zero when it grows."""
+        start = -(-self.size // self._subblock) * self._subblock
+        if before > self.size:
+            if start > self.size and self._holds_data(self.size):
+                self._write(self.size, bytes(start - self.size))
+            self.discard(start, -(-before // self._subblock) * self._subblock)
+
+    def partial_zeroes(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts of subblocks that zeroing a range has to write, as they hold data: (start, end)."""
+        end = offset + length
+        start, stop = self._inside(offset, end)
+        parts = ((offset, min(start, end)), (max(start, stop), end))
+        return [(a, b) for a, b in parts if a < b and self._holds_data(a)]
+
+    def zero_whole(self, offset: int, length: int, allocate: bool) -> None:
+        """Zero the subblocks that lie wholly in the range; with `allocate` their blocks stay provisioned."""
+        start, stop = self._inside(offset, offset + length)
+        if allocate and start < stop:
+            self._zero_owned(start, stop)
+        else:
+            self.discard(start, stop)
+
+    def _inside(self, offset: int, end: int) -> tuple[int, int]:
+        """Start and end of the whole subblocks in a range; the volume's end counts as the end of one."""
+        stop = -(-end // self._subblock) * self._subblock if end == self.size else end & ~self._sub_mask
+        return -(-offset // self._subblock) * self._subblock, stop
+
+    @property
+    def _subblock(self) -> int:
+        return self._sub_mask + 1
+
+    def _holds_data(self, offset: int) -> bool:
+        mask = self.layer.data_mask(offset >> self._shift)
+        return bool(mask >> ((offset & self._block_mask) >> self._sub_shift) & 1)
+
+    def discard(self, start: int, stop: int) -> None:
+        """Make whole subblocks from byte `start` to `stop` read as zero, and free the blocks that empties."""
+        if start >= stop:
+            return
+        first, last = start >> self._shift, (stop - 1) >> self._shift
+        for leaf in self._leaves(first >> LEAF_SHIFT, last >> LEAF_SHIFT):
+            base = leaf << LEAF_SHIFT
+            if start <= base << self._shift and (base + LEAF_BLOCKS) << self._shift <= stop:
+                self._discard_leaf(leaf)
+                continue
+            own, below = self.layer.own.get(leaf), self._below(leaf)
+            if own is None and below is ZERO_LEAF:
+                continue
+            for block in range(max(first, base), min(last, base + LEAF_MASK) + 1):
+                if own is None or own[block & LEAF_MASK] or below[block & LEAF_MASK]:
+                    self._discard_block(block, self._mask(block, start, stop))
+
+    def _leaves(self, first: int, last: int) -> list[int] | range:
+        if last - first < _LARGE_RANGE:
+            return range(first, last + 1)
+        found: set[int] = set()
+        layer: Layer | None = self.layer
+        while layer is not None:
+            found.update(leaf for leaf in layer.own if first <= leaf <= last)
+            layer = layer.parent
+        return sorted(found)
+
+    def _below(self, leaf: int) -> array[int]:
+        parent = self.layer.parent
+        return ZERO_LEAF if parent is None else parent.effective(leaf)
+
+    def _inherited(self, block: int) -> int:
+        """The subblocks that the parents hold data for."""
+        parent = self.layer.parent
+        return 0 if parent is None else parent.data_mask(block)
+
+    def _mask(self, block: int, start: int, stop: int) -> int:
+        """The subblocks of `block` that lie in the range."""
+        base = block << self._shift
+        first = max(start - base, 0) >> self._sub_shift
+        last = (min(stop - base, self._block_mask + 1) - 1) >> self._sub_shift
+        return (2 << last) - (1 << first)
+
+    def _discard_block(self, block: int, mask: int) -> None:
+        inherited = self._inherited(block)
+        entry = self.layer.entry(block)
+        data = entry & FULL & ~mask
+        zero = (entry >> 16 & FULL & ~mask) | (mask & inherited)
+        physical = entry >> 32
+        if physical and not data:
+            self.pool.discard_block(physical)
+            physical = 0
+        if entry != (new := physical << 32 | zero << 16 | data):
+            self.pool.put(self.layer, block, new)
+
+    def _discard_leaf(self, leaf: int) -> None:
+        own, below = self.layer.own.get(leaf), self._below(leaf)
+        if own is None and below is ZERO_LEAF:
+            return
+        if own is not None:
+            physical = words(own) >> np.uint64(32)
+            self.pool.discard_blocks(physical[physical != 0])
+        zero = words(below) & FULL
+        parent = self.layer.parent
+        if parent is not None and (mixed := np.flatnonzero(words(below) >= MIXED)).size:
+            for index in mixed.tolist():
+                zero[index] = parent.data_mask((leaf << LEAF_SHIFT) + index)
+        self.pool.put_leaf(self.layer, leaf, array("Q", (zero << np.uint64(16)).tobytes()) if zero.any() else None)
+
+    def provision(self, offset: int, length: int) -> None:
+        """Give every block of the range a physical block. Raises NoSpace with nothing changed."""
+        if not length:
+            return
+        first, last = offset >> self._shift, (offset + length - 1) >> self._shift
+        wanting = [block for block in range(first, last + 1) if not self.layer.entry(block) >> 32]
+        if len(wanting) > self.pool.allocator.free - self.pool.allocator.pending:
+            raise NoSpace(f"the pool has no {len(wanting)} free blocks (remove snapshots or volumes, or trim)")
+        for block in wanting:
+            physical = self.pool.allocator.allocate(self.layer.number)
+            self.pool.put(self.layer, block, physical << 32 | self.layer.entry(block))
+
+    def _zero_owned(self, start: int, stop: int) -> None:
+        """`discard` for blocks that stay provisioned."""
+        for block in range(start >> self._shift, ((stop - 1) >> self._shift) + 1):
+            mask = self._mask(block, start, stop)
+            inherited = self._inherited(block)
+            entry = self.layer.entry(block)
+            zero = (entry >> 16 & FULL & ~mask) | (mask & inherited)
+            new = entry & MIXED | zero << 16 | entry & FULL & ~mask
+            if new != entry:
+                self.pool.put(self.layer, block, new)
+
+    # -- refusals
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise Invalid(f"{self.name!r} has {self.size} bytes: no {length} bytes at {offset}")
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ReadOnly(f"{self.name!r} is a snapshot")
+        self.pool.check_writable()
