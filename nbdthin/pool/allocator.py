@@ -118,20 +118,16 @@ class Allocator:
 
     def claim(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """At load: entries point to `blocks`. Returns those that lie outside the pool or are claimed already."""
-        outside = blocks >= self.total
-        if outside.any():
-            return blocks[outside]
-        before = self._bytes[blocks] != FREE
-        if before.any():
-            return blocks[before]
-        self._bytes[blocks] = USED
-        unique = np.unique(blocks)
-        if len(unique) != len(blocks):
-            values, counts = np.unique(blocks, return_counts=True)
-            twice: npt.NDArray[np.uint64] = values[counts > 1]
-            return twice
-        self.used += len(blocks)
-        return blocks[:0]
+        bad: npt.NDArray[np.uint64] = blocks[blocks >= self.total]
+        if not len(bad):
+            bad = blocks[self._bytes[blocks] != FREE]
+        if not len(bad):
+            self._bytes[blocks] = USED
+            self.used += len(blocks)
+            if np.count_nonzero(self._bytes == USED) != self.used + HEADER_BLOCKS:
+                values, counts = np.unique(blocks, return_counts=True)
+                bad = values[counts > 1]
+        return bad
 
     def states(self) -> npt.NDArray[np.uint8]:
         """What each block is, runs counted as free; a copy."""

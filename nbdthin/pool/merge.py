@@ -44,7 +44,7 @@ class Step:
 
     @property
     def blocks(self) -> list[int]:
-        """Blocks of `layer` that no one may write between now and `finish`."""
+        """Blocks of `layer` that are copied: no one may write them between now and `finish`."""
         return [(self.leaf << LEAF_SHIFT) + index for index in self._joined]
 
     def _plan(self, index: int, upper: int, lower: int) -> None:
@@ -129,16 +129,28 @@ def _forget_below(layer: Layer, leaf: int) -> None:
         todo.extend(node.children.values())
 
 
+def child_of(pool: Pool, parent: Layer) -> Layer | None:
+    """The layer that `parent` can be merged into, if that is still so."""
+    if pool.state.layers.get(parent.number) is not parent or parent.name is not None or len(parent.children) != 1:
+        return None
+    (child,) = parent.children.values()
+    return child
+
+
+def unlink(pool: Pool, parent: Layer, child: Layer) -> None:
+    """Every leaf has been merged: `child` takes its parent's place."""
+    assert not parent.own
+    pool.apply([LayerRecord(child.number, parent.parent.number if parent.parent is not None else 0)])
+
+
 def steps(pool: Pool, parent: Layer) -> Iterator[Step]:
     """The steps that merge `parent`, a layer without a name, into its only child; at last it is gone.
 
     Each must be finished, or given up, before the next is asked for. Ends early when the child goes away meanwhile.
     """
-    while parent.number in pool.state.layers and len(parent.children) == 1:
-        (child,) = parent.children.values()
+    while (child := child_of(pool, parent)) is not None:
         leaf = next(iter(parent.own), None)
         if leaf is None:
-            grandparent = parent.parent.number if parent.parent is not None else 0
-            pool.apply([LayerRecord(child.number, grandparent)])
+            unlink(pool, parent, child)
             return
         yield Step(pool, parent, child, leaf)

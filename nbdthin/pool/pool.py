@@ -158,6 +158,8 @@ class Pool:
         self._freed_arrays: list[Words] = []
         self._volumes: weakref.WeakValueDictionary[str, Volume] = weakref.WeakValueDictionary()
         self._batch: list[Command] | None = None
+        self._checkpointing = False
+        self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
         self._readers: dict[int, int] = {}  # epoch -> reads under way that began in it
         self._limbo: deque[tuple[int, Words]] = deque()  # freed and durable, perhaps still being read
@@ -452,7 +454,8 @@ class Pool:
         journal = self.journal
         payload = encode(records) if records else None
         grown = journal.bytes_since_checkpoint + (len(payload) if payload is not None else 0)
-        due = grown > max(CHECKPOINT_JOURNAL, journal.checkpoint_bytes)
+        due = not self._checkpointing and grown > max(self._checkpoint_at, journal.checkpoint_bytes)
+        self._checkpointing |= due
         return Batch(self, payload, sync_data, freed, Capture(self.state) if due else None)
 
     def finish(self, batch: Batch) -> None:
@@ -460,6 +463,12 @@ class Pool:
         if batch.freed:
             self._limbo.append((self._epoch, np.concatenate(batch.freed)))
             self._epoch += 1
+
+    def checkpoint_ended(self, error: OSError | None) -> None:
+        """The checkpoint of a batch was written, or not: then the next try is some way off."""
+        self._checkpointing = False
+        grown = self.journal.bytes_since_checkpoint if error is not None else 0
+        self._checkpoint_at = grown + CHECKPOINT_JOURNAL
 
     def fail(self, error: OSError) -> None:
         """A sync failed: from now on the pool is read-only."""
@@ -477,8 +486,12 @@ class Pool:
                 raise PoolFailed(f"the pool is read-only: {self.failed}") from error
             self.finish(batch)
             if batch.checkpoint_due:
-                with contextlib.suppress(OSError):
+                try:
                     batch.write_checkpoint()
+                except OSError as error:
+                    self.checkpoint_ended(error)
+                else:
+                    self.checkpoint_ended(None)
         while (blocks := self.take_reclaimable()) is not None:
             self.punch(blocks)
             self.allocator.release(blocks)
@@ -497,11 +510,14 @@ class Pool:
         else:
             del self._readers[epoch]
 
+    @property
+    def can_reclaim(self) -> bool:
+        """`take_reclaimable` would find something."""
+        return bool(self._limbo) and not (self._readers and min(self._readers) <= self._limbo[0][0])
+
     def take_reclaimable(self) -> Words | None:
         """Freed blocks that are durable so and that no read can still be using: to `punch`, then to release."""
-        if not self._limbo or (self._readers and min(self._readers) <= self._limbo[0][0]):
-            return None
-        return self._limbo.popleft()[1]
+        return self._limbo.popleft()[1] if self.can_reclaim else None
 
     def punch(self, blocks: Words) -> None:
         """Give the space of `blocks` back to the file system. An error there loses space, not data."""

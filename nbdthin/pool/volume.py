@@ -139,6 +139,18 @@ class Volume:
             length -= count
         return result
 
+    def locate(self, offset: int, length: int) -> int:
+        """The position of a range that lies in one place of one block; below 0 where it does not."""
+        within = offset & self._block_mask
+        if not 0 < length <= self._block_mask + 1 - within:
+            return -1
+        block = offset >> self._shift
+        layer = self.layer
+        leaf = layer.effective_leaves.get(block >> LEAF_SHIFT)
+        entry = (layer.effective(block >> LEAF_SHIFT) if leaf is None else leaf)[block & LEAF_MASK]
+        touched = (2 << ((within + length - 1) >> self._sub_shift)) - (1 << (within >> self._sub_shift))
+        return (entry >> 32 << self._shift) + within if entry & touched == touched else -1
+
     def read_segments(self, segments: list[tuple[int, int]], view: memoryview, flags: int = 0) -> None:
         """Fill `view`, which must hold zeroes already. Flags as in DataFile.read_into."""
         done = 0

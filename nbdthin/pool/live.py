@@ -1,0 +1,476 @@
+"""The pool in one event loop: group commit, I/O in threads where it may block, merging in the background.
+
+This is the one place that orders data, journal and reply. `commit` answers when everything that was changed before the
+call is durable; callers that ask while a commit is under way share the next one. What keeps concurrent work apart:
+
+- state changes only in the event loop, and no `await` stands between deciding and reserving;
+- a write that spends time in a thread *holds* its blocks; whoever wants one of them waits;
+- a snapshot, like every command on a volume, *gates* it: new writes wait, those under way are waited for;
+- a thread that reads or writes the data file has *entered* (`Pool.enter`): what is freed meanwhile is not reused.
+
+What can be done at once, in the loop, the `..._now` functions do; they return False when the slow way must be taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypeVar
+
+from nbdthin.errors import InUse, NoSpace, PoolFailed
+from nbdthin.pool import commands, merge
+from nbdthin.pool.commands import Command
+from nbdthin.pool.data import NOWAIT
+from nbdthin.pool.layers import LEAF_SHIFT, Layer
+from nbdthin.pool.pool import Batch, Pool
+from nbdthin.pool.records import LEAF_BLOCKS
+from nbdthin.pool.volume import Volume
+from nbdthin.units import KiB
+
+COMMIT_INTERVAL = (
+    5.0  # seconds: what nobody asked to be durable is so after this long, as with the kernel's file systems
+)
+IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
+INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
+MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
+
+log = logging.getLogger("nbdthin.pool")
+
+T = TypeVar("T")
+
+
+class LiveVolume:
+    """A volume or snapshot as all connections to it share it."""
+
+    def __init__(self, live: LivePool, volume: Volume) -> None:
+        self.volume = volume
+        self._live = live
+        self._pool = live.pool
+        self._shift = live.pool.block_size.bit_length() - 1
+        self._held: dict[asyncio.Future[None], tuple[int, int]] = {}  # blocks in use: first and last
+        self._gate: asyncio.Future[None] | None = None  # set while a command changes the volume
+        self._nowait = NOWAIT  # 0 where the file system does not know the flag: then every read goes to a thread
+
+    # -- reading
+
+    def read_now(self, segments: list[tuple[int, int]], view: memoryview) -> bool:
+        """Fill `view`, all zeroes, from the page cache. OSError from the disk."""
+        if not self._nowait:
+            return False
+        try:
+            self.volume.read_segments(segments, view, NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._nowait = 0
+            return False
+        return True
+
+    async def read(self, segments: list[tuple[int, int]], view: memoryview) -> None:
+        """Fill `view`, all zeroes. `segments` must be of this turn of the loop. OSError from the disk."""
+        await self._live.in_thread(self.volume.read_segments, segments, view)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Ask the kernel to have a range in its cache."""
+        segments = self.volume.segments(offset, length)
+        await self._live.in_thread(self._prefetch, segments)
+
+    def _prefetch(self, segments: list[tuple[int, int]]) -> None:
+        for position, length in segments:
+            if position >= 0:
+                self._pool.data.prefetch(position, length)
+
+    # -- writing
+
+    def write_now(self, offset: int, payload: memoryview) -> bool:
+        """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
+        length = len(payload)
+        if length > INLINE_WRITE or self._blocked(offset, length):
+            return False
+        volume = self.volume
+        try:
+            if volume.write_block(offset, payload):
+                return True
+            write = volume.reserve(offset, length)
+        except NoSpace:
+            return False
+        try:
+            write.perform(payload, self._nowait)
+        except BlockingIOError:
+            volume.abandon(write)
+            return False
+        except BaseException:
+            volume.abandon(write)
+            raise
+        volume.finish(write)
+        return True
+
+    async def write(self, offset: int, payload: memoryview) -> None:
+        """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace or OSError."""
+        async with self._hold(offset, len(payload)):
+            self._pool.check_writable()
+            write = await self._live.with_space(lambda: self.volume.reserve(offset, len(payload)))
+            try:
+                await self._live.in_thread(write.perform, payload)
+            except BaseException:
+                self.volume.abandon(write)
+                raise
+            self.volume.finish(write)
+
+    def trim_now(self, offset: int, length: int) -> bool:
+        if self._blocked(offset, length):
+            return False
+        self.volume.trim(offset, length)
+        return True
+
+    async def trim(self, offset: int, length: int) -> None:
+        async with self._hold(offset, length):
+            self.volume.trim(offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, allocate: bool) -> None:
+        """Raises NoSpace or OSError."""
+        if allocate:
+            async with self._hold(offset, length):
+                await self._live.with_space(lambda: self.volume.provision(offset, length))
+        for start, end in self.volume.partial_zeroes(offset, length):
+            await self.write(start, memoryview(bytes(end - start)))
+        async with self._hold(offset, length):
+            self._pool.check_writable()
+            self.volume.zero_whole(offset, length, allocate)
+
+    # -- keeping writers apart
+
+    def _blocked(self, offset: int, length: int) -> bool:
+        self._pool.check_writable()
+        if self._gate is not None:
+            return True
+        return bool(self._held) and self._holder(*self._blocks(offset, length)) is not None
+
+    def _blocks(self, offset: int, length: int) -> tuple[int, int]:
+        return offset >> self._shift, max(offset, offset + length - 1) >> self._shift
+
+    def _holder(self, first: int, last: int) -> asyncio.Future[None] | None:
+        for held, (start, end) in self._held.items():
+            if start <= last and first <= end:
+                return held
+        return None
+
+    def _hold(self, offset: int, length: int) -> _Hold:
+        return _Hold(self, *self._blocks(offset, length))
+
+    def hold_leaf(self, leaf: int) -> _Hold:
+        """Keep writers off all blocks of a leaf."""
+        return _Hold(self, leaf << LEAF_SHIFT, (leaf << LEAF_SHIFT) + LEAF_BLOCKS - 1)
+
+    async def acquire(self, first: int, last: int) -> asyncio.Future[None]:
+        while (other := self._gate or self._holder(first, last)) is not None:
+            await asyncio.shield(other)
+        held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._held[held] = (first, last)
+        return held
+
+    def release(self, held: asyncio.Future[None]) -> None:
+        del self._held[held]
+        held.set_result(None)
+
+    @asynccontextmanager
+    async def gated(self) -> AsyncIterator[None]:
+        """Nothing is being written inside: writes under way have ended, new ones wait."""
+        while self._gate is not None:
+            await asyncio.shield(self._gate)
+        gate = self._gate = asyncio.get_running_loop().create_future()
+        try:
+            while self._held:
+                await asyncio.shield(next(iter(self._held)))
+            yield
+        finally:
+            self._gate = None
+            gate.set_result(None)
+
+
+class _Hold:
+    __slots__ = ("_first", "_held", "_last", "_volume")
+
+    def __init__(self, volume: LiveVolume, first: int, last: int) -> None:
+        self._volume = volume
+        self._first = first
+        self._last = last
+
+    async def __aenter__(self) -> None:
+        self._held = await self._volume.acquire(self._first, self._last)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._volume.release(self._held)
+
+
+class LivePool:
+    """An open pool (autocommit off) in the running event loop. `close` before the loop ends."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.users: Callable[[str], tuple[str, ...]] = lambda _: ()  # who holds a name; the server's to say
+        self.commits = 0  # batches made durable
+        self._loop = asyncio.get_running_loop()
+        self._io = ThreadPoolExecutor(IO_THREADS, "nbdthin-io")
+        self._sync = ThreadPoolExecutor(1, "nbdthin-sync")  # its own: cold reads must not hold up a commit
+        self._upkeep = ThreadPoolExecutor(1, "nbdthin-upkeep")  # checkpoints, hole punching
+        self._volumes: weakref.WeakValueDictionary[str, LiveVolume] = weakref.WeakValueDictionary()
+        self._structure = asyncio.Lock()  # one set of commands at a time
+        self._waiters: list[asyncio.Future[None]] = []
+        self._committing: asyncio.Task[None] | None = None
+        self._reclaiming: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._merging: asyncio.Task[None] | None = None
+        self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
+        self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
+        self._closing = False
+        self._merge_soon()
+
+    def open(self, name: str) -> LiveVolume:
+        """The volume or snapshot `name`, one object for all. Raises NotFound."""
+        live = self._volumes.get(name)
+        if live is None:
+            live = self._volumes[name] = LiveVolume(self, self.pool.volume(name))
+        return live
+
+    async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run I/O on the data file in a thread; blocks freed meanwhile are not reused before it ends."""
+        epoch = self.pool.enter()
+        try:
+            return await self._loop.run_in_executor(self._io, function, *arguments)
+        finally:
+            self.pool.leave(epoch)
+            self._reclaim_soon()
+
+    # -- commands
+
+    async def execute(self, wanted: Sequence[Command]) -> None:
+        """Make `wanted` so: all or nothing, one commit. Raises errors.Error; InUse names who holds what."""
+        async with self._structure:
+            async with AsyncExitStack() as gates:
+                for name in sorted({name for command in wanted for name in _changed(command)}):
+                    volume = self._volumes.get(name)
+                    if volume is not None:
+                        await gates.enter_async_context(volume.gated())
+                self._refuse_used(wanted)
+                self.pool.execute(wanted)
+        await self.commit()
+        self._merge_soon()
+
+    def _refuse_used(self, wanted: Sequence[Command]) -> None:
+        for command in wanted:
+            what, name = _needs_unused(command)
+            if what and (holders := self.users(name)):
+                raise InUse(f"{name!r} is in use, it cannot be {what}: {', '.join(holders)}", holders)
+
+    # -- commit
+
+    async def commit(self) -> None:
+        """Return when all that was changed before is durable. Raises PoolFailed."""
+        if self._committing is None:
+            if not self.pool.has_changes:
+                self.pool.check_writable()
+                return
+            self._committing = self._loop.create_task(self._commit())
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    async def _commit(self) -> None:
+        """Batch after batch, as long as someone waits."""
+        await asyncio.sleep(0)  # whoever asks in this turn of the loop belongs to this batch
+        while self._waiters:
+            waiters, self._waiters = self._waiters, []
+            failure: PoolFailed | None = None
+            try:
+                if self.pool.has_changes:
+                    await self._commit_batch()
+                else:
+                    self.pool.check_writable()
+            except PoolFailed as error:
+                failure = error
+            except Exception as error:  # a defect of ours: whoever waits must not wait for ever
+                log.exception("a commit failed")
+                self.pool.fail(OSError(errno.EIO, str(error)))
+                failure = PoolFailed(f"the pool is read-only: {self.pool.failed}")
+            for waiter in waiters:
+                if waiter.done():
+                    continue
+                if failure is None:
+                    waiter.set_result(None)
+                else:
+                    waiter.set_exception(failure)
+        self._committing = None
+        self._reclaim_soon()
+
+    async def _commit_batch(self) -> None:
+        batch = self.pool.begin()
+        try:
+            await self._loop.run_in_executor(self._sync, batch.sync)
+        except OSError as error:
+            self.pool.fail(error)
+            log.error("%s", self.pool.failed)
+            raise PoolFailed(f"the pool is read-only: {self.pool.failed}") from error
+        self.pool.finish(batch)
+        self.commits += 1
+        if batch.checkpoint_due:
+            self._spawn(self._checkpoint(batch))
+
+    async def _checkpoint(self, batch: Batch) -> None:
+        try:
+            await self._loop.run_in_executor(self._upkeep, batch.write_checkpoint)
+        except OSError as error:
+            log.warning("no checkpoint could be written (%s): the journal grows", os.strerror(error.errno or 0))
+            self.pool.checkpoint_ended(error)
+        else:
+            self.pool.checkpoint_ended(None)
+
+    def _tick(self) -> None:
+        if self.pool.has_changes and self.pool.failed is None:
+            self._spawn(self._commit_quietly())
+        self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
+
+    async def _commit_quietly(self) -> None:
+        try:
+            await self.commit()
+        except PoolFailed:
+            pass  # logged where it happened; who asks is told
+
+    # -- freed space
+
+    async def with_space(self, reserve: Callable[[], T]) -> T:
+        """`reserve`, and once more after a commit where freed blocks were only waiting for one. Raises NoSpace."""
+        try:
+            return reserve()
+        except NoSpace:
+            if not self.pool.allocator.pending:
+                raise
+        await self.commit()
+        while self._reclaim_soon() is not None:
+            assert self._reclaiming is not None
+            await asyncio.shield(self._reclaiming)
+        return reserve()
+
+    def _reclaim_soon(self) -> asyncio.Task[None] | None:
+        if self._reclaiming is None and self.pool.can_reclaim:
+            self._reclaiming = self._spawn(self._reclaim())
+        return self._reclaiming
+
+    async def _reclaim(self) -> None:
+        while (blocks := self.pool.take_reclaimable()) is not None:
+            await self._loop.run_in_executor(self._upkeep, self.pool.punch, blocks)
+            self.pool.allocator.release(blocks)
+        self._reclaiming = None
+
+    # -- merging
+
+    def _merge_soon(self) -> None:
+        if self._merging is None and not self._closing and self._to_merge() is not None:
+            self._merging = self._spawn(self._merge())
+
+    def _to_merge(self) -> Layer | None:
+        state = self.pool.state
+        return next((state.layers[number] for number in state.mergeable if number not in self._unmergeable), None)
+
+    async def _merge(self) -> None:
+        try:
+            while (parent := self._to_merge()) is not None and not self._closing:
+                try:
+                    await self._merge_layer(parent)
+                except (OSError, NoSpace) as error:
+                    log.warning("layer %d could not be merged: %s", parent.number, error)
+                    self._unmergeable.add(parent.number)
+        except PoolFailed:
+            pass
+        finally:
+            self._merging = None
+
+    async def _merge_layer(self, parent: Layer) -> None:
+        done = 0
+        while (child := merge.child_of(self.pool, parent)) is not None and not self._closing:
+            leaf = next(iter(parent.own), None)
+            if leaf is None:
+                merge.unlink(self.pool, parent, child)
+                break
+            async with AsyncExitStack() as held:
+                if child.head:
+                    assert child.name is not None
+                    await held.enter_async_context(self.open(child.name).hold_leaf(leaf))
+                    if merge.child_of(self.pool, parent) is not child:
+                        continue
+                step = merge.Step(self.pool, parent, child, leaf)
+                if step.blocks:
+                    await self.in_thread(step.copy)
+                    if merge.child_of(self.pool, parent) is not child:
+                        continue
+                step.finish()
+            done += 1
+            if done % MERGE_COMMIT == 0:
+                await self.commit()
+            await asyncio.sleep(0)
+        await self.commit()
+
+    # -- the end
+
+    def _spawn(self, work: object) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self._loop.create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background work failed", exc_info=error)
+
+    async def close(self) -> None:
+        """Make everything durable, end what runs in the background, close the pool. Raises PoolFailed."""
+        self._closing = True
+        self._timer.cancel()
+        try:
+            if self.pool.failed is None:
+                await self.commit()
+        finally:
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+            for executor in (self._io, self._sync, self._upkeep):
+                executor.shutdown()
+            self.pool.close()
+
+
+def _changed(command: Command) -> tuple[str, ...]:
+    """The existing volumes whose content or end `command` changes, or seals."""
+    match command:
+        case commands.Snapshot():
+            return (command.volume,)
+        case commands.Rollback():
+            return (command.volume,)
+        case commands.Remove() | commands.Resize():
+            return (command.name,)
+        case commands.Rename():
+            return (command.old,)
+        case _:
+            return ()
+
+
+def _needs_unused(command: Command) -> tuple[str, str]:
+    """What `command` would do to a name that connections must not hold; ("", "") where they do not matter."""
+    match command:
+        case commands.Remove():
+            return "removed", command.name
+        case commands.Rollback():
+            return "rolled back", command.volume
+        case commands.Resize():
+            return "resized", command.name
+        case commands.Rename():
+            return "renamed", command.old
+        case _:
+            return "", ""

@@ -1,0 +1,673 @@
+"""NBD over sockets: connections, requests in flight, replies.
+
+A connection is a receiver that hands its buffers to the event loop, a handshake, and then an export. One receive brings
+in many requests; all of them are parsed in one turn, what can be answered at once is (from the page cache, or by a
+write into it), and the replies leave with one gathered write. What may block becomes a task. Rules:
+
+- a refused WRITE's payload is consumed before anything else is read;
+- replies may leave in any order, so nothing waits for a slow request but itself;
+- bytes in flight are bounded: reading pauses while too much is being worked on, or while the peer does not take its
+  replies, also in the middle of a batch;
+- a connection uses its export until its last request has ended, even when the peer is gone by then;
+- a stopping server parses what it has received, answers it, and closes. It never answers ESHUTDOWN: the kernel's
+  client makes an I/O error of that, whereas it sends again what was not answered.
+
+What is legal is decided in wire/, what happens to data in pool/.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Coroutine, Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
+
+from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
+from nbdthin.pool import extents
+from nbdthin.pool.data import NOWAIT
+from nbdthin.pool.live import LivePool, LiveVolume
+from nbdthin.pool.volume import ZERO
+from nbdthin.units import KiB, MiB
+from nbdthin.wire import proto, transmission
+from nbdthin.wire.handshake import ExportInfo, Handshake, HandshakeState, Negotiated
+from nbdthin.wire.proto import Command, CommandFlag, Errno
+
+SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
+DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
+IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
+REQUEST_COST = 4 * KiB  # bytes that a request without data counts for
+OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
+HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
+STATUS_EXTENTS = 4096  # extents in one BLOCK_STATUS reply; the client asks again for the rest
+
+_READ = int(Command.READ)
+_WRITE = int(Command.WRITE)
+_DISC = int(Command.DISC)
+_FLUSH = int(Command.FLUSH)
+_TRIM = int(Command.TRIM)
+_CACHE = int(Command.CACHE)
+_WRITE_ZEROES = int(Command.WRITE_ZEROES)
+_FUA = int(CommandFlag.FUA)
+_NO_HOLE = int(CommandFlag.NO_HOLE)
+_DF = int(CommandFlag.DF)
+_REQ_ONE = int(CommandFlag.REQ_ONE)
+_SIMPLE_HEADER = proto.SIMPLE_REPLY.size
+_DATA_HEADER = proto.OFFSET_DATA.size
+_pack_simple_into = proto.SIMPLE_REPLY.pack_into
+_pack_data_into = proto.OFFSET_DATA.pack_into
+_simple = transmission.simple_reply
+
+log = logging.getLogger("nbdthin.server")
+
+
+class Rule(Protocol):
+    """How volumes whose name matches are exported."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def description(self) -> str: ...
+
+
+class Server:
+    """Every volume and snapshot of a pool under its own name, on any number of sockets."""
+
+    def __init__(self, live: LivePool, rules: Sequence[Rule] = (), max_connections: int = 4096) -> None:
+        self._live = live
+        self._rules = rules
+        self._max_connections = max_connections
+        self._listeners: list[asyncio.AbstractServer] = []
+        self._connections: dict[Connection, None] = {}
+        self._users: dict[str, dict[Connection, None]] = {}
+        self.requests = 0  # answered since the start, refusals included
+        live.users = self.holders
+
+    # -- exports (wire.handshake.Exports)
+
+    def names(self) -> Iterable[tuple[str, str]]:
+        for name in self._live.pool.state.names:
+            rule = self._rule(name)
+            yield name, rule.description if rule is not None else ""
+
+    def find(self, name: str) -> ExportInfo | None:
+        row = self._live.pool.state.names.get(name)
+        if row is None:
+            return None
+        rule = self._rule(name)
+        read_only = row.snapshot or (rule is not None and rule.read_only)
+        return ExportInfo(name, row.size, read_only, rule.description if rule is not None else "")
+
+    def _rule(self, name: str) -> Rule | None:
+        return next((rule for rule in self._rules if fnmatchcase(name, rule.name)), None)
+
+    # -- connections
+
+    async def listen(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept on `sockets`, which are bound and, from now on, the server's to close."""
+        loop = asyncio.get_running_loop()
+        for each in sockets:
+            if each.family == socket.AF_UNIX:
+                listener: asyncio.AbstractServer = await loop.create_unix_server(lambda: Connection(self), sock=each)
+            else:
+                listener = await loop.create_server(lambda: Connection(self), sock=each)
+            self._listeners.append(listener)
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    def holders(self, name: str) -> tuple[str, ...]:
+        """Who is connected to `name`, for people."""
+        return tuple(connection.peer for connection in self._users.get(name, ()))
+
+    async def disconnect(self, name: str) -> None:
+        """Close the connections to `name` and wait until their last request has ended."""
+        connections = list(self._users.get(name, ()))
+        for connection in connections:
+            connection.abort()
+        await asyncio.gather(*(connection.closed for connection in connections))
+
+    def add(self, connection: Connection) -> bool:
+        if len(self._connections) >= self._max_connections:
+            log.warning("refused a connection: there are %d already", len(self._connections))
+            return False
+        self._connections[connection] = None
+        return True
+
+    def use(self, connection: Connection, name: str) -> LiveVolume:
+        self._users.setdefault(name, {})[connection] = None
+        return self._live.open(name)
+
+    def remove(self, connection: Connection, name: str | None) -> None:
+        self._connections.pop(connection, None)
+        if name is not None:
+            users = self._users[name]
+            del users[connection]
+            if not users:
+                del self._users[name]
+
+    @property
+    def live(self) -> LivePool:
+        return self._live
+
+    async def shutdown(self, timeout: float) -> None:
+        """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""
+        for listener in self._listeners:
+            listener.close()
+        connections = list(self._connections)
+        for connection in connections:
+            connection.stop()
+        if connections:
+            _, left = await asyncio.wait([connection.closed for connection in connections], timeout=timeout)
+            for connection in connections:
+                if connection.closed in left:
+                    connection.abort()
+            if left:
+                await asyncio.wait(left, timeout=1.0)
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One client. Phases: handshake, then transmission, then closing (no request is parsed any more)."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._live = server.live
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = self._loop.create_future()  # done when nothing of it is left
+        self.peer = "?"
+        self._handshake: Handshake | None = Handshake(server)  # None in transmission
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing = False
+        self._lost = False  # the transport is gone
+        self._scratch = bytearray(SCRATCH)
+        self._view = memoryview(self._scratch)
+        self._end = 0  # bytes in scratch
+        self._payload: bytearray | None = None  # of a large write, while it comes in
+        self._payload_view = self._view[:0]
+        self._filled = 0
+        self._payload_request = (0, 0, 0)  # flags, cookie, offset
+        self._skip = 0  # bytes of a refused payload still to come
+        self._out: list[bytes | bytearray | memoryview] = []
+        self._out_bytes = 0
+        self._flush_due = False
+        self._tasks = 0  # requests in work
+        self._in_flight = 0  # bytes they stand for
+        self._peer_slow = False  # it does not take its replies
+        self._paused = False  # we do not read
+
+    # -- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.peer = _peer_name(transport)
+        transport.set_write_buffer_limits(high=OUT_BYTES)
+        if not self._server.add(self):
+            self._closing = True
+            transport.abort()
+            return
+        assert self._handshake is not None
+        transport.write(self._handshake.greeting())
+        self._restart_timer()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._payload is not None:
+            return self._payload_view[self._filled :]
+        return self._view[self._end :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._payload is not None:
+            self._filled += nbytes
+            if self._filled == len(self._payload):
+                self._payload_complete()
+            return
+        self._end += nbytes
+        self._advance()
+
+    def pause_writing(self) -> None:
+        self._peer_slow = True
+        self._control_flow()
+
+    def resume_writing(self) -> None:
+        self._peer_slow = False
+        self._control_flow()
+
+    def eof_received(self) -> bool:
+        self._finish_receiving()
+        return True  # what was received is still answered
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost = True
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._out.clear()
+        self._maybe_close()
+
+    # -- closing
+
+    def stop(self) -> None:
+        """Parse no more than was received; answer it, then close."""
+        if self._handshake is not None:
+            self._handshake.shut_down()
+        self._finish_receiving()
+
+    def abort(self) -> None:
+        """Close now; requests in work end by themselves, unanswered."""
+        self._closing = True
+        if not self._lost:
+            self._transport.abort()
+
+    def _finish_receiving(self) -> None:
+        self._pause()
+        self._advance()
+        self._closing = True
+        self._maybe_close()
+
+    def _maybe_close(self) -> None:
+        if not self._closing or self._tasks:
+            return
+        if not self._lost:
+            self._flush()
+            self._transport.close()
+        elif not self.closed.done():
+            self._server.remove(self, self._info.name if self._handshake is None else None)
+            self.closed.set_result(None)
+
+    # -- flow control
+
+    def _control_flow(self) -> None:
+        if self._stalled:
+            self._pause()
+        elif self._paused and not self._closing:
+            self._paused = False
+            self._transport.resume_reading()
+            self._advance()
+
+    @property
+    def _stalled(self) -> bool:
+        return self._peer_slow or self._in_flight >= IN_FLIGHT
+
+    def _pause(self) -> None:
+        if not self._paused and not self._lost:
+            self._paused = True
+            self._transport.pause_reading()
+
+    # -- handshake
+
+    def _restart_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(HANDSHAKE_TIMEOUT, self.abort)
+
+    def _advance(self) -> None:
+        """Handle what is in scratch."""
+        if self._handshake is None:
+            self._parse()
+        elif not self._closing:
+            self._negotiate(self._handshake)
+
+    def _negotiate(self, handshake: Handshake) -> None:
+        handshake.receive(self._view[: self._end])
+        self._end = 0
+        while not self._peer_slow and (reply := handshake.step()) is not None:
+            self._restart_timer()
+            if reply:
+                self._transport.write(reply)
+        if handshake.state is HandshakeState.OPEN:
+            return
+        assert self._timer is not None
+        self._timer.cancel()
+        if handshake.state is HandshakeState.DONE:
+            self._begin_transmission(handshake.result, handshake.rest())
+        else:
+            if handshake.reason:
+                log.info("%s: handshake failed: %s", self.peer, handshake.reason)
+            self._closing = True
+            self._maybe_close()
+
+    def _begin_transmission(self, agreed: Negotiated, rest: bytes) -> None:
+        self._handshake = None
+        self._info = agreed.export
+        self._device = self._server.use(self, agreed.export.name)
+        self._volume = self._device.volume
+        self._rules = transmission.legality(agreed)
+        self._structured = agreed.structured
+        self._contexts = agreed.contexts
+        self._data_fd = self._live.pool.data.fd
+        log.info("%s: connected to %s", self.peer, agreed.export.name)
+        # What came behind the handshake is at most an option's length, but may be more than scratch holds.
+        position = 0
+        while position < len(rest):
+            space = self.get_buffer(-1)
+            part = rest[position : position + len(space)]
+            space[: len(part)] = part
+            position += len(part)
+            self.buffer_updated(len(part))
+
+    # -- transmission
+
+    def _parse(self) -> None:
+        """Handle every whole request in scratch."""
+        view, end = self._view, self._end
+        position = 0
+        unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
+        if self._skip:
+            position = min(self._skip, end)
+            self._skip -= position
+        while end - position >= 28 and not self._closing:
+            if self._peer_slow or self._in_flight >= IN_FLIGHT:
+                break
+            magic, flags, command, cookie, offset, length = unpack(view, position)
+            if magic != proto.REQUEST_MAGIC:
+                log.info("%s: not a request, magic number %#x", self.peer, magic)
+                self.abort()
+                return
+            error = refuse(rules, command, flags, offset, length, volume.size)
+            if command == _WRITE:
+                position = self._take_write(position, flags, cookie, offset, length, error)
+                if position < 0:
+                    break
+                continue
+            position += 28
+            if error:
+                self._answer_error(command, cookie, error)
+            elif command == _READ:
+                self._read(flags, cookie, offset, length)
+            elif command == _DISC:
+                self._pause()
+                self._closing = True
+            else:
+                self._other(command, flags, cookie, offset, length)
+            if self._out_bytes >= OUT_BYTES:
+                self._flush()
+        if position >= 0:
+            left = end - position
+            if left and position:
+                view[:left] = bytes(view[position:end])
+            self._end = left
+        if self._out:
+            self._flush()
+        if self._closing:
+            self._maybe_close()
+
+    def _take_write(self, position: int, flags: int, cookie: int, offset: int, length: int, error: int) -> int:
+        """Handle the write whose header is at `position`. Returns where the next request begins.
+
+        -1: nothing more can be parsed now, and `_end` says what is left in scratch.
+        """
+        start = position + 28
+        have = self._end - start
+        if error:
+            if length > proto.MAX_PAYLOAD:
+                log.info("%s: a write of %d bytes", self.peer, length)
+                self.abort()
+                self._end = 0
+                return -1
+            self._put(_simple(error, cookie))
+            self._skip = max(length - have, 0)
+            return start + min(length, have)
+        if have >= length:
+            self._write(flags, cookie, offset, self._view[start : start + length], False)
+            return start + length
+        if length <= DIRECT:
+            left = self._end - position
+            self._view[:left] = bytes(self._view[position : self._end])
+            self._end = left
+            return -1
+        payload = self._payload = bytearray(length)
+        self._payload_view = memoryview(payload)
+        self._payload_view[:have] = self._view[start : start + have]
+        self._filled = have
+        self._payload_request = (flags, cookie, offset)
+        self._end = 0
+        return -1
+
+    def _payload_complete(self) -> None:
+        view = self._payload_view
+        self._payload = None
+        self._payload_view = self._view[:0]
+        self._write(*self._payload_request, view, True)
+        if self._out:
+            self._flush()
+
+    # -- commands
+
+    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        position = self._volume.locate(offset, length)
+        if position > 0:
+            header = _DATA_HEADER if self._structured else _SIMPLE_HEADER
+            buffer = bytearray(header + length)
+            try:
+                count = os.preadv(self._data_fd, (memoryview(buffer)[header:],), position, NOWAIT)
+            except OSError:  # not cached, or worse: the slow way finds out
+                count = -1
+            if count == length:
+                if self._structured:
+                    _pack_data_into(buffer, 0, proto.STRUCTURED_REPLY_MAGIC, 1, 1, cookie, 8 + length, offset)
+                else:
+                    _pack_simple_into(buffer, 0, proto.SIMPLE_REPLY_MAGIC, 0, cookie)
+                self._put(buffer)
+                return
+        elif not length:
+            self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
+            return
+        segments = self._volume.segments(offset, length)
+        if self._structured and not flags & _DF and any(position == ZERO for position, _ in segments):
+            self._read_chunks(cookie, offset, segments)
+            return
+        if self._structured and segments == [(ZERO, length)]:
+            self._put(transmission.hole_chunk(cookie, offset, length, True))
+            return
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        try:
+            done = self._device.read_now(segments, view)
+        except OSError as error:
+            self._answer_error(_READ, cookie, transmission.errno_of(error))
+            return
+        if done:
+            self._put_read(cookie, offset, view)
+        else:
+            self._start(_READ, cookie, length, self._read_slowly(cookie, offset, segments, view))
+
+    async def _read_slowly(self, cookie: int, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
+        await self._device.read(segments, view)
+        self._put_read(cookie, offset, view)
+
+    def _put_read(self, cookie: int, offset: int, view: memoryview) -> None:
+        length = len(view)
+        if self._structured:
+            self._put(transmission.data_chunk_header(cookie, offset, length, True))
+        else:
+            self._put(_simple(0, cookie))
+        self._put(view)
+
+    def _read_chunks(self, cookie: int, offset: int, segments: list[tuple[int, int]]) -> None:
+        """A structured reply with holes: a chunk for each segment, all data read before the first is sent."""
+        data = [segment for segment in segments if segment[0] != ZERO]
+        total = sum(length for _, length in data)
+        view = memoryview(bytearray(total))
+        try:
+            done = self._device.read_now(data, view)
+        except OSError as error:
+            self._answer_error(_READ, cookie, transmission.errno_of(error))
+            return
+        if done:
+            self._put_chunks(cookie, offset, segments, view)
+        else:
+            self._start(_READ, cookie, total, self._read_chunks_slowly(cookie, offset, segments, data, view))
+
+    async def _read_chunks_slowly(
+        self,
+        cookie: int,
+        offset: int,
+        segments: list[tuple[int, int]],
+        data: list[tuple[int, int]],
+        view: memoryview,
+    ) -> None:
+        await self._device.read(data, view)
+        self._put_chunks(cookie, offset, segments, view)
+
+    def _put_chunks(self, cookie: int, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
+        taken = 0
+        for index, (position, length) in enumerate(segments):
+            last = index == len(segments) - 1
+            if position == ZERO:
+                self._put(transmission.hole_chunk(cookie, offset, length, last))
+            else:
+                self._put(transmission.data_chunk_header(cookie, offset, length, last))
+                self._put(view[taken : taken + length])
+                taken += length
+            offset += length
+
+    def _write(self, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> None:
+        try:
+            done = not payload or self._device.write_now(offset, payload)
+        except (OSError, Error) as error:
+            self._put(_simple(_errno(error), cookie))
+            return
+        if done and not flags & _FUA:
+            self._put(_simple(0, cookie))
+        elif done:
+            self._start(_WRITE, cookie, len(payload), self._commit(cookie))
+        else:
+            if not owned:
+                payload = memoryview(bytes(payload))
+            self._start(_WRITE, cookie, len(payload), self._write_slowly(flags, cookie, offset, payload))
+
+    async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
+        await self._device.write(offset, payload)
+        await self._succeed(flags, cookie)
+
+    def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        """Everything but READ, WRITE and DISC."""
+        work: Coroutine[object, object, None]
+        if command == _FLUSH:
+            work = self._commit(cookie)
+        elif command == _TRIM:
+            work = self._trim(flags, cookie, offset, length)
+        elif command == _WRITE_ZEROES:
+            work = self._write_zeroes(flags, cookie, offset, length)
+        elif command == _CACHE:
+            work = self._cache(cookie, offset, length)
+        else:
+            self._block_status(flags, cookie, offset, length)
+            return
+        self._start(command, cookie, 0, work)
+
+    async def _commit(self, cookie: int) -> None:
+        await self._live.commit()
+        self._put(_simple(0, cookie))
+
+    async def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if length and not self._device.trim_now(offset, length):
+            await self._device.trim(offset, length)
+        await self._succeed(flags, cookie)
+
+    async def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        # Always fast: at most two subblocks are written, so FAST_ZERO asks for nothing that is not so anyway.
+        if length:
+            await self._device.write_zeroes(offset, length, bool(flags & _NO_HOLE))
+        await self._succeed(flags, cookie)
+
+    async def _cache(self, cookie: int, offset: int, length: int) -> None:
+        if length:
+            await self._device.prefetch(offset, length)
+        self._put(_simple(0, cookie))
+
+    async def _succeed(self, flags: int, cookie: int) -> None:
+        if flags & _FUA:
+            await self._live.commit()
+        self._put(_simple(0, cookie))
+
+    def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        most = 1 if flags & _REQ_ONE else STATUS_EXTENTS
+        subblock = self._live.pool.block_size // 16
+        for index, (number, context) in enumerate(self._contexts):
+            found = extents.status(self._volume.layer, context, offset, length, subblock, most)
+            last = index == len(self._contexts) - 1
+            self._put(transmission.block_status_chunk(cookie, number, found, last))
+
+    # -- requests in work
+
+    def _start(self, command: int, cookie: int, length: int, work: Coroutine[object, object, None]) -> None:
+        cost = max(length, REQUEST_COST)
+        self._tasks += 1
+        self._in_flight += cost
+        self._loop.create_task(self._run(command, cookie, cost, work))
+
+    async def _run(self, command: int, cookie: int, cost: int, work: Coroutine[object, object, None]) -> None:
+        try:
+            await work
+        except (OSError, Error) as error:
+            self._answer_error(command, cookie, _errno(error))
+        except Exception:
+            log.exception("%s: a request failed: %s", self.peer, Command(command).name)
+            self._answer_error(command, cookie, int(Errno.EIO))
+        self._tasks -= 1
+        self._in_flight -= cost
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._after_tasks)
+
+    def _after_tasks(self) -> None:
+        """Once for all requests that ended in this turn of the loop."""
+        self._flush_due = False
+        self._flush()
+        self._control_flow()
+        self._maybe_close()
+
+    # -- replies
+
+    def _put(self, reply: bytes | bytearray | memoryview) -> None:
+        self._out.append(reply)
+        self._out_bytes += len(reply)
+
+    def _answer_error(self, command: int, cookie: int, error: int) -> None:
+        if command == _READ and self._structured:
+            self._put(transmission.error_chunk(cookie, error, os.strerror(error)))
+        else:
+            self._put(_simple(error, cookie))
+
+    def _flush(self) -> None:
+        out = self._out
+        if not out:
+            return
+        self._out = []
+        self._out_bytes = 0
+        if not self._lost:
+            self._transport.writelines(out)
+
+
+def _errno(error: OSError | Error) -> int:
+    """What a client is told."""
+    if isinstance(error, OSError):
+        return transmission.errno_of(error)
+    if isinstance(error, NoSpace):
+        return int(Errno.ENOSPC)
+    if isinstance(error, ReadOnly):
+        return int(Errno.EPERM)
+    return int(Errno.EIO if isinstance(error, PoolFailed) else Errno.EINVAL)
+
+
+def _peer_name(transport: asyncio.Transport) -> str:
+    """`127.0.0.1:4711`, or the process at the other end of a unix socket."""
+    peer = transport.get_extra_info("peername")
+    if isinstance(peer, tuple):
+        return f"{peer[0]}:{peer[1]}"
+    sock = transport.get_extra_info("socket")
+    try:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid = struct.unpack("3i", credentials)[0]
+        return f"unix:pid {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})"
+    except OSError as error:
+        return "unix" if error.errno in (errno.ENOENT, errno.ESRCH, errno.EACCES) else "unix:?"
