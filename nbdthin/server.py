@@ -26,7 +26,7 @@ import struct
 from collections.abc import Coroutine, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
 from nbdthin.pool import extents
@@ -158,7 +158,7 @@ class Server:
     def live(self) -> LivePool:
         return self._live
 
-    async def shutdown(self, timeout: float) -> None:
+    async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""
         for listener in self._listeners:
             listener.close()
@@ -206,16 +206,15 @@ class Connection(asyncio.BufferedProtocol):
     # -- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self.peer = _peer_name(transport)
-        transport.set_write_buffer_limits(high=OUT_BYTES)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same methods
+        self.peer = _peer_name(self._transport)
+        self._transport.set_write_buffer_limits(high=OUT_BYTES)
         if not self._server.add(self):
             self._closing = True
-            transport.abort()
+            self._transport.abort()
             return
         assert self._handshake is not None
-        transport.write(self._handshake.greeting())
+        self._transport.write(self._handshake.greeting())
         self._restart_timer()
 
     def get_buffer(self, sizehint: int) -> memoryview:
