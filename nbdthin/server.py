@@ -23,8 +23,9 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -347,6 +348,9 @@ class Connection(asyncio.BufferedProtocol):
         position = 0
         while position < len(rest):
             space = self.get_buffer(-1)
+            if not len(space):  # no client sends that much before it knows that it may
+                self.abort()
+                return
             part = rest[position : position + len(space)]
             space[: len(part)] = part
             position += len(part)
@@ -363,7 +367,8 @@ class Connection(asyncio.BufferedProtocol):
             position = min(self._skip, end)
             self._skip -= position
         while end - position >= 28 and not self._closing:
-            if self._peer_slow or self._in_flight >= IN_FLIGHT:
+            if self._stalled:
+                self._pause()
                 break
             magic, flags, command, cookie, offset, length = unpack(view, position)
             if magic != proto.REQUEST_MAGIC:
@@ -460,63 +465,38 @@ class Connection(asyncio.BufferedProtocol):
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return
         segments = self._volume.segments(offset, length)
+        put: Callable[[memoryview], None]
         if self._structured and not flags & _DF and any(position == ZERO for position, _ in segments):
-            self._read_chunks(cookie, offset, segments)
-            return
-        if self._structured and segments == [(ZERO, length)]:
-            self._put(transmission.hole_chunk(cookie, offset, length, True))
-            return
-        buffer = bytearray(length)
-        view = memoryview(buffer)
+            put = partial(self._put_chunks, cookie, offset, segments)
+            segments = [segment for segment in segments if segment[0] != ZERO]
+        else:
+            put = partial(self._put_read, cookie, offset)
+        view = memoryview(bytearray(sum(count for _, count in segments)))
         try:
             done = self._device.read_now(segments, view)
         except OSError as error:
             self._answer_error(_READ, cookie, transmission.errno_of(error))
             return
         if done:
-            self._put_read(cookie, offset, view)
+            put(view)
         else:
-            self._start(_READ, cookie, length, self._read_slowly(cookie, offset, segments, view))
+            self._start(_READ, cookie, len(view), self._read_slowly(segments, view, put))
 
-    async def _read_slowly(self, cookie: int, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
+    async def _read_slowly(
+        self, segments: list[tuple[int, int]], view: memoryview, put: Callable[[memoryview], None]
+    ) -> None:
         await self._device.read(segments, view)
-        self._put_read(cookie, offset, view)
+        put(view)
 
     def _put_read(self, cookie: int, offset: int, view: memoryview) -> None:
-        length = len(view)
         if self._structured:
-            self._put(transmission.data_chunk_header(cookie, offset, length, True))
+            self._put(transmission.data_chunk_header(cookie, offset, len(view), True))
         else:
             self._put(_simple(0, cookie))
         self._put(view)
 
-    def _read_chunks(self, cookie: int, offset: int, segments: list[tuple[int, int]]) -> None:
-        """A structured reply with holes: a chunk for each segment, all data read before the first is sent."""
-        data = [segment for segment in segments if segment[0] != ZERO]
-        total = sum(length for _, length in data)
-        view = memoryview(bytearray(total))
-        try:
-            done = self._device.read_now(data, view)
-        except OSError as error:
-            self._answer_error(_READ, cookie, transmission.errno_of(error))
-            return
-        if done:
-            self._put_chunks(cookie, offset, segments, view)
-        else:
-            self._start(_READ, cookie, total, self._read_chunks_slowly(cookie, offset, segments, data, view))
-
-    async def _read_chunks_slowly(
-        self,
-        cookie: int,
-        offset: int,
-        segments: list[tuple[int, int]],
-        data: list[tuple[int, int]],
-        view: memoryview,
-    ) -> None:
-        await self._device.read(data, view)
-        self._put_chunks(cookie, offset, segments, view)
-
     def _put_chunks(self, cookie: int, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
+        """A chunk for each segment; `view` has the data of those that are no holes."""
         taken = 0
         for index, (position, length) in enumerate(segments):
             last = index == len(segments) - 1

@@ -89,7 +89,7 @@ class Journal:
         self._segment = directory  # the open segment's path
         self._position = 0
         self._limit = 0  # where the prepared zeroes end
-        self._next_ready = False
+        self.next_ready = False  # the next segment's file exists
 
     # -- opening
 
@@ -129,7 +129,7 @@ class Journal:
                 leaving.unlink()
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
-            self._next_ready = (self.directory / "next").exists()
+            self.next_ready = (self.directory / "next").exists()
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         found = []
@@ -197,7 +197,7 @@ class Journal:
     def _rotate(self) -> None:
         path = self._log_path(self.sequence + 1)
         following = self.directory / "next"
-        if self._next_ready:
+        if self.next_ready:
             os.rename(following, path)
         else:
             self._prepare(path)
@@ -205,14 +205,14 @@ class Journal:
         os.close(self._fd)
         self._fd = -1
         self._open_segment(path, 0)
-        self._next_ready = False
+        self.next_ready = False
 
     def prepare_next(self) -> None:
         """Have the next segment's space ready. To be called when there is time; append does without."""
-        if not self._next_ready:
+        if not self.next_ready:
             self._prepare(self.directory / "next")
             sync_directory(self.directory)
-            self._next_ready = True
+            self.next_ready = True
 
     def _open_segment(self, path: Path, position: int) -> None:
         """Append to `path` from `position` on; what stands there is a torn tail, and goes."""

@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeVar
@@ -31,13 +31,14 @@ from nbdthin.pool.layers import LEAF_SHIFT, Layer
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.volume import Volume
-from nbdthin.units import KiB
+from nbdthin.units import KiB, MiB
 
 COMMIT_INTERVAL = (
     5.0  # seconds: what nobody asked to be durable is so after this long, as with the kernel's file systems
 )
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
+INLINE_READ = 1 * MiB  # bytes; the same for reads of what is cached
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
 log = logging.getLogger("nbdthin.pool")
@@ -61,7 +62,7 @@ class LiveVolume:
 
     def read_now(self, segments: list[tuple[int, int]], view: memoryview) -> bool:
         """Fill `view`, all zeroes, from the page cache. OSError from the disk."""
-        if not self._nowait:
+        if not self._nowait or len(view) > INLINE_READ:
             return False
         try:
             self.volume.read_segments(segments, view, NOWAIT)
@@ -229,6 +230,7 @@ class LivePool:
         self._reclaiming: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._merging: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
@@ -236,9 +238,10 @@ class LivePool:
 
     def open(self, name: str) -> LiveVolume:
         """The volume or snapshot `name`, one object for all. Raises NotFound."""
+        volume = self.pool.volume(name)
         live = self._volumes.get(name)
-        if live is None:
-            live = self._volumes[name] = LiveVolume(self, self.pool.volume(name))
+        if live is None or live.volume is not volume:  # the name may have gone and come back
+            live = self._volumes[name] = LiveVolume(self, volume)
         return live
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
@@ -323,6 +326,19 @@ class LivePool:
         self.commits += 1
         if batch.checkpoint_due:
             self._spawn(self._checkpoint(batch))
+        elif not self.pool.journal.next_ready and not self._closing:
+            self._prepare_soon()
+
+    def _prepare_soon(self) -> None:
+        """Have room for the next journal segment while there is room: removing things must work on a full disk."""
+        if self._preparing is None or self._preparing.done():
+            self._preparing = self._spawn(self._prepare())
+
+    async def _prepare(self) -> None:
+        try:
+            await self._loop.run_in_executor(self._upkeep, self.pool.journal.prepare_next)
+        except OSError as error:
+            log.warning("no room for the next journal segment: %s", os.strerror(error.errno or 0))
 
     async def _checkpoint(self, batch: Batch) -> None:
         try:
@@ -420,8 +436,8 @@ class LivePool:
 
     # -- the end
 
-    def _spawn(self, work: object) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = self._loop.create_task(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -440,7 +456,7 @@ class LivePool:
                 await self.commit()
         finally:
             while self._tasks:
-                await asyncio.wait(self._tasks)
+                await asyncio.wait(list(self._tasks))
             for executor in (self._io, self._sync, self._upkeep):
                 executor.shutdown()
             self.pool.close()

@@ -1,0 +1,450 @@
+"""The server over real sockets, byte by byte: what clients that keep to the protocol see, and those that do not."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nbdthin.errors import InUse
+from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
+from nbdthin.pool.pool import Pool
+from tests.rawclient import (
+    BLOCK_STATUS,
+    CACHE,
+    DF,
+    DISC,
+    EINVAL,
+    ENOSPC,
+    EPERM,
+    FAST_ZERO,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    READ,
+    REQ_ONE,
+    TRIM,
+    WRITE,
+    WRITE_ZEROES,
+    Client,
+    Serving,
+)
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 256 * MIB
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    read_only: bool = False
+    description: str = ""
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    Pool.init(tmp_path / "pool", size="1G")
+    rules = (Rule("golden/*", read_only=True, description="do not touch"),)
+    with Serving(tmp_path / "pool", tmp_path / "nbd.sock", rules) as serving:
+        serving.run(serving.live.execute([Create("web", SIZE)]))
+        yield serving
+
+
+@pytest.fixture
+def client(serving: Serving) -> Iterator[Client]:
+    client = Client(serving.socket, "web")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def structured(serving: Serving) -> Iterator[Client]:
+    client = Client(serving.socket, "web", structured=True, contexts=("base:allocation", "qemu:allocation-depth"))
+    yield client
+    client.close()
+
+
+def pattern(seed: int, length: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+# Data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 511, 4096, 5000, 65536, 65537, 3 * MIB + 17])
+@pytest.mark.parametrize("offset", [0, 1, 4096, 65535, 100_000])
+@pytest.mark.parametrize("kind", ["client", "structured"])
+def test_what_is_written_is_read_back(request: pytest.FixtureRequest, kind: str, offset: int, length: int) -> None:
+    client: Client = request.getfixturevalue(kind)
+    data = pattern(length, length)
+    assert client.write(offset, data) == 0
+    assert client.read(offset, length) == data
+    around = client.read(max(offset - 100, 0), length + 200)
+    assert around == bytes(min(offset, 100)) + data + bytes(length + 200 - len(data) - min(offset, 100))
+
+
+def test_a_payload_that_comes_in_small_pieces_is_put_together(client: Client) -> None:
+    for length in (5000, 200_000):
+        data = pattern(1, length)
+        _, message = client.request(WRITE, 777, length, data)
+        for start in range(0, len(message), 997):
+            client.sock.sendall(message[start : start + 997])
+        assert client.reply().error == 0
+        assert client.read(777, length) == data
+
+
+def test_a_payload_of_64_mib_is_taken_and_one_of_more_closes(serving: Serving, client: Client) -> None:
+    data = pattern(2, 64 * MIB)
+    assert client.write(0, data) == 0
+    assert client.read(0, 64 * MIB) == data
+    assert client.call(READ, 0, 64 * MIB + 1) == EINVAL
+    client.send(WRITE, 0, 64 * MIB + 1)
+    assert client.closed()
+
+
+def test_a_thousand_requests_sent_at_once_are_all_answered(client: Client) -> None:
+    data = pattern(3, 4096)
+    wanted = {}
+    message = b""
+    for index in range(500):
+        cookie, part = client.request(WRITE, index * 8192, 4096, data)
+        message += part
+        wanted[cookie] = b""
+    client.sock.sendall(message)
+    for _ in range(500):
+        assert wanted.pop(client.reply().cookie) == b""
+    message = b""
+    for index in range(1000):
+        cookie, part = client.request(READ, index * 4096, 4096)
+        message += part
+        wanted[cookie] = data if index % 2 == 0 else bytes(4096)
+    client.sock.sendall(message)
+    for _ in range(1000):
+        chunk = client.reply()
+        assert chunk.payload == wanted.pop(chunk.cookie)
+    assert not wanted
+
+
+def test_reads_that_are_not_cached_return_the_same_bytes(serving: Serving, client: Client) -> None:
+    data = pattern(4, 8 * MIB)
+    client.write(0, data)
+    client.call(FLUSH, 0, 0)
+    fd = serving.live.pool.data.fd
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    for offset in (4 * MIB, 0, 1 * MIB + 333):
+        assert client.read(offset, 70_000) == data[offset : offset + 70_000]
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert client.write(100, b"x" * 10) == 0  # the rest of the subblock comes from the disk
+    assert client.read(0, 8192) == data[:100] + b"x" * 10 + data[110:8192]
+
+
+def test_what_lies_in_a_parent_is_read_from_disk_when_part_of_a_subblock_is_written(
+    serving: Serving, client: Client
+) -> None:
+    data = pattern(5, 64 * KIB)
+    client.write(0, data)
+    serving.run(serving.live.execute([Snapshot("web", "web@1"), Clone("web@1", "two")]))
+    os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    other = Client(serving.socket, "two")
+    assert other.write(5000, b"new") == 0
+    assert other.read(0, 64 * KIB) == data[:5000] + b"new" + data[5003:]
+    assert client.read(0, 64 * KIB) == data
+    other.close()
+
+
+def test_trim_and_write_zeroes_read_as_zero_and_free_their_blocks(serving: Serving, client: Client) -> None:
+    client.write(0, pattern(6, MIB))
+    assert client.call(TRIM, 0, 512 * KIB) == 0
+    assert client.call(WRITE_ZEROES, 512 * KIB, 256 * KIB, flags=FAST_ZERO) == 0
+    assert client.call(WRITE_ZEROES, 768 * KIB + 10, 100, flags=FUA) == 0
+    assert client.read(0, 768 * KIB) == bytes(768 * KIB)
+    assert (
+        client.read(768 * KIB, 256 * KIB)
+        == pattern(6, MIB)[768 * KIB :][:10] + bytes(100) + pattern(6, MIB)[768 * KIB + 110 :]
+    )
+    assert serving.live.pool.allocator.used == 4
+
+
+def test_write_zeroes_without_a_hole_keeps_its_blocks(serving: Serving, structured: Client) -> None:
+    assert structured.call(WRITE_ZEROES, 0, 256 * KIB, flags=NO_HOLE) == 0
+    assert serving.live.pool.allocator.used == 4
+    assert structured.read(0, 256 * KIB) == bytes(256 * KIB)
+    context = structured.contexts["base:allocation"]
+    assert structured.status(0, MIB)[context] == [(256 * KIB, 2), (768 * KIB, 3)]
+
+
+def test_requests_of_length_zero_change_nothing_and_keep_the_connection(client: Client, structured: Client) -> None:
+    for each in (client, structured):
+        for command in (READ, WRITE, TRIM, CACHE, WRITE_ZEROES):
+            assert each.call(command, 4096, 0) == 0
+        assert each.call(BLOCK_STATUS, 4096, 0) == EINVAL
+        assert each.read(0, 512) == bytes(512)
+
+
+# Structured replies ---------------------------------------------------------------------------------------
+
+
+def test_holes_are_sent_as_holes(structured: Client) -> None:
+    data = pattern(7, 4096)
+    structured.write(8192, data)
+    cookie = structured.send(READ, 0, 64 * KIB)
+    chunks = [structured.reply() for _ in range(3)]
+    assert [(chunk.cookie, chunk.kind, chunk.done) for chunk in chunks] == [
+        (cookie, 2, False),
+        (cookie, 1, False),
+        (cookie, 2, True),
+    ]
+    assert chunks[0].payload == struct.pack(">QI", 0, 8192)
+    assert chunks[1].payload == struct.pack(">Q", 8192) + data
+    assert chunks[2].payload == struct.pack(">QI", 12288, 64 * KIB - 12288)
+
+
+def test_a_read_with_df_comes_in_one_chunk(structured: Client) -> None:
+    structured.write(8192, b"x" * 4096)
+    structured.send(READ, 0, 64 * KIB, flags=DF)
+    chunk = structured.reply()
+    assert chunk.done and chunk.payload[8:] == bytes(8192) + b"x" * 4096 + bytes(64 * KIB - 12288)
+
+
+def test_block_status_tells_data_from_holes_at_4_kib_and_who_owns_it(serving: Serving, structured: Client) -> None:
+    structured.write(4096, b"x" * 4096)
+    serving.run(serving.live.execute([Snapshot("web", "web@1")]))
+    structured.write(12288, b"y" * 4096)
+    structured.call(TRIM, 4096, 4096)
+    allocation, depth = structured.contexts["base:allocation"], structured.contexts["qemu:allocation-depth"]
+    found = structured.status(0, MIB)
+    # The new head's own block is there already: what is zero in it is no hole.
+    assert found[allocation] == [(12288, 2), (4096, 0), (49152, 2), (MIB - 65536, 3)]
+    assert found[depth] == [(4096, 0), (4096, 1), (4096, 0), (4096, 1), (MIB - 16384, 0)]
+    assert structured.status(0, MIB, REQ_ONE)[allocation] == [(12288, 2)]
+
+
+# Refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "offset", "length", "error"),
+    [
+        (WRITE, 0, SIZE, 4096, ENOSPC),
+        (WRITE, 0, SIZE - 512, 4096, ENOSPC),
+        (WRITE, 0, (1 << 64) - 4096, 8192, ENOSPC),
+        (WRITE, 0x80, 0, 4096, EINVAL),
+        (WRITE, NO_HOLE, 0, 4096, EINVAL),
+        (WRITE, 0, SIZE, 3 * MIB, ENOSPC),
+        (READ, 0, SIZE, 1, EINVAL),
+        (TRIM, 0, SIZE - 1, 2, EINVAL),
+        (CACHE, 0, SIZE, 1, EINVAL),
+        (WRITE_ZEROES, 0, SIZE, 1, ENOSPC),
+        (BLOCK_STATUS, 0, 0, 512, EINVAL),
+        (8, 0, 0, 512, EINVAL),
+        (77, 0, 0, 0, EINVAL),
+    ],
+)
+def test_a_refused_request_gets_its_error_and_the_connection_goes_on(
+    client: Client, command: int, flags: int, offset: int, length: int, error: int
+) -> None:
+    payload = b"z" * length if command == WRITE else b""
+    assert client.call(command, offset, length, payload, flags) == error
+    assert client.write(0, b"still here") == 0
+    assert client.read(0, 10) == b"still here"
+
+
+def test_a_refused_write_still_consumes_its_payload_when_it_comes_late(client: Client) -> None:
+    _, message = client.request(WRITE, SIZE, 300_000, pattern(8, 300_000))
+    client.sock.sendall(message[:100])
+    assert client.reply().error == ENOSPC
+    client.sock.sendall(message[100:])
+    assert client.read(0, 100) == bytes(100)
+
+
+def test_snapshots_and_read_only_exports_refuse_every_kind_of_write(serving: Serving) -> None:
+    serving.run(serving.live.execute([Snapshot("web", "web@1"), Create("golden/a", MIB)]))
+    for name in ("web@1", "golden/a"):
+        client = Client(serving.socket, name)
+        assert client.flags & 2
+        assert client.write(0, b"no") == EPERM
+        assert client.call(TRIM, 0, 4096) == EPERM
+        assert client.call(WRITE_ZEROES, 0, 4096) == EPERM
+        assert client.call(FLUSH, 0, 0) == 0
+        assert client.read(0, 10) == bytes(10)
+        client.close()
+
+
+def test_a_wrong_magic_number_closes_the_connection(client: Client) -> None:
+    client.sock.sendall(bytes(28))
+    assert client.closed()
+
+
+def test_a_full_pool_answers_enospc_and_goes_on_reading_trimming_and_overwriting(tmp_path: Path) -> None:
+    Pool.init(tmp_path / "small", size="2M")
+    with Serving(tmp_path / "small", tmp_path / "nbd.sock") as serving:
+        serving.run(serving.live.execute([Create("big", 64 * MIB)]))
+        client = Client(serving.socket, "big")
+        blocks = serving.live.pool.allocator.capacity
+        for index in range(blocks):
+            assert client.write(index * 64 * KIB, pattern(index, 64 * KIB)) == 0
+        assert client.write(blocks * 64 * KIB, b"one more") == ENOSPC
+        assert client.call(WRITE_ZEROES, 40 * MIB, 4096, flags=NO_HOLE) == ENOSPC
+        assert client.write(0, b"in place") == 0
+        assert client.read(0, 8) == b"in place"
+        assert client.call(TRIM, 0, 64 * KIB) == 0
+        assert client.write(blocks * 64 * KIB, b"one more") == 0, "what a trim gave back can be written at once"
+        assert client.read(64 * KIB, 64 * KIB) == pattern(1, 64 * KIB)
+        client.close()
+
+
+# Connections ----------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_does_not_take_its_replies_is_not_read_from(serving: Serving, client: Client) -> None:
+    client.write(0, pattern(9, MIB))
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    message = b"".join(client.request(READ, 0, MIB)[1] for _ in range(2000))
+    sender = threading.Thread(target=client.sock.sendall, args=(message,))
+    sender.start()  # two thousand replies of 1 MiB: far more than sockets hold
+    memory = [serving.run(_memory()) for _ in range(20)]
+    assert max(memory) < 400 * MIB
+    for _ in range(2000):
+        assert len(client.reply().payload) == MIB
+    sender.join()
+
+
+async def _memory() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_disconnect_finishes_what_was_asked_before_it(client: Client) -> None:
+    message = b"".join(client.request(WRITE, index * 4096, 4096, b"a" * 4096)[1] for index in range(20))
+    message += client.request(FLUSH, 0, 0)[1] + client.request(DISC, 0, 0)[1]
+    client.sock.sendall(message)
+    assert [client.reply().error for _ in range(21)] == [0] * 21
+    assert client.closed()
+
+
+def test_a_client_that_only_stops_sending_still_gets_its_replies(client: Client) -> None:
+    client.sock.sendall(b"".join(client.request(READ, 0, 4096)[1] for _ in range(50)) + client.request(FLUSH, 0, 0)[1])
+    client.sock.shutdown(socket.SHUT_WR)
+    assert [client.reply().error for _ in range(51)] == [0] * 51
+    assert client.closed()
+
+
+def test_connections_reset_in_the_middle_harm_nobody_else(serving: Serving, client: Client) -> None:
+    data = pattern(10, 4096)
+    client.write(0, data)
+    for index in range(100):
+        rude = Client(serving.socket, "web")
+        rude.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        rude.sock.sendall(b"".join(rude.request(READ, 0, MIB)[1] for _ in range(20)))
+        rude.sock.sendall(rude.request(WRITE, 8192, 2 * MIB)[1] + bytes(index * 100))
+        rude.close()
+    assert client.read(0, 4096) == data
+
+
+def test_many_connections_see_each_others_writes(serving: Serving) -> None:
+    clients = [Client(serving.socket, "web") for _ in range(8)]
+    for index, each in enumerate(clients):
+        assert each.flags & 0x100
+        assert each.write(index * 4096, bytes([index + 1]) * 4096) == 0
+    assert clients[3].call(FLUSH, 0, 0) == 0
+    expected = b"".join(bytes([index + 1]) * 4096 for index in range(8))
+    assert all(each.read(0, 8 * 4096) == expected for each in clients)
+    for each in clients:
+        each.close()
+
+
+def test_a_name_in_use_is_not_removed_resized_renamed_or_rolled_back(serving: Serving, client: Client) -> None:
+    serving.run(serving.live.execute([Snapshot("web", "web@1")]))
+    for command in (Remove("web"), Resize("web", MIB), Rename("web", "new"), Rollback("web", "web@1")):
+        with pytest.raises(InUse, match=rf"in use.*pid {os.getpid()}") as caught:
+            serving.run(serving.live.execute([command]))
+        assert len(caught.value.holders) == 1
+    serving.run(serving.server.disconnect("web"))
+    assert client.closed()
+    serving.run(serving.live.execute([Remove("web")]))
+
+
+def test_a_name_that_went_and_came_back_is_a_new_volume(serving: Serving, client: Client) -> None:
+    client.write(0, b"old")
+    serving.run(serving.server.disconnect("web"))
+    serving.run(serving.live.execute([Remove("web")]))
+    serving.run(serving.live.execute([Create("web", MIB)]))
+    again = Client(serving.socket, "web")
+    assert (again.size, again.read(0, 3)) == (MIB, bytes(3))
+    again.close()
+
+
+def test_shutting_down_answers_what_was_received_and_loses_nothing(serving: Serving, client: Client) -> None:
+    message = b"".join(client.request(WRITE, index * 4096, 4096, bytes([index]) * 4096)[1] for index in range(64))
+    client.sock.sendall(message)
+    first = client.reply()
+    serving.stop()
+    answered = [first]
+    try:
+        while True:
+            answered.append(client.reply())
+    except (EOFError, ConnectionResetError):
+        pass
+    assert all(chunk.error == 0 for chunk in answered)
+    with Pool.open(serving.path) as pool:
+        for chunk in answered:
+            index = chunk.cookie - 1
+            assert pool.volume("web").read(index * 4096, 4096) == bytes([index]) * 4096
+
+
+def test_a_snapshot_under_load_holds_what_had_been_answered_and_a_prefix_of_the_rest(serving: Serving) -> None:
+    """Each round writes its number to two places, the second only once the first is answered."""
+    stop = threading.Event()
+    answered = [0]
+
+    def load() -> None:
+        client = Client(serving.socket, "web")
+        number = 0
+        while not stop.is_set():
+            number += 1
+            stamp = number.to_bytes(8, "big") * 512
+            client.write(0, stamp)
+            client.write(10 * MIB, stamp * 80)  # large enough for a thread
+            answered[0] = number
+        client.close()
+
+    writer = threading.Thread(target=load)
+    writer.start()
+    for index in range(30):
+        before = answered[0]
+        serving.run(serving.live.execute([Snapshot("web", f"web@{index}")]))
+        frozen = Client(serving.socket, f"web@{index}")
+        first = int.from_bytes(frozen.read(0, 8), "big")
+        second = {int.from_bytes(frozen.read(10 * MIB + at, 8), "big") for at in range(0, 320 * KIB, 32 * KIB)}
+        assert len(second) == 1, "a single write is whole or absent where the snapshot waited for it"
+        assert before <= min(second) and first - 1 <= min(second) <= first
+        frozen.close()
+    stop.set()
+    writer.join()
+
+
+def test_the_handshake_is_given_up_when_the_client_says_nothing(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdthin.server.HANDSHAKE_TIMEOUT", 0.05)
+    silent = Client(serving.socket)
+    silent.receive(18)
+    assert silent.closed()
+    silent.close()
+
+
+def test_exports_are_listed_with_their_descriptions(serving: Serving) -> None:
+    serving.run(serving.live.execute([Create("golden/a", MIB)]))
+    client = Client(serving.socket)
+    client.receive(18)
+    client.sock.sendall(struct.pack(">I", 3))
+    listed = [data for kind, data in client.option(3, b"") if kind == 2]
+    assert listed == [b"\0\0\0\3web", b"\0\0\0\x08golden/ado not touch"]
+    client.close()
