@@ -12,7 +12,7 @@ GiB = 1 << 30
 TiB = 1 << 40
 
 _UNITS = "KMGTPE"
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGTPE])(?:i?B)?|B)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGTPE])(?:i?B)?|B)?\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str | int) -> int:

@@ -55,7 +55,7 @@ def check_path(path: Path | str) -> Report:
 def check(pool: Pool) -> list[str]:
     """Everything wrong with an open pool, a sentence each."""
     problems = [*_links(pool.state), *_entries(pool), *_caches(pool.state), *_space(pool)]
-    if not pool.has_changes:
+    if not pool.has_changes and pool.failed is None:
         problems.extend(_journal(pool))
     return problems
 

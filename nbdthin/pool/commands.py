@@ -88,6 +88,19 @@ class Label:
 Command = Create | Snapshot | Clone | Rollback | Rename | Remove | Resize | Label
 
 
+def names_in(command: Command) -> tuple[str, ...]:
+    """The names that `command` speaks of."""
+    match command:
+        case Snapshot() | Rollback():
+            return command.volume, command.name if isinstance(command, Snapshot) else command.snapshot
+        case Clone():
+            return command.snapshot, command.name
+        case Rename():
+            return command.old, command.new
+        case _:
+            return (command.name,)
+
+
 def check_name(name: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise Invalid(f"not a name: {name!r} (1 to 255 letters, digits and ._:@/-)")
@@ -104,11 +117,18 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     for key, value in labels.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise Invalid(f"labels are text, not {key!r} = {value!r}")
-        if not key or "=" in key or max(len(key.encode()), len(value.encode())) > MAX_LABEL:
+        if not key or "=" in key or not (_fits(key) and _fits(value)):
             raise Invalid(f"not a label: {key[:40]!r} (a key without =, key and value up to {MAX_LABEL} bytes)")
     if len(labels) > MAX_LABELS:
         raise Invalid(f"too many labels: {len(labels)} (up to {MAX_LABELS})")
     return dict(labels)
+
+
+def _fits(text: str) -> bool:
+    try:
+        return len(text.encode()) <= MAX_LABEL
+    except UnicodeEncodeError:  # half a surrogate pair, as a command line of bad UTF-8 gives
+        return False
 
 
 class Draft:

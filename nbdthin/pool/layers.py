@@ -102,7 +102,7 @@ class Layer:
         self.own: dict[int, array[int]] = {}
         self.effective_leaves: dict[int, array[int]] = {}  # a cache
         self.mixed: dict[int, tuple[int, ...]] = {}  # a cache: block -> physical block of each subblock
-        self.referenced: dict[int, int] = {}  # a cache of space.py: leaf -> blocks referenced
+        self.referenced: dict[int, tuple[int, int]] = {}  # a cache of space.py: leaf -> blocks visible, provisioned
         self.blocks = 0  # physical blocks owned
         self.changes = 0  # counts changes of own leaves, for caches elsewhere
         self.dirty: set[int] | None = None  # blocks changed since the last commit was packed
@@ -275,6 +275,7 @@ class State:
         self.layers: dict[int, Layer] = {}
         self.next_layer = 1
         self.mergeable: dict[int, None] = {}  # layers without a name and with one child, in order of discovery
+        self.prunable: dict[int, None] = {}  # layers that lost their name, or a child, and have several children
         self.snapshots = 0  # names that are snapshots
 
     def apply(self, record: Record) -> list[Layer]:
@@ -341,12 +342,17 @@ class State:
         while layer is not None and layer.name is None and not layer.children:
             del self.layers[layer.number]
             self.mergeable.pop(layer.number, None)
+            self.prunable.pop(layer.number, None)
             gone.append(layer)
             if layer.parent is not None:
                 del layer.parent.children[layer.number]
             layer = layer.parent
-        if layer is not None and layer.name is None and len(layer.children) == 1:
-            self.mergeable[layer.number] = None
+        if layer is not None and layer.name is None:
+            if len(layer.children) == 1:
+                self.prunable.pop(layer.number, None)
+                self.mergeable[layer.number] = None
+            else:
+                self.prunable[layer.number] = None
         return gone
 
     def snapshot_records(self) -> list[Record]:

@@ -117,14 +117,17 @@ class LiveVolume:
     async def write(self, offset: int, payload: memoryview) -> None:
         """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace or OSError."""
         async with self._hold(offset, len(payload)):
-            self._pool.check_writable()
-            write = await self._live.with_space(lambda: self.volume.reserve(offset, len(payload)))
-            try:
-                await self._live.in_thread(write.perform, payload)
-            except BaseException:
-                self.volume.abandon(write)
-                raise
-            self.volume.finish(write)
+            await self._write_held(offset, payload)
+
+    async def _write_held(self, offset: int, payload: memoryview) -> None:
+        self._pool.check_writable()
+        write = await self._live.with_space(lambda: self.volume.reserve(offset, len(payload)))
+        try:
+            await self._live.in_thread(write.perform, payload)
+        except BaseException:
+            self.volume.abandon(write)
+            raise
+        self.volume.finish(write)
 
     def trim_now(self, offset: int, length: int) -> bool:
         if self._blocked(offset, length):
@@ -138,12 +141,14 @@ class LiveVolume:
 
     async def write_zeroes(self, offset: int, length: int, allocate: bool) -> None:
         """Raises NoSpace or OSError."""
-        if allocate:
-            async with self._hold(offset, length):
-                await self._live.with_space(lambda: self.volume.provision(offset, length))
-        for start, end in self.volume.partial_zeroes(offset, length):
-            await self.write(start, memoryview(bytes(end - start)))
         async with self._hold(offset, length):
+            self._pool.check_writable()
+            if allocate:
+                await self._live.with_space(lambda: self.volume.provision(offset, length))
+            parts = self.volume.partial_zeroes(offset, length)
+            await self._live.with_space(lambda: self.volume.check_space(parts))
+            for start, end in parts:
+                await self._write_held(start, memoryview(bytes(end - start)))
             self._pool.check_writable()
             self.volume.zero_whole(offset, length, allocate)
 
@@ -389,7 +394,7 @@ class LivePool:
     # -- merging
 
     def _merge_soon(self) -> None:
-        if self._merging is None and not self._closing and self._to_merge() is not None:
+        if self._merging is None and not self._closing and (self.pool.state.prunable or self._to_merge() is not None):
             self._merging = self._spawn(self._merge())
 
     def _to_merge(self) -> Layer | None:
@@ -398,6 +403,11 @@ class LivePool:
 
     async def _merge(self) -> None:
         try:
+            while self.pool.state.prunable and not self._closing:
+                number, _ = self.pool.state.prunable.popitem()
+                for _step in merge.prune(self.pool, self.pool.state.layers[number]):
+                    await asyncio.sleep(0)
+                await self.commit()
             while (parent := self._to_merge()) is not None and not self._closing:
                 try:
                     await self._merge_layer(parent)

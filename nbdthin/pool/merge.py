@@ -1,5 +1,7 @@
 """Merging a layer that lost its name into its only child, so that its overwritten blocks come free.
 
+A layer without a name and with several children stays, pruned of the blocks that none of them shows.
+
 Nothing waits for it and nothing changes to the eye: every volume and snapshot reads as before, at every moment and
 after any crash. It goes leaf by leaf; in each, entries that the child does not cover move to it. Where both layers hold
 parts of one block, the parent's missing subblocks are copied into the child's block, to places that are not valid there
@@ -12,6 +14,7 @@ meanwhile keeps writers off `blocks` of `layer` when that is a volume's head (li
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,7 @@ import numpy as np
 
 from nbdthin.pool.layers import FULL, LEAF_SHIFT, SUBBLOCKS, Layer, words
 from nbdthin.pool.records import Layer as LayerRecord
+from nbdthin.pool.space import shown_by
 
 if TYPE_CHECKING:
     from nbdthin.pool.pool import Pool
@@ -81,7 +85,7 @@ class Step:
         over = layer.own.get(leaf)
         left = False
         if over is None:
-            moved, remains = lower, None
+            moved, remains = lower[:], None  # a copy: a checkpoint may be holding the sealed parent's
         else:
             moved, remains = over[:], lower[:]
             for index in np.flatnonzero(words(lower)).tolist():
@@ -97,6 +101,7 @@ class Step:
         pool.put_leaf(parent, leaf, remains if left else None)
         pool.put_leaf(layer, leaf, moved)
         _forget_below(layer, leaf)
+        parent.referenced.clear()
         return not left
 
     def _join(self, upper: int, lower: int) -> int | None:
@@ -127,6 +132,26 @@ def _forget_below(layer: Layer, leaf: int) -> None:
         node.forget(leaf)
         node.referenced.clear()
         todo.extend(node.children.values())
+
+
+def prune(pool: Pool, layer: Layer) -> Iterator[None]:
+    """Free the blocks of a layer without a name that none of its children shows; leaf by leaf, no I/O.
+
+    For a layer with several children, which cannot be merged. Ends early when the layer goes away meanwhile.
+    """
+    for leaf in list(layer.own):
+        if pool.state.layers.get(layer.number) is not layer or layer.name is not None:
+            return
+        own = words(layer.own[leaf])
+        shown = shown_by(layer.children.values(), leaf, (own & FULL).astype(np.uint64))
+        if shown is None:
+            continue
+        unneeded = (own >> np.uint64(32) != 0) & (shown == 0)
+        if unneeded.any():
+            pool.discard_blocks(own[unneeded] >> np.uint64(32))
+            kept = np.where(unneeded, own & (FULL << 16), own)
+            pool.put_leaf(layer, leaf, array("Q", kept.tobytes()))
+        yield
 
 
 def child_of(pool: Pool, parent: Layer) -> Layer | None:

@@ -21,6 +21,7 @@ import fcntl
 import os
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 import weakref
@@ -39,7 +40,7 @@ from nbdthin.pool.allocator import Allocator
 from nbdthin.pool.commands import Command
 from nbdthin.pool.data import DataFile, device_size, is_device
 from nbdthin.pool.journal import Frame, Journal, sync_directory
-from nbdthin.pool.layers import Layer, State, Words
+from nbdthin.pool.layers import Layer, State, Words, words
 from nbdthin.pool.records import (
     LEAF_BYTES,
     BadRecord,
@@ -130,9 +131,12 @@ class Capture:
 
     def _all(self) -> Iterator[Record]:
         yield from self._records
+        leaves = 0
         for number, leaf, entries in self._leaves:
-            yield Leaf(number, leaf, entries.tobytes())
-        yield End(len(self._records) + len(self._leaves))
+            if words(entries).any():
+                leaves += 1
+                yield Leaf(number, leaf, entries.tobytes())
+        yield End(len(self._records) + leaves)
 
 
 class Pool:
@@ -198,9 +202,9 @@ class Pool:
             data="data" if data_path is None else str(data_path),
             created=time.time(),
         )
+        missing = [parent for parent in path.absolute().parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".new")
-        draft.mkdir()
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))  # renamed when it is complete
         made = None
         try:
             target = data_path if data_path is not None else draft / "data"
@@ -215,6 +219,8 @@ class Pool:
             shutil.rmtree(draft, ignore_errors=True)
             if made is not None:
                 made.unlink(missing_ok=True)
+            for parent in missing:
+                parent.rmdir()
             raise
 
     @classmethod
@@ -249,17 +255,24 @@ class Pool:
         header = os.pread(self.data.fd, DATA_HEADER, 0)
         if header != self.superblock.data_header():
             raise Corrupt(self.data.path, 0, "this is not the data of this pool, or its header is damaged")
+        self._checkpoint_end: tuple[Path, Record | None, int] = (self.path, None, 0)
         self.journal.load(self._replay, repair_tail=not inspect)
+        path, last, count = self._checkpoint_end
+        if last != End(count - 1):
+            raise Corrupt(path, None, "the checkpoint is not whole")
         if inspect:
             self.failed = "it was opened to be looked at"
         self.claim_blocks()
 
     def _replay(self, frame: Frame) -> None:
         try:
-            for record in decode(frame.payload):
+            records = decode(frame.payload)
+            for record in records:
                 self.state.apply(record)
         except BadRecord as error:
             raise Corrupt(frame.path, frame.offset, str(error)) from error
+        if frame.path.suffix == ".checkpoint" and records:
+            self._checkpoint_end = (frame.path, records[-1], self._checkpoint_end[2] + len(records))
 
     def claim_blocks(self) -> None:
         """Rebuild free space from the entries. Raises Corrupt when they do not add up."""
@@ -359,16 +372,23 @@ class Pool:
         """Make `wanted` so, all or nothing. Durable with the next commit."""
         self.check_writable()
         records = commands.plan(wanted, self.state.names, self.state.next_layer, time.time())
-        shrinking = [
-            (command.name, self.state.names[command.name].size)
-            for command in wanted
-            if isinstance(command, commands.Resize) and command.name in self.state.names
-        ]
+        ends = [self.volume(name).prepare_end(size) for name, size in self._shrinking(wanted)]
         self.apply(records)
-        for name, before in shrinking:
-            if name in self.state.names:
-                volume = self.volume(name)
-                volume.clear_behind_end(before)
+        for finish in ends:
+            finish()
+
+    def _shrinking(self, wanted: Sequence[Command]) -> builtins.list[tuple[str, int]]:
+        """The volumes that become smaller, and their new sizes. Shrinking goes alone: it has data to move."""
+        smaller = []
+        for command in wanted:
+            if not isinstance(command, commands.Resize):
+                continue
+            row = self.state.names.get(command.name)
+            if row is None or command.size < row.size:
+                if sum(command.name in commands.names_in(other) for other in wanted) > 1:
+                    raise Invalid(f"{command.name!r} cannot shrink in a batch that changes it in another way too")
+                smaller.append((command.name, command.size))
+        return smaller
 
     def apply(self, records: Iterable[Record]) -> None:
         """The live side of `State.apply`: frees what is gone, tells open volumes, notes it for the journal."""
@@ -386,8 +406,20 @@ class Pool:
                     volume.layer = self.state.layers[record.layer]
                     volume.size = record.size
             elif isinstance(record, Unname):
-                self._volumes.pop(record.name, None)
+                self._follow(record.name, before)
             self._records.append(record)
+
+    def _follow(self, name: str, before: Name | None) -> None:
+        """`name` is gone: an open volume of it goes by the new name of its layer, or is cut off."""
+        volume = self._volumes.pop(name, None)
+        if volume is None or before is None:
+            return
+        layer = self.state.layers.get(before.layer)
+        if layer is None or layer.name is None:
+            volume.detach()
+        else:
+            volume.name = layer.name
+            self._volumes[layer.name] = volume
 
     def volume(self, name: str) -> Volume:
         """The volume or snapshot `name`, for I/O; one object for all who ask. Raises NotFound."""
@@ -403,10 +435,12 @@ class Pool:
     # -- what volumes and merges do to the mapping
 
     def put(self, layer: Layer, block: int, entry: int) -> None:
+        assert self.state.layers.get(layer.number) is layer
         layer.put(block, entry)
         self._changed[layer.number] = layer
 
     def put_leaf(self, layer: Layer, leaf: int, entries: array[int] | None) -> None:
+        assert self.state.layers.get(layer.number) is layer
         layer.put_leaf(leaf, entries)
         self._changed[layer.number] = layer
 
@@ -477,6 +511,7 @@ class Pool:
 
     def commit(self) -> None:
         """Make everything so far durable, in this thread. Raises PoolFailed."""
+        self.check_writable()
         if self._records or self._changed or self.data.dirty:
             batch = self.begin()
             try:
@@ -530,7 +565,12 @@ class Pool:
     # -- merging of layers that lost their name
 
     def merge_all(self) -> None:
-        """Merge every layer without a name into its only child, in this thread."""
+        """Merge or prune every layer without a name, in this thread."""
+        while self.state.prunable:
+            number, _ = self.state.prunable.popitem()
+            for _step in merge.prune(self, self.state.layers[number]):
+                pass
+            self.commit()
         while self.state.mergeable:
             number = next(iter(self.state.mergeable))
             for step in merge.steps(self, self.state.layers[number]):
@@ -554,14 +594,14 @@ class Pool:
     def _row(self, row: Name) -> Row:
         layer = self.state.layers[row.layer]
         referenced = space.referenced(layer) * self.block_size
-        exclusive = min(space.exclusive(layer) * self.block_size, referenced)
+        exclusive = space.exclusive(layer) * self.block_size
         return Row(
             name=row.name,
             kind="snapshot" if row.snapshot else "volume",
             size=row.size,
             referenced=referenced,
             exclusive=exclusive,
-            shared=referenced - exclusive,
+            shared=max(referenced - exclusive, 0),
             parent=space.named_parent(layer),
             created=row.created,
             labels=dict(row.labels),

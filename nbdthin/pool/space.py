@@ -1,97 +1,117 @@
 """How much of the pool a volume or snapshot takes: in blocks, exact, from the entries.
 
-A block is *referenced* by a layer that reads from it or owns it. It is *exclusive* to a name when no other name's
-content needs it: what removing the name would give back once layers without a name have been merged.
-Both are sums over leaves; what cannot have changed is remembered in `Layer.referenced`.
+*Referenced* by a layer are the blocks that its reads touch, and those that it has provisioned. *Exclusive* to a name is
+what removing it gives back: the blocks that are freed at once, and those freed by what merge.py then does to layers
+without a name. Both are sums over leaves; what cannot have changed is remembered in `Layer.referenced`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
 from nbdthin.pool.layers import FULL, LEAF_SHIFT, MIXED, ZERO_LEAF, Layer, Words, words
 
-_TOTAL = -1  # the key in Layer.referenced of the sum over all leaves, kept for sealed layers
+_VISIBLE = -1  # the key in Layer.referenced of the sum over all leaves, kept for sealed layers
+_PHYSICAL = np.uint64(32)
 
 
 def referenced(layer: Layer) -> int:
     """Blocks that reads of `layer` touch, and blocks it owns without data."""
+    return _visible(layer) + sum(_leaf(layer, leaf)[1] for leaf in layer.own)
+
+
+def _visible(layer: Layer) -> int:
+    """Blocks that reads of `layer` touch."""
     chain = []
     node: Layer | None = layer
     total = 0
     while node is not None:
-        known = node.referenced.get(_TOTAL)
+        known = node.referenced.get(_VISIBLE)
         if known is not None:
-            total = known
+            total = known[0]
             break
         chain.append(node)
         node = node.parent
     for node in reversed(chain):
-        total = node.blocks if node.parent is None else total + _difference(node)
+        total += sum(_leaf(node, leaf)[0] for leaf in node.own)
         if not node.head:
-            node.referenced[_TOTAL] = total
+            node.referenced[_VISIBLE] = (total, 0)
     return total
 
 
-def _difference(layer: Layer) -> int:
-    """Blocks that `layer` refers to beyond those of its parent; only its own leaves can differ."""
-    assert layer.parent is not None
-    total = 0
-    for leaf in layer.own:
-        known = layer.referenced.get(leaf)
-        if known is None:
-            known = layer.referenced[leaf] = _count(layer, leaf) - _count(layer.parent, leaf)
-        total += known
-    return total
+def _leaf(layer: Layer, leaf: int) -> tuple[int, int]:
+    """Of an own leaf: visible blocks beyond those of the parent (only own leaves differ), and provisioned ones."""
+    known = layer.referenced.get(leaf)
+    if known is None:
+        below = 0 if layer.parent is None else _count(layer.parent, leaf)
+        own = words(layer.own[leaf])
+        provisioned = int(np.count_nonzero((own >> _PHYSICAL != 0) & (own & FULL == 0)))
+        known = layer.referenced[leaf] = (_count(layer, leaf) - below, provisioned)
+    return known
 
 
 def _count(layer: Layer, leaf: int) -> int:
-    """Distinct blocks that one leaf of `layer` refers to."""
+    """Distinct blocks that hold data which one leaf of `layer` shows."""
     effective = layer.effective(leaf)
     if effective is ZERO_LEAF:
         return 0
     entries = words(effective)
-    mixed = entries >= MIXED
-    holds = (entries & FULL != 0) & ~mixed
-    own = layer.own.get(leaf)
-    provisioned = np.zeros_like(holds) if own is None else (words(own) >> np.uint64(32) != 0) & ~holds & ~mixed
-    total = int(np.count_nonzero(holds | provisioned))
-    for index in np.flatnonzero(mixed).tolist():
-        physical = set(layer.resolve((leaf << LEAF_SHIFT) + index))
-        if own is not None:
-            physical.add(own[index] >> 32)
-        total += len(physical - {0})
-    return total
+    mixed = np.flatnonzero(entries >= MIXED).tolist()
+    shown = sum(len(set(layer.resolve((leaf << LEAF_SHIFT) + index)) - {0}) for index in mixed)
+    return int(np.count_nonzero(entries & FULL)) + shown
 
 
 def exclusive(layer: Layer) -> int:
-    """Blocks that only the name of `layer` needs."""
-    total = sum(_unneeded(layer, leaf) for leaf in layer.own) if layer.children else layer.blocks
-    # A parent without a name and without another child will be merged into this layer.
+    """Blocks that removing the name of `layer` gives back."""
+    if layer.children:
+        return _freed(layer, layer.children.values())
+    total = layer.blocks
     node = layer.parent
-    while node is not None and node.name is None and len(node.children) == 1:
+    gone = layer.number
+    while node is not None and node.name is None:
+        others = [child for child in node.children.values() if child.number != gone]
+        if others:
+            return total + _freed(node, others)
         total += node.blocks
-        node = node.parent
+        gone, node = node.number, node.parent
     return total
 
 
-def _unneeded(layer: Layer, leaf: int) -> int:
-    """Blocks of a layer's leaf that none of its children lets through."""
+def _freed(layer: Layer, children: Iterable[Layer]) -> int:
+    """Blocks of `layer` that come free when it has no name and these children: merged into one, or pruned."""
+    children = list(children)
+    return sum(_freed_leaf(layer, leaf, children) for leaf in layer.own)
+
+
+def _freed_leaf(layer: Layer, leaf: int, children: list[Layer]) -> int:
     own = words(layer.own[leaf])
-    live = _let_through(layer, leaf, (own & FULL).astype(np.uint64))
-    return 0 if live is None else int(np.count_nonzero((own >> np.uint64(32) != 0) & (live == 0)))
+    owned = own >> _PHYSICAL != 0
+    if len(children) > 1:
+        shown = shown_by(children, leaf, (own & FULL).astype(np.uint64))
+        return 0 if shown is None else int(np.count_nonzero(owned & (shown == 0)))
+    over = children[0].own.get(leaf)
+    if over is None:
+        return 0
+    entries = words(over)
+    covered = (entries | entries >> np.uint64(16)) & FULL
+    # merge.Step: of two blocks one stays; a block alone stays where something of it shows, or nothing covers it.
+    both = owned & (entries >> _PHYSICAL != 0)
+    unneeded = owned & (own & FULL & ~covered == 0) & (covered != 0)
+    return int(np.count_nonzero(both | unneeded))
 
 
-def _let_through(layer: Layer, leaf: int, data: Words) -> Words | None:
-    """The subblocks of `data` that some child of `layer` shows; None for all of them."""
-    live = np.zeros_like(data)
-    for child in layer.children.values():
+def shown_by(children: Iterable[Layer], leaf: int, data: Words) -> Words | None:
+    """The subblocks of `data`, a layer's, that some child lets through; None for all of them."""
+    shown = np.zeros_like(data)
+    for child in children:
         over = child.own.get(leaf)
         if over is None:
             return None
         entries = words(over)
-        live |= data & ~(entries | entries >> np.uint64(16))
-    return live
+        shown |= data & ~(entries | entries >> np.uint64(16))
+    return shown
 
 
 def named_parent(layer: Layer) -> str | None:

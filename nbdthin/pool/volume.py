@@ -10,12 +10,13 @@ Data goes to its block before the entry says so; until `finish`, a reserved bloc
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nbdthin.errors import Invalid, NoSpace, ReadOnly
-from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, ZERO_LEAF, Layer, words
+from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, words
 from nbdthin.pool.records import LEAF_BLOCKS
 
 if TYPE_CHECKING:
@@ -97,6 +98,12 @@ class Volume:
         self._sub_shift = self._shift - SUB_BITS
         self._sub_mask = (1 << self._sub_shift) - 1
 
+    def detach(self) -> None:
+        """The name is gone: whoever still has this object can reach nothing through it."""
+        self.layer = Layer(0, None)
+        self.size = 0
+        self.read_only = True
+
     # -- reading
 
     def read(self, offset: int, length: int) -> bytes:
@@ -129,7 +136,7 @@ class Volume:
                 else:
                     physical = entry >> 32 if entry >> sub & 1 else 0
                 position = (physical << shift) + within if physical else ZERO
-            if position == ZERO == last_position or (position > 0 and position == last_position + last_length):
+            if (position == last_position == ZERO) or (last_position > 0 and position == last_position + last_length):
                 last_length += count
                 result[-1] = (last_position, last_length)
             else:
@@ -165,10 +172,8 @@ class Volume:
         """Write `payload` at `offset`. Raises Invalid, ReadOnly, NoSpace (nothing written) or OSError."""
         self._check_range(offset, len(payload))
         self._check_writable()
-        if payload:
-            self._write(offset, payload)
-
-    def _write(self, offset: int, payload: bytes | bytearray | memoryview) -> None:
+        if not payload:
+            return
         write = self.reserve(offset, len(payload))
         try:
             write.perform(memoryview(payload))
@@ -270,17 +275,57 @@ class Volume:
         self._check_writable()
         if allocate:
             self.provision(offset, length)
-        for start, end in self.partial_zeroes(offset, length):
+        parts = self.partial_zeroes(offset, length)
+        self.check_space(parts)
+        for start, end in parts:
             self.write(start, bytes(end - start))
         self.zero_whole(offset, length, allocate)
 
-    def clear_behind_end(self, before: int) -> None:
-        """The volume was resized from `before` bytes: what lies behind its end is gone, and is zero when it grows."""
-        start = -(-self.size // self._subblock) * self._subblock
-        if before > self.size:
-            if start > self.size and self._holds_data(self.size):
-                self._write(self.size, bytes(start - self.size))
-            self.discard(start, -(-before // self._subblock) * self._subblock)
+    def prepare_end(self, size: int) -> Callable[[], None]:
+        """Get ready to end at `size`, below where it ends now; the result makes it so, and cannot fail.
+
+        What lies behind the new end must read as zero when the volume grows again. Where the end cuts a subblock that
+        holds data, what is kept of it is written to a place that nothing points to yet: a crash before the commit, or
+        a refusal, leaves the volume as it was. Raises NoSpace or OSError with nothing changed.
+        """
+        before = self.size
+        tail = self._copy_tail(size) if size & self._sub_mask and self._holds_data(size) else None
+
+        def finish() -> None:
+            if tail is not None:
+                block, entry, old = tail
+                self.pool.put(self.layer, block, entry)
+                if old:
+                    self.pool.discard_block(old)
+            self.discard(-(-size // self._subblock) * self._subblock, -(-before // self._subblock) * self._subblock)
+
+        return finish
+
+    def _copy_tail(self, size: int) -> tuple[int, int, int]:
+        """The block that `size` cuts, with zeroes from there to the subblock's end: (block, new entry, block freed)."""
+        start = size & ~self._sub_mask
+        block, sub = size >> self._shift, (size & self._block_mask) >> self._sub_shift
+        kept = self.read(start, size - start).ljust(self._subblock, b"\0")
+        entry = self.layer.entry(block)
+        old = entry >> 32
+        moves = entry & FULL & ~(1 << sub) if entry >> sub & 1 else 0
+        physical = old
+        if not old or entry >> sub & 1:
+            physical = self.pool.allocator.allocate(self.layer.number)
+        try:
+            for other in range(SUBBLOCKS):
+                if moves >> other & 1:
+                    within = other << self._sub_shift
+                    buffer = memoryview(bytearray(self._subblock))
+                    self.pool.data.read_into(buffer, (old << self._shift) + within)
+                    self.pool.data.write((buffer,), (physical << self._shift) + within, self._subblock)
+            self.pool.data.write((kept,), (physical << self._shift) + (sub << self._sub_shift), self._subblock)
+        except BaseException:
+            if physical != old:
+                self.pool.give_back([physical])
+            raise
+        low = entry & 0xFFFFFFFF & ~(1 << 16 + sub) | 1 << sub
+        return block, physical << 32 | low, old if physical != old else 0
 
     def partial_zeroes(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The parts of subblocks that zeroing a range has to write, as they hold data: (start, end)."""
@@ -288,6 +333,15 @@ class Volume:
         start, stop = self._inside(offset, end)
         parts = ((offset, min(start, end)), (max(start, stop), end))
         return [(a, b) for a, b in parts if a < b and self._holds_data(a)]
+
+    def check_space(self, parts: list[tuple[int, int]]) -> None:
+        """Raises NoSpace where writing `parts`, each inside one block, needs more blocks than there are."""
+        blocks = {start >> self._shift for start, _ in parts}
+        self._check_free(sum(not self.layer.entry(block) >> 32 for block in blocks))
+
+    def _check_free(self, count: int) -> None:
+        if count > self.pool.allocator.free - self.pool.allocator.pending:
+            raise NoSpace(f"the pool has no {count} free blocks (remove snapshots or volumes, or trim)")
 
     def zero_whole(self, offset: int, length: int, allocate: bool) -> None:
         """Zero the subblocks that lie wholly in the range; with `allocate` their blocks stay provisioned."""
@@ -385,8 +439,7 @@ class Volume:
             return
         first, last = offset >> self._shift, (offset + length - 1) >> self._shift
         wanting = [block for block in range(first, last + 1) if not self.layer.entry(block) >> 32]
-        if len(wanting) > self.pool.allocator.free - self.pool.allocator.pending:
-            raise NoSpace(f"the pool has no {len(wanting)} free blocks (remove snapshots or volumes, or trim)")
+        self._check_free(len(wanting))
         for block in wanting:
             physical = self.pool.allocator.allocate(self.layer.number)
             self.pool.put(self.layer, block, physical << 32 | self.layer.entry(block))

@@ -1,0 +1,254 @@
+"""The pool in an event loop: commits are shared, and everything that runs at once stays apart."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from nbdthin.errors import Exists, NoSpace, PoolFailed
+from nbdthin.pool import live as live_module
+from nbdthin.pool.check import check
+from nbdthin.pool.commands import Clone, Create, Remove, Rollback, Snapshot
+from nbdthin.pool.live import LivePool, LiveVolume
+from nbdthin.pool.pool import Pool
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def run(path: Path, work: Callable[[LivePool], Awaitable[None]], size: str = "64M") -> None:
+    """Run `work` on a new pool, then check the pool, live and loaded again."""
+
+    async def main() -> None:
+        live = LivePool(Pool.open(path, autocommit=False))
+        try:
+            await work(live)
+            if live.pool.failed is None:
+                await live.commit()
+            assert check(live.pool) == []
+        finally:
+            if live.pool.failed is None:
+                await live.close()
+            else:
+                with pytest.raises(PoolFailed):
+                    live.pool.check_writable()
+                await live.close()
+
+    Pool.init(path, size=size, block_size="16K")
+    uvloop.run(main())
+    with Pool.open(path) as pool:
+        assert check(pool) == []
+
+
+async def write(volume: LiveVolume, offset: int, data: bytes) -> None:
+    view = memoryview(data)
+    if not volume.write_now(offset, view):
+        await volume.write(offset, view)
+
+
+async def read(volume: LiveVolume, offset: int, length: int) -> bytes:
+    view = memoryview(bytearray(length))
+    segments = volume.volume.segments(offset, length)
+    if not volume.read_now(segments, view):
+        view = memoryview(bytearray(length))
+        await volume.read(segments, view)
+    return bytes(view)
+
+
+def test_writers_that_flush_at_once_share_their_commits(tmp_path: Path) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        before = live.commits
+
+        async def writer(index: int) -> None:
+            for turn in range(10):
+                await write(volume, (index * 10 + turn) * 4096, b"x" * 4096)
+                await live.commit()
+
+        await asyncio.gather(*(writer(index) for index in range(16)))
+        assert 10 <= live.commits - before <= 40, "160 flushes"
+
+    run(tmp_path / "pool", work)
+
+
+def test_a_flush_of_an_overwrite_writes_no_journal(tmp_path: Path) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        await write(volume, 0, b"a" * 4096)
+        await live.commit()
+        sequence = live.pool.journal.sequence
+        await write(volume, 0, b"b" * 4096)
+        await live.commit()
+        assert live.pool.journal.sequence == sequence
+        assert not live.pool.has_changes
+
+    run(tmp_path / "pool", work)
+
+
+def test_a_thousand_clones_are_one_commit_and_no_data(tmp_path: Path) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        await write(live.open("web"), 0, b"a" * MIB)
+        await live.execute([Snapshot("web", "web@1")])
+        used, sequence = live.pool.allocator.used, live.pool.journal.sequence
+        await live.execute([Clone("web@1", f"clone-{index}") for index in range(1000)])
+        assert (live.pool.allocator.used, live.pool.journal.sequence) == (used, sequence + 1)
+        assert await read(live.open("clone-999"), 0, MIB) == b"a" * MIB
+
+    run(tmp_path / "pool", work)
+
+
+def test_a_batch_with_one_refusal_changes_nothing(tmp_path: Path) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        with pytest.raises(Exists):
+            await live.execute([Create("new", MIB), Snapshot("web", "s"), Create("web", MIB)])
+        assert set(live.pool.state.names) == {"web"}
+
+    run(tmp_path / "pool", work)
+
+
+def test_what_a_removed_volume_held_can_be_written_again_at_once(tmp_path: Path) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("a", 16 * MIB), Create("b", 16 * MIB)])
+        room = live.pool.allocator.capacity * 16 * KIB
+        data = random.Random(1).randbytes(room)
+        for offset in range(0, room, 512 * KIB):
+            await write(live.open("a"), offset, data[offset : offset + 512 * KIB])
+        with pytest.raises(NoSpace):
+            await write(live.open("b"), 0, b"x")
+        await live.execute([Remove("a")])
+        for offset in range(0, room, 512 * KIB):
+            await write(live.open("b"), offset, data[offset : offset + 512 * KIB])
+        assert await read(live.open("b"), 0, room) == data
+
+    run(tmp_path / "pool", work, size="4M")
+
+
+def test_a_failed_sync_is_final_and_reads_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        await write(volume, 0, b"a" * 4096)
+
+        def fail() -> None:
+            raise OSError(5, "injected")
+
+        monkeypatch.setattr(live.pool.data, "sync", fail)
+        results = await asyncio.gather(*(live.commit() for _ in range(4)), return_exceptions=True)
+        assert [type(result) for result in results] == [PoolFailed] * 4
+        monkeypatch.undo()
+        with pytest.raises(PoolFailed):
+            await live.commit()
+        with pytest.raises(PoolFailed):
+            await write(volume, 0, b"b")
+        with pytest.raises(PoolFailed):
+            await live.execute([Create("new", MIB)])
+        assert await read(volume, 0, 4096) == b"a" * 4096
+
+    run(tmp_path / "pool", work)
+
+
+REGION = 40_000  # bytes: neighbours share a subblock and a block
+REGIONS = 6
+
+
+class Region:
+    """A part of the volume that one task writes, with all states it has been in."""
+
+    def __init__(self, volume: LiveVolume, index: int, seed: int) -> None:
+        self.volume = volume
+        self.base = index * REGION + 13
+        self.random = random.Random(seed * 100 + index)
+        self.content = bytearray(REGION)
+        self.history = [bytes(REGION)]  # the last is what an operation under way will leave
+
+    async def step(self) -> None:
+        start = self.random.randrange(REGION)
+        length = min(self.random.choice((1, 512, 4096, 9000, 30_000)), REGION - start)
+        kind = self.random.random()
+        if kind < 0.7:
+            data = self.random.randbytes(length)
+            await self._change(start, data, write(self.volume, self.base + start, data))
+        elif kind < 0.85:
+            work = self.volume.write_zeroes(self.base + start, length, self.random.random() < 0.3)
+            await self._change(start, bytes(length), work)
+        else:
+            assert await read(self.volume, self.base, REGION) == self.content
+
+    async def _change(self, start: int, data: bytes, work: Awaitable[None]) -> None:
+        self.content[start : start + len(data)] = data
+        self.history.append(bytes(self.content))
+        await work
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_writes_snapshots_removals_and_merges_at_once_stay_apart(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every snapshot holds, of each region, a state between what was answered before and what was asked after."""
+    monkeypatch.setattr(live_module, "INLINE_WRITE", 5000)  # so that many writes spend time in threads
+
+    async def work(live: LivePool) -> None:
+        chance = random.Random(seed)
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        regions = [Region(volume, index, seed) for index in range(REGIONS)]
+        running = True
+
+        async def writer(region: Region) -> None:
+            while running:
+                await region.step()
+                if region.random.random() < 0.1:
+                    await live.commit()
+                await asyncio.sleep(0)
+
+        async def evict() -> None:
+            while running:
+                await live.commit()
+                os.posix_fadvise(live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                await asyncio.sleep(0.002)
+
+        tasks = [asyncio.create_task(writer(region)) for region in regions]
+        tasks.append(asyncio.create_task(evict()))
+        taken: dict[str, list[tuple[int, int]]] = {}
+        for index in range(40):
+            name = f"s{index}"
+            before = [len(region.history) - 2 for region in regions]
+            await live.execute([Snapshot("web", name)])
+            taken[name] = [(max(first, 0), len(region.history)) for first, region in zip(before, regions, strict=True)]
+            if chance.random() < 0.3:
+                await live.execute([Clone(name, f"c{index}")])
+                await write(live.open(f"c{index}"), 70_000, b"clone")
+            while len(taken) > 3 and chance.random() < 0.7:
+                gone = chance.choice(list(taken))
+                del taken[gone]
+                await live.execute([Remove(gone)])
+            for kept, bounds in taken.items():
+                for region, (first, last) in zip(regions, bounds, strict=True):
+                    found = await read(live.open(kept), region.base, REGION)
+                    assert found in region.history[first:last], f"{kept} at {region.base}"
+            clones = [other for other in live.pool.state.names if other.startswith("c")]
+            if clones and chance.random() < 0.3:
+                await live.execute([Remove(chance.choice(clones))])
+        running = False
+        await asyncio.gather(*tasks)
+        for region in regions:
+            assert await read(volume, region.base, REGION) == region.content
+        keep = next(iter(taken))
+        expected = await read(live.open(keep), 0, REGION * REGIONS)
+        await live.execute([Rollback("web", keep)])
+        assert await read(volume, 0, REGION * REGIONS) == expected
+        await live.execute([Remove(name) for name in live.pool.state.names if name != "web"])
+        while live.pool.state.mergeable:
+            await asyncio.sleep(0.001)
+        assert await read(volume, 0, REGION * REGIONS) == expected
+
+    run(tmp_path / "pool", work)
