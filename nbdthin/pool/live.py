@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeVar
@@ -39,6 +39,7 @@ COMMIT_INTERVAL = (
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 INLINE_READ = 1 * MiB  # bytes; the same for reads of what is cached
+PIECE = 64 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 2 ms
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
 log = logging.getLogger("nbdthin.pool")
@@ -81,8 +82,8 @@ class LiveVolume:
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Ask the kernel to have a range in its cache."""
-        segments = self.volume.segments(offset, length)
-        await self._live.in_thread(self._prefetch, segments)
+        for start, count in _pieces(offset, length):
+            await self._live.in_thread(self._prefetch, self.volume.segments(start, count))
 
     def _prefetch(self, segments: list[tuple[int, int]]) -> None:
         for position, length in segments:
@@ -144,13 +145,17 @@ class LiveVolume:
         async with self._hold(offset, length):
             self._pool.check_writable()
             if allocate:
-                await self._live.with_space(lambda: self.volume.provision(offset, length))
+                await self._live.with_space(lambda: self.volume.check_provision(offset, length))
             parts = self.volume.partial_zeroes(offset, length)
             await self._live.with_space(lambda: self.volume.check_space(parts))
             for start, end in parts:
                 await self._write_held(start, memoryview(bytes(end - start)))
-            self._pool.check_writable()
-            self.volume.zero_whole(offset, length, allocate)
+            for start, count in _pieces(offset, length):
+                self._pool.check_writable()
+                if allocate:
+                    self.volume.provision(start, count)
+                self.volume.zero_whole(start, count, allocate)
+                await asyncio.sleep(0)
 
     # -- keeping writers apart
 
@@ -470,6 +475,15 @@ class LivePool:
             for executor in (self._io, self._sync, self._upkeep):
                 executor.shutdown()
             self.pool.close()
+
+
+def _pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """A range cut at multiples of PIECE, so that the loop can turn in between: (offset, length)."""
+    end = offset + length
+    while offset < end:
+        stop = min(end, (offset // PIECE + 1) * PIECE)
+        yield offset, stop - offset
+        offset = stop
 
 
 def _changed(command: Command) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ Data goes to its block before the entry says so; until `finish`, a reserved bloc
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -435,14 +435,21 @@ class Volume:
 
     def provision(self, offset: int, length: int) -> None:
         """Give every block of the range a physical block. Raises NoSpace with nothing changed."""
-        if not length:
-            return
-        first, last = offset >> self._shift, (offset + length - 1) >> self._shift
-        wanting = [block for block in range(first, last + 1) if not self.layer.entry(block) >> 32]
-        self._check_free(len(wanting))
-        for block in wanting:
+        self.check_provision(offset, length)
+        for block in self._without_block(offset, length):
             physical = self.pool.allocator.allocate(self.layer.number)
             self.pool.put(self.layer, block, physical << 32 | self.layer.entry(block))
+
+    def check_provision(self, offset: int, length: int) -> None:
+        """Raises NoSpace where `provision` would."""
+        self._check_free(sum(1 for _ in self._without_block(offset, length)))
+
+    def _without_block(self, offset: int, length: int) -> Iterator[int]:
+        """The blocks of a range that have no physical block of their own."""
+        if length:
+            for block in range(offset >> self._shift, ((offset + length - 1) >> self._shift) + 1):
+                if not self.layer.entry(block) >> 32:
+                    yield block
 
     def _zero_owned(self, start: int, stop: int) -> None:
         """`discard` for blocks that stay provisioned."""
