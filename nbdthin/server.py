@@ -18,7 +18,6 @@ What is legal is decided in wire/, what happens to data in pool/.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import socket
@@ -208,13 +207,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same methods
-        self.peer = _peer_name(self._transport)
         self._transport.set_write_buffer_limits(high=OUT_BYTES)
         if not self._server.add(self):
             self._closing = True
             self._transport.abort()
             return
         assert self._handshake is not None
+        self.peer = _peer_name(self._transport)
         self._transport.write(self._handshake.greeting())
         self._restart_timer()
 
@@ -647,6 +646,7 @@ def _peer_name(transport: asyncio.Transport) -> str:
     try:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid = struct.unpack("3i", credentials)[0]
-        return f"unix:pid {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})"
-    except OSError as error:
-        return "unix" if error.errno in (errno.ENOENT, errno.ESRCH, errno.EACCES) else "unix:?"
+        command = Path(f"/proc/{pid}/comm").read_bytes().decode(errors="replace").strip()
+        return f"unix:pid {pid} ({command})"
+    except OSError:  # the process has ended, or is another user's
+        return "unix"

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from nbdthin.errors import Corrupt
 from nbdthin.pool import allocator
 from nbdthin.pool.journal import Frame, Journal
-from nbdthin.pool.layers import FULL, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, words
+from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, Words, words
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import LEAF_BLOCKS, decode
 
@@ -130,36 +131,35 @@ def _entries(pool: Pool) -> Iterator[str]:
 def _caches(state: State) -> Iterator[str]:
     for layer in state.layers.values():
         for leaf, effective in layer.effective_leaves.items():
-            for index, entry in enumerate(effective):
-                block = (leaf << LEAF_SHIFT) + index
-                found = layer.mixed.get(block) if entry >= MIXED else _spread(entry)
-                if found is not None and found != walk(layer, block):
-                    yield f"the effective entry of block {block} of layer {layer.number} is stale"
+            entries = words(effective)
+            said = np.where(_bits(entries), (entries >> np.uint64(32))[:, None], np.uint64(0))
+            stale = (said != sources(layer, leaf)).any(axis=1) & (entries < MIXED)
+            for index in np.flatnonzero(stale).tolist():
+                yield f"the effective entry of block {(leaf << LEAF_SHIFT) + index} of layer {layer.number} is stale"
         for block, physical in layer.mixed.items():
-            if physical != walk(layer, block):
+            if physical != tuple(sources(layer, block >> LEAF_SHIFT)[block & LEAF_MASK].tolist()):
                 yield f"the resolved block {block} of layer {layer.number} is stale"
 
 
-def _spread(entry: int) -> tuple[int, ...]:
-    return tuple(entry >> 32 if entry >> sub & 1 else 0 for sub in range(SUBBLOCKS))
+def _bits(masks: Words) -> npt.NDArray[np.bool_]:
+    """The low bits of each mask, a column a subblock."""
+    return (masks[:, None] >> np.arange(SUBBLOCKS, dtype=np.uint64) & np.uint64(1)).astype(np.bool_)
 
 
-def walk(layer: Layer, block: int) -> tuple[int, ...]:
-    """Where the subblocks of a block are, by the definition and nothing else."""
-    result = []
-    for sub in range(SUBBLOCKS):
-        node: Layer | None = layer
-        physical = 0
-        while node is not None:
-            entry = node.entry(block)
-            if entry >> sub & 1:
-                physical = entry >> 32
-                break
-            if entry >> (16 + sub) & 1:
-                break
-            node = node.parent
-        result.append(physical)
-    return tuple(result)
+def sources(layer: Layer, leaf: int) -> Words:
+    """The physical block of every subblock of a leaf, 0 where it reads as zero: by the definition and nothing else."""
+    result = np.zeros((LEAF_BLOCKS, SUBBLOCKS), dtype=np.uint64)
+    missing = np.ones((LEAF_BLOCKS, SUBBLOCKS), dtype=np.bool_)
+    node: Layer | None = layer
+    while node is not None:
+        own = node.own.get(leaf)
+        if own is not None:
+            entries = words(own)
+            data, zero = _bits(entries), _bits(entries >> np.uint64(16))
+            result = np.where(missing & data, (entries >> np.uint64(32))[:, None], result)
+            missing &= ~(data | zero)
+        node = node.parent
+    return result
 
 
 def _space(pool: Pool) -> Iterator[str]:

@@ -140,6 +140,7 @@ class Draft:
         self._next_layer = next_layer
         self.now = now
         self.records: list[Record] = []
+        self.shrinks: list[tuple[str, int]] = []  # volumes that become smaller, and to what
 
     def find(self, name: str) -> Name:
         row = self._changed[name] if name in self._changed else self._base.get(name)
@@ -175,12 +176,15 @@ class Draft:
         return layer
 
 
-def plan(commands: Sequence[Command], names: Mapping[str, Name], next_layer: int, now: float) -> list[Record]:
+def plan(commands: Sequence[Command], names: Mapping[str, Name], next_layer: int, now: float) -> Draft:
     """The records of `commands`, in order. Raises Invalid, NotFound or Exists for the first that cannot be."""
     draft = Draft(names, next_layer, now)
     for command in commands:
         _PLANS[type(command)](draft, command)
-    return draft.records
+    for name, _ in draft.shrinks:
+        if sum(name in names_in(command) for command in commands) > 1:
+            raise Invalid(f"{name!r} cannot shrink in a batch that changes it in another way too: it has data to move")
+    return draft
 
 
 def _create(draft: Draft, command: Create) -> None:
@@ -230,7 +234,9 @@ def _remove(draft: Draft, command: Remove) -> None:
 
 def _resize(draft: Draft, command: Resize) -> None:
     volume = draft.find_kind(command.name, snapshot=False)
-    draft.put(volume._replace(size=check_size(command.size)))
+    if check_size(command.size) < volume.size:
+        draft.shrinks.append((command.name, command.size))
+    draft.put(volume._replace(size=command.size))
 
 
 def _label(draft: Draft, command: Label) -> None:

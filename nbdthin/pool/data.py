@@ -67,6 +67,7 @@ class DataFile:
             raise
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.nowait = self._knows_nowait()
             actual = device_size(path) if device else os.fstat(self.fd).st_size
             if actual < size:
                 raise Invalid(f"{path} has {actual} bytes, the pool needs {size}: it was truncated")
@@ -76,6 +77,14 @@ class DataFile:
         except BaseException:
             os.close(self.fd)
             raise
+
+    def _knows_nowait(self) -> bool:
+        """Whether reads can be asked to fail rather than wait for the disk (not on tmpfs, FUSE, NFS)."""
+        try:
+            os.preadv(self.fd, (bytearray(1),), 0, NOWAIT)
+        except OSError as error:
+            return error.errno == errno.EAGAIN
+        return True
 
     def read_into(self, view: memoryview, position: int, flags: int = 0) -> None:
         """Fill `view`. With NOWAIT, raises BlockingIOError when the bytes are not all cached."""

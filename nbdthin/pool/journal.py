@@ -56,17 +56,27 @@ def frame(sequence: int, payload: bytes) -> bytes:
 
 def parse_frame(data: bytes | memoryview, offset: int) -> tuple[int, bytes] | None:
     """Sequence number and payload of the frame at `offset`, or None where there is no whole, sound frame."""
-    if len(data) - offset < HEADER.size:
+    header = _parse_header(data, offset)
+    if header is None:
         return None
-    magic, version, reserved, sequence, length, payload_crc, header_crc = HEADER.unpack_from(data, offset)
-    body = data[offset : offset + _HEADER_BODY.size]
-    if magic != MAGIC or zlib.crc32(body) != header_crc or version != VERSION or reserved:
+    version, reserved, sequence, length, payload_crc = header
+    if version != VERSION or reserved:
         return None
     start = offset + HEADER.size
     payload = bytes(data[start : start + length])
     if len(payload) != length or zlib.crc32(payload) != payload_crc:
         return None
     return sequence, payload
+
+
+def _parse_header(data: bytes | memoryview, offset: int) -> tuple[int, int, int, int, int] | None:
+    """Version, reserved bits, sequence number, payload length and checksum, where a header is whole and sound."""
+    if len(data) - offset < HEADER.size:
+        return None
+    magic, version, reserved, sequence, length, payload_crc, header_crc = HEADER.unpack_from(data, offset)
+    if magic != MAGIC or zlib.crc32(data[offset : offset + _HEADER_BODY.size]) != header_crc:
+        return None
+    return version, reserved, sequence, length, payload_crc
 
 
 def sync_directory(path: Path) -> None:
@@ -100,6 +110,7 @@ class Journal:
         journal = Journal(directory)
         journal.write_checkpoint(1, [first_payload])
         journal._prepare(journal._log_path(1))
+        journal._prepare(directory / "next")
         sync_directory(directory)
 
     def load(self, apply: Callable[[Frame], None], *, repair_tail: bool = True) -> None:
@@ -169,6 +180,9 @@ class Journal:
 
     def _refuse_damage(self, path: Path, offset: int, data: bytes, last: bool) -> None:
         """Something follows the last sound frame: a torn tail may be cut, anything else is damage."""
+        header = _parse_header(data, offset)
+        if header is not None and (header[0] != VERSION or header[1]):
+            raise Corrupt(path, offset, f"a frame of version {header[0]}, made by a later nbdthin")
         later = data.find(MAGIC, offset + 1)
         while later >= 0:
             if parse_frame(data, later) is not None:
@@ -229,11 +243,16 @@ class Journal:
     @staticmethod
     def _prepare(path: Path) -> None:
         partial = path.with_name(path.name + ".new")
-        with open(partial, "wb", buffering=0) as file:
-            for _ in range(SEGMENT_BYTES // len(_ZEROES)):
-                file.write(_ZEROES)
-            os.fsync(file.fileno())
-        os.rename(partial, path)
+        try:
+            with open(partial, "wb") as file:
+                for _ in range(SEGMENT_BYTES // len(_ZEROES)):
+                    file.write(_ZEROES)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
@@ -251,12 +270,16 @@ class Journal:
         path = self.directory / f"{number:016x}.checkpoint"
         partial = path.with_name(path.name + ".new")
         size = 0
-        with open(partial, "wb") as file:
-            for payload in payloads:
-                size += file.write(frame(number, payload))
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, path)
+        try:
+            with open(partial, "wb") as file:
+                for payload in payloads:
+                    size += file.write(frame(number, payload))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         sync_directory(self.directory)
         self.checkpoint_bytes = size
 

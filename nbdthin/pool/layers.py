@@ -244,10 +244,10 @@ class Layer:
 
     def load_entries(self, record: records.Entries) -> None:
         """Recovery: set many own entries. Their order is the journal's; later ones win."""
+        if len(record.blocks) != len(record.entries) or len(record.blocks) % 8:
+            raise BadRecord(f"{len(record.blocks)} bytes of blocks with {len(record.entries)} bytes of entries")
         blocks = np.frombuffer(record.blocks, dtype=np.uint64)
         entries = np.frombuffer(record.entries, dtype=np.uint64)
-        if len(blocks) != len(entries):
-            raise BadRecord(f"{len(blocks)} blocks with {len(entries)} entries")
         leaves = blocks >> np.uint64(LEAF_SHIFT)
         starts = np.flatnonzero(np.diff(leaves, prepend=leaves[:1] + np.uint64(1)))
         for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(blocks)], strict=True):
@@ -276,6 +276,7 @@ class State:
         self.next_layer = 1
         self.mergeable: dict[int, None] = {}  # layers without a name and with one child, in order of discovery
         self.prunable: dict[int, None] = {}  # layers that lost their name, or a child, and have several children
+        self.unsettled: set[int] = set()  # those of the two that came there since the last commit was packed
         self.snapshots = 0  # names that are snapshots
 
     def apply(self, record: Record) -> list[Layer]:
@@ -343,17 +344,31 @@ class State:
             del self.layers[layer.number]
             self.mergeable.pop(layer.number, None)
             self.prunable.pop(layer.number, None)
+            self.unsettled.discard(layer.number)
             gone.append(layer)
             if layer.parent is not None:
                 del layer.parent.children[layer.number]
             layer = layer.parent
         if layer is not None and layer.name is None:
-            if len(layer.children) == 1:
-                self.prunable.pop(layer.number, None)
-                self.mergeable[layer.number] = None
-            else:
-                self.prunable[layer.number] = None
+            self._unnamed(layer)
+            self.unsettled.add(layer.number)
         return gone
+
+    def _unnamed(self, layer: Layer) -> None:
+        if len(layer.children) == 1:
+            self.prunable.pop(layer.number, None)
+            self.mergeable[layer.number] = None
+        else:
+            self.prunable[layer.number] = None
+
+    def find_unnamed(self) -> None:
+        """At load: what is to be merged or pruned; all of it is durable."""
+        self.mergeable.clear()
+        self.prunable.clear()
+        self.unsettled.clear()
+        for layer in self.layers.values():
+            if layer.name is None:
+                self._unnamed(layer)
 
     def snapshot_records(self) -> list[Record]:
         """Names and layers as records, parents first: what a checkpoint starts with."""

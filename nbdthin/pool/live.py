@@ -57,22 +57,16 @@ class LiveVolume:
         self._shift = live.pool.block_size.bit_length() - 1
         self._held: dict[asyncio.Future[None], tuple[int, int]] = {}  # blocks in use: first and last
         self._gate: asyncio.Future[None] | None = None  # set while a command changes the volume
-        self._nowait = NOWAIT  # 0 where the file system does not know the flag: then every read goes to a thread
 
     # -- reading
 
     def read_now(self, segments: list[tuple[int, int]], view: memoryview) -> bool:
         """Fill `view`, all zeroes, from the page cache. OSError from the disk."""
-        if not self._nowait or len(view) > INLINE_READ:
+        if not self._pool.data.nowait or len(view) > INLINE_READ:
             return False
         try:
             self.volume.read_segments(segments, view, NOWAIT)
         except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            self._nowait = 0
             return False
         return True
 
@@ -105,7 +99,9 @@ class LiveVolume:
         except NoSpace:
             return False
         try:
-            write.perform(payload, self._nowait)
+            if write.reads and not self._pool.data.nowait:
+                raise BlockingIOError
+            write.perform(payload, NOWAIT)
         except BlockingIOError:
             volume.abandon(write)
             return False
@@ -276,7 +272,6 @@ class LivePool:
                 self._refuse_used(wanted)
                 self.pool.execute(wanted)
         await self.commit()
-        self._merge_soon()
 
     def _refuse_used(self, wanted: Sequence[Command]) -> None:
         for command in wanted:
@@ -334,6 +329,7 @@ class LivePool:
             raise PoolFailed(f"the pool is read-only: {self.pool.failed}") from error
         self.pool.finish(batch)
         self.commits += 1
+        self._merge_soon()  # what the batch left without a name may be merged now
         if batch.checkpoint_due:
             self._spawn(self._checkpoint(batch))
         elif not self.pool.journal.next_ready and not self._closing:
@@ -399,22 +395,14 @@ class LivePool:
     # -- merging
 
     def _merge_soon(self) -> None:
-        if self._merging is None and not self._closing and (self.pool.state.prunable or self._to_merge() is not None):
+        if self._merging is None and not self._closing and self.pool.next_unnamed(self._unmergeable) is not None:
             self._merging = self._spawn(self._merge())
-
-    def _to_merge(self) -> Layer | None:
-        state = self.pool.state
-        return next((state.layers[number] for number in state.mergeable if number not in self._unmergeable), None)
 
     async def _merge(self) -> None:
         try:
-            while self.pool.state.prunable and not self._closing:
-                number, _ = self.pool.state.prunable.popitem()
-                for _step in merge.prune(self.pool, self.pool.state.layers[number]):
-                    await asyncio.sleep(0)
-                await self.commit()
-            while (parent := self._to_merge()) is not None and not self._closing:
+            while (parent := self.pool.next_unnamed(self._unmergeable)) is not None and not self._closing:
                 try:
+                    await self._prune_layer(parent)
                     await self._merge_layer(parent)
                 except (OSError, NoSpace) as error:
                     log.warning("layer %d could not be merged: %s", parent.number, error)
@@ -423,6 +411,14 @@ class LivePool:
             pass
         finally:
             self._merging = None
+
+    async def _prune_layer(self, layer: Layer) -> None:
+        if layer.number in self.pool.state.prunable:
+            for _ in merge.prune(self.pool, layer):
+                await asyncio.sleep(0)
+                if self._closing:
+                    return
+            await self.commit()
 
     async def _merge_layer(self, parent: Layer) -> None:
         done = 0

@@ -137,10 +137,10 @@ def _forget_below(layer: Layer, leaf: int) -> None:
 def prune(pool: Pool, layer: Layer) -> Iterator[None]:
     """Free the blocks of a layer without a name that none of its children shows; leaf by leaf, no I/O.
 
-    For a layer with several children, which cannot be merged. Ends early when the layer goes away meanwhile.
+    For a layer with several children, which cannot be merged. Ends early when it has fewer, or is gone.
     """
     for leaf in list(layer.own):
-        if pool.state.layers.get(layer.number) is not layer or layer.name is not None:
+        if layer.number not in pool.state.prunable:
             return
         own = words(layer.own[leaf])
         shown = shown_by(layer.children.values(), leaf, (own & FULL).astype(np.uint64))
@@ -151,12 +151,14 @@ def prune(pool: Pool, layer: Layer) -> Iterator[None]:
             pool.discard_blocks(own[unneeded] >> np.uint64(32))
             kept = np.where(unneeded, own & (FULL << 16), own)
             pool.put_leaf(layer, leaf, array("Q", kept.tobytes()))
+            _forget_below(layer, leaf)
         yield
+    pool.state.prunable.pop(layer.number, None)
 
 
 def child_of(pool: Pool, parent: Layer) -> Layer | None:
     """The layer that `parent` can be merged into, if that is still so."""
-    if pool.state.layers.get(parent.number) is not parent or parent.name is not None or len(parent.children) != 1:
+    if parent.number not in pool.state.mergeable or not pool.is_settled(parent):
         return None
     (child,) = parent.children.values()
     return child

@@ -27,7 +27,7 @@ import uuid
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -55,7 +55,7 @@ from nbdthin.pool.records import (
 )
 from nbdthin.pool.rows import Extent, PoolInfo, Row
 from nbdthin.pool.superblock import DATA_HEADER, Superblock, read_superblock
-from nbdthin.pool.volume import Volume
+from nbdthin.pool.volume import Shrink, Volume
 from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
 
 DEFAULT_SIZE = 100 * GiB  # what docker's loop pool had; sparse, so it costs nothing
@@ -63,6 +63,7 @@ DEFAULT_BLOCK_SIZE = 64 * KiB
 BLOCK_SIZES = (16 * KiB, 1 * MiB)
 MIN_BLOCKS = 16
 MAX_BLOCKS = 0xFFFFFFFF  # one number is the mark of a mixed entry
+_LOOK = 128 * KiB  # bytes at the start and the end of a device that tell whether it is in use
 RUN_BYTES = 1 * MiB  # what a volume is given at a time, so that it stays contiguous beside others
 CHECKPOINT_JOURNAL = 8 * MiB  # journal that may grow before a checkpoint is worth its writing
 _CHECKPOINT_FRAME = 1 * MiB
@@ -100,9 +101,9 @@ class Batch:
         """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer."""
         assert self._capture is not None
         journal = self._pool.journal
+        journal.prepare_next()  # first: it matters more than a short journal when space is short
         journal.write_checkpoint(self._number, self._capture.payloads())
         journal.finish_checkpoint(self._number)
-        journal.prepare_next()
 
 
 class Capture:
@@ -162,6 +163,7 @@ class Pool:
         self._freed_arrays: list[Words] = []
         self._volumes: weakref.WeakValueDictionary[str, Volume] = weakref.WeakValueDictionary()
         self._batch: list[Command] | None = None
+        self._settling: set[int] = set()  # layers that the batch being made durable leaves without a name or a child
         self._checkpointing = False
         self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
@@ -186,6 +188,8 @@ class Pool:
         Raises Invalid, Exists, NoSpace or OSError, and leaves nothing behind.
         """
         path = Path(path)
+        if path.is_symlink():
+            path = path.resolve()
         block_size = parse_size(block_size)
         if block_size & (block_size - 1) or not BLOCK_SIZES[0] <= block_size <= BLOCK_SIZES[1]:
             raise Invalid(f"not a block size: {format_size(block_size)} (a power of two, 16 KiB to 1 MiB)")
@@ -205,22 +209,25 @@ class Pool:
         missing = [parent for parent in path.absolute().parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))  # renamed when it is complete
-        made = None
+        drafted = None
         try:
-            target = data_path if data_path is not None else draft / "data"
-            made = _make_data(target, superblock, force)
+            drafted = _DataDraft(data_path if data_path is not None else draft / "data", superblock, force)
             Journal.create(draft / "journal", encode([Counter(1), End(1)]))
             (draft / "lock").touch()
             superblock.write(draft / "superblock")
             sync_directory(draft)
+            drafted.write_header()
             os.rename(draft, path)
             sync_directory(path.parent)
-        except BaseException:
+            drafted.close()
+        except BaseException as error:
+            if drafted is not None:
+                drafted.undo()
             shutil.rmtree(draft, ignore_errors=True)
-            if made is not None:
-                made.unlink(missing_ok=True)
             for parent in missing:
                 parent.rmdir()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"no space for a pool at {path}") from error
             raise
 
     @classmethod
@@ -260,6 +267,7 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
+        self.state.find_unnamed()
         if inspect:
             self.failed = "it was opened to be looked at"
         self.claim_blocks()
@@ -366,29 +374,24 @@ class Pool:
         self.execute(wanted)
         if self._autocommit:
             self.commit()
-            self.merge_all()
+            with contextlib.suppress(OSError, NoSpace):  # nothing waits for a merge: it is tried again at the next
+                self.merge_all()
 
     def execute(self, wanted: Sequence[Command]) -> None:
         """Make `wanted` so, all or nothing. Durable with the next commit."""
         self.check_writable()
-        records = commands.plan(wanted, self.state.names, self.state.next_layer, time.time())
-        ends = [self.volume(name).prepare_end(size) for name, size in self._shrinking(wanted)]
-        self.apply(records)
-        for finish in ends:
-            finish()
-
-    def _shrinking(self, wanted: Sequence[Command]) -> builtins.list[tuple[str, int]]:
-        """The volumes that become smaller, and their new sizes. Shrinking goes alone: it has data to move."""
-        smaller = []
-        for command in wanted:
-            if not isinstance(command, commands.Resize):
-                continue
-            row = self.state.names.get(command.name)
-            if row is None or command.size < row.size:
-                if sum(command.name in commands.names_in(other) for other in wanted) > 1:
-                    raise Invalid(f"{command.name!r} cannot shrink in a batch that changes it in another way too")
-                smaller.append((command.name, command.size))
-        return smaller
+        draft = commands.plan(wanted, self.state.names, self.state.next_layer, time.time())
+        ends: builtins.list[Shrink] = []
+        try:
+            for name, size in draft.shrinks:
+                ends.append(self.volume(name).prepare_end(size))
+        except BaseException:
+            for end in ends:
+                end.abandon()
+            raise
+        self.apply(draft.records)
+        for end in ends:
+            end.finish()
 
     def apply(self, records: Iterable[Record]) -> None:
         """The live side of `State.apply`: frees what is gone, tells open volumes, notes it for the journal."""
@@ -484,6 +487,7 @@ class Pool:
         if self._freed_blocks:
             freed.append(np.array(self._freed_blocks, dtype=np.uint64))
         self._freed_blocks, self._freed_arrays = [], []
+        self._settling, self.state.unsettled = self.state.unsettled, set()
         sync_data, self.data.dirty = self.data.dirty, False
         journal = self.journal
         payload = encode(records) if records else None
@@ -494,6 +498,7 @@ class Pool:
 
     def finish(self, batch: Batch) -> None:
         """`batch` is durable."""
+        self._settling = set()
         if batch.freed:
             self._limbo.append((self._epoch, np.concatenate(batch.freed)))
             self._epoch += 1
@@ -566,17 +571,30 @@ class Pool:
 
     def merge_all(self) -> None:
         """Merge or prune every layer without a name, in this thread."""
-        while self.state.prunable:
-            number, _ = self.state.prunable.popitem()
-            for _step in merge.prune(self, self.state.layers[number]):
-                pass
-            self.commit()
-        while self.state.mergeable:
-            number = next(iter(self.state.mergeable))
-            for step in merge.steps(self, self.state.layers[number]):
+        while (layer := self.next_unnamed()) is not None:
+            if layer.number in self.state.prunable:
+                for _step in merge.prune(self, layer):
+                    pass
+            for step in merge.steps(self, layer):
                 step.copy()
                 step.finish()
             self.commit()
+
+    def next_unnamed(self, skip: Container[int] = ()) -> Layer | None:
+        """A layer without a name that can be pruned or merged now."""
+        for number in (*self.state.prunable, *self.state.mergeable):
+            layer = self.state.layers[number]
+            if number not in skip and self.is_settled(layer):
+                return layer
+        return None
+
+    def is_settled(self, layer: Layer) -> bool:
+        """The batch that took the layer's name, or a child, is durable.
+
+        Before, a crash would bring them back, when a volume's head that has taken over the layer's blocks may already
+        have overwritten them in place.
+        """
+        return layer.number not in self.state.unsettled and layer.number not in self._settling
 
     # -- queries
 
@@ -684,28 +702,64 @@ def _data_size(data: Path | None, size: int | str | None, block_size: int) -> in
     return total
 
 
-def _make_data(path: Path, superblock: Superblock, force: bool) -> Path | None:
-    """Size the data file and write its header. Returns the path when it is a new file."""
-    new = not path.exists()
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if new else 0), 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not force and any(os.pread(fd, DATA_HEADER, 0)):
-            raise Exists(f"{path} holds something already: its first bytes are not zero (--force overwrites it)")
-        if not is_device(path):
-            os.ftruncate(fd, max(superblock.size, os.fstat(fd).st_size))
-        os.pwrite(fd, superblock.data_header(), 0)
-        os.fsync(fd)
-    except BlockingIOError as error:
-        raise Locked(f"{path} is the data of a pool that is open") from error
-    except OSError as error:
-        if new:
-            path.unlink(missing_ok=True)
-        if error.errno in (errno.EFBIG, errno.EINVAL):
-            raise Invalid(f"the file system cannot hold a file of {format_size(superblock.size)}: {path}") from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"no space for {path}") from error
-        raise
-    finally:
-        os.close(fd)
-    return path if new else None
+class _DataDraft:
+    """The data file or device of a pool in the making, locked; `undo` leaves it as it was."""
+
+    def __init__(self, path: Path, superblock: Superblock, force: bool) -> None:
+        """Raises Exists, Locked, Invalid, NoSpace or OSError."""
+        self._path = path
+        self._superblock = superblock
+        self._new = not path.exists()
+        self._device = device = not self._new and is_device(path)
+        self._header_written = False
+        # O_EXCL on a device: EBUSY while it is mounted or otherwise claimed.
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if self._new else 0) | (os.O_EXCL if device else 0)
+        try:
+            self._fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise Locked(f"{path} is in use (mounted, or part of something that is)") from error
+            raise
+        self._before = os.fstat(self._fd).st_size
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not force and self._holds_something(superblock.size if device else self._before):
+                raise Exists(f"{path} holds something already: it is not all zeroes where it would show (--force)")
+            if not device:
+                os.ftruncate(self._fd, max(superblock.size, self._before))
+        except BlockingIOError as error:
+            self.undo()
+            raise Locked(f"{path} is the data of a pool that is open") from error
+        except OSError as error:
+            self.undo()
+            if error.errno in (errno.EFBIG, errno.EINVAL):
+                size = format_size(superblock.size)
+                raise Invalid(f"the file system cannot hold a file of {size}: {path}") from error
+            raise
+        except BaseException:
+            self.undo()
+            raise
+
+    def _holds_something(self, size: int) -> bool:
+        """File systems, partition tables and RAIDs show within the first 128 KiB or at the very end."""
+        start = os.pread(self._fd, _LOOK, 0)
+        end = os.pread(self._fd, _LOOK, max(size - _LOOK, 0))
+        return any(start) or any(end)
+
+    def write_header(self) -> None:
+        self._header_written = True
+        os.pwrite(self._fd, self._superblock.data_header(), 0)
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def undo(self) -> None:
+        if self._new:
+            self._path.unlink(missing_ok=True)
+        else:
+            if self._header_written:
+                os.pwrite(self._fd, bytes(DATA_HEADER), 0)
+            if not self._device:
+                os.ftruncate(self._fd, self._before)
+        self.close()

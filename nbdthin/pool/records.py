@@ -73,6 +73,15 @@ class End(NamedTuple):
 Record = Layer | Name | Unname | Entries | Leaf | Counter | End
 
 _TYPES: dict[int, type[Record]] = {1: Layer, 2: Name, 3: Unname, 4: Entries, 5: Leaf, 6: Counter, 7: End}
+_FIELDS: dict[type[Record], tuple[type, ...]] = {
+    Layer: (int, int),
+    Name: (str, bool, int, int, float, dict),
+    Unname: (str,),
+    Entries: (int, bytes, bytes),
+    Leaf: (int, int, bytes),
+    Counter: (int,),
+    End: (int,),
+}
 _TAGS = {kind: tag for tag, kind in _TYPES.items()}
 
 
@@ -87,9 +96,18 @@ def encode(records: Iterable[Record]) -> bytes:
 def decode(payload: bytes) -> list[Record]:
     try:
         items = msgpack.unpackb(payload, strict_map_key=True, max_bin_len=len(payload))
-        return [_TYPES[tag](*fields) for tag, *fields in items]
+        return [_typed(_TYPES[tag], fields) for tag, *fields in items]
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise BadRecord(f"not a list of records: {error!r}") from error
+
+
+def _typed(kind: type[Record], fields: list[object]) -> Record:
+    types = _FIELDS[kind]
+    if len(fields) != len(types) or not all(type(field) is wanted for field, wanted in zip(fields, types, strict=True)):
+        raise BadRecord(f"not the fields of a {kind.__name__}: {[type(field).__name__ for field in fields]}")
+    if any(isinstance(field, int) and field < 0 for field in fields):
+        raise BadRecord(f"a {kind.__name__} with a number below 0")
+    return kind(*fields)  # type: ignore[arg-type]
 
 
 def u64(values: Iterable[int]) -> bytes:

@@ -10,8 +10,8 @@ Data goes to its block before the entry says so; until `finish`, a reserved bloc
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -52,10 +52,15 @@ class Write:
         """Segments to be read first: what surrounds the payload in subblocks that it covers in part."""
         self._edges = (before, after)
 
+    @property
+    def reads(self) -> bool:
+        """`perform` has something to read first."""
+        return bool(self._edges[0] or self._edges[1])
+
     def perform(self, payload: memoryview, flags: int = 0) -> None:
         """The I/O. With NOWAIT, BlockingIOError before anything is written when an edge is not cached."""
         data = self._volume.pool.data
-        if not self._edges[0] and not self._edges[1]:
+        if not self.reads:
             buffers = payload
         else:
             joined = bytearray(self.end - self.start)
@@ -69,6 +74,42 @@ class Write:
         for position, length in self._runs:
             data.write((buffers[done : done + length],), position, length)
             done += length
+
+
+class Tail(NamedTuple):
+    """A block that a volume's new end cuts, its data in place."""
+
+    block: int
+    entry: int  # to be put
+    old: int  # the physical block that it frees, or 0
+    fresh: int  # the one allocated for it, or 0
+
+
+class Shrink:
+    """A volume's smaller size, decided and not yet so.
+
+    What lies behind the new end must read as zero when the volume grows again. Where the end cuts a subblock with data,
+    what is kept of it has been written to a fresh place: a crash before the commit, or a refusal, changes nothing.
+    """
+
+    def __init__(self, volume: Volume, size: int, tail: Tail | None) -> None:
+        self._volume = volume
+        self._before = volume.size
+        self._size = size
+        self._tail = tail
+
+    def finish(self) -> None:
+        """Make it so; cannot fail."""
+        volume, tail = self._volume, self._tail
+        if tail is not None:
+            volume.pool.put(volume.layer, tail.block, tail.entry)
+            if tail.old:
+                volume.pool.discard_block(tail.old)
+        volume.discard_between(self._size, self._before)
+
+    def abandon(self) -> None:
+        if self._tail is not None and self._tail.fresh:
+            self._volume.pool.give_back([self._tail.fresh])
 
 
 class Volume:
@@ -281,28 +322,17 @@ class Volume:
             self.write(start, bytes(end - start))
         self.zero_whole(offset, length, allocate)
 
-    def prepare_end(self, size: int) -> Callable[[], None]:
-        """Get ready to end at `size`, below where it ends now; the result makes it so, and cannot fail.
-
-        What lies behind the new end must read as zero when the volume grows again. Where the end cuts a subblock that
-        holds data, what is kept of it is written to a place that nothing points to yet: a crash before the commit, or
-        a refusal, leaves the volume as it was. Raises NoSpace or OSError with nothing changed.
-        """
-        before = self.size
+    def prepare_end(self, size: int) -> Shrink:
+        """Get ready to end at `size`, below where it ends now. Raises NoSpace or OSError with nothing changed."""
         tail = self._copy_tail(size) if size & self._sub_mask and self._holds_data(size) else None
+        return Shrink(self, size, tail)
 
-        def finish() -> None:
-            if tail is not None:
-                block, entry, old = tail
-                self.pool.put(self.layer, block, entry)
-                if old:
-                    self.pool.discard_block(old)
-            self.discard(-(-size // self._subblock) * self._subblock, -(-before // self._subblock) * self._subblock)
+    def discard_between(self, start: int, end: int) -> None:
+        """Discard from the first subblock that begins at `start` or later to the one that holds the last byte."""
+        self.discard(-(-start // self._subblock) * self._subblock, -(-end // self._subblock) * self._subblock)
 
-        return finish
-
-    def _copy_tail(self, size: int) -> tuple[int, int, int]:
-        """The block that `size` cuts, with zeroes from there to the subblock's end: (block, new entry, block freed)."""
+    def _copy_tail(self, size: int) -> Tail:
+        """Write what is kept of the subblock that `size` cuts, and zeroes behind it, where nothing points to yet."""
         start = size & ~self._sub_mask
         block, sub = size >> self._shift, (size & self._block_mask) >> self._sub_shift
         kept = self.read(start, size - start).ljust(self._subblock, b"\0")
@@ -325,7 +355,7 @@ class Volume:
                 self.pool.give_back([physical])
             raise
         low = entry & 0xFFFFFFFF & ~(1 << 16 + sub) | 1 << sub
-        return block, physical << 32 | low, old if physical != old else 0
+        return Tail(block, physical << 32 | low, old if physical != old else 0, physical if physical != old else 0)
 
     def partial_zeroes(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The parts of subblocks that zeroing a range has to write, as they hold data: (start, end)."""
