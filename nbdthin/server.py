@@ -647,6 +647,7 @@ def _peer_name(transport: asyncio.Transport) -> str:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid = struct.unpack("3i", credentials)[0]
         command = Path(f"/proc/{pid}/comm").read_bytes().decode(errors="replace").strip()
-        return f"unix:pid {pid} ({command})"
+        # The peer chose its name: nothing of it may reach a terminal or a log line as more than letters.
+        return f"unix:pid {pid} ({''.join(each if each.isprintable() else '?' for each in command)})"
     except OSError:  # the process has ended, or is another user's
         return "unix"

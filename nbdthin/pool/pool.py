@@ -195,6 +195,9 @@ class Pool:
             raise Invalid(f"not a block size: {format_size(block_size)} (a power of two, 16 KiB to 1 MiB)")
         if (path / "superblock").exists():
             raise Exists(f"{path} is a pool already")
+        inside = next((parent for parent in path.absolute().parents if (parent / "superblock").exists()), None)
+        if inside is not None:
+            raise Invalid(f"{path} is inside the pool {inside}")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise Exists(f"{path} exists and is not empty: choose another place, or remove it")
         data_path = Path(data).absolute() if data is not None else None
@@ -355,13 +358,13 @@ class Pool:
         self._do(commands.Label(name, changes))
 
     @contextlib.contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self) -> Iterator[Self]:
         """Collect the verbs called inside: all or nothing, one commit when the block ends."""
         if self._batch is not None:
             raise Invalid("a batch is open already")
         self._batch = []
         try:
-            yield
+            yield self
             collected = self._batch
         finally:
             self._batch = None

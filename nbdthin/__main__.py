@@ -1,0 +1,7 @@
+"""`python -m nbdthin` is `nbdthin`."""
+
+import sys
+
+from nbdthin.cli import main
+
+sys.exit(main())

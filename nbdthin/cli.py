@@ -1,0 +1,352 @@
+"""The command `nbdthin`: one table of verbs.
+
+A verb takes its arguments, asks the daemon (init, serve and check ask none) and returns what `--json` prints; without
+`--json` its `show` writes the same for people. Everything that goes wrong is one line on stderr and exit status 1,
+wrong usage is 2. What only some verbs need (numpy, uvloop, rich) they import themselves, so that the others start fast.
+How things look is display.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import TextIOWrapper
+from typing import TYPE_CHECKING
+
+from nbdthin import __version__, display
+from nbdthin.control.client import Client, connect
+from nbdthin.control.codec import plain, printable
+from nbdthin.control.rows import Export, Info, Node
+from nbdthin.errors import Error, Invalid
+from nbdthin.pool.rows import Extent, PoolInfo
+
+if TYPE_CHECKING:
+    from nbdthin.control.commands import Daemon
+    from nbdthin.pool.check import Report
+
+DEFAULT_SOCKET = "var/control.sock"
+DEFAULT_CONFIG = "exports.toml"
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+# -- arguments
+
+
+def _no_arguments(_: ArgumentParser) -> None:
+    pass
+
+
+def _names(*names: str) -> Callable[[ArgumentParser], None]:
+    """Positional arguments, in this order."""
+
+    def add(parser: ArgumentParser) -> None:
+        for name in names:
+            parser.add_argument(name.lower(), metavar=name)
+
+    return add
+
+
+def _init_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("pool", metavar="POOL", help="a directory that does not exist or is empty")
+    parser.add_argument("--size", help="a limit, not an allocation (default: 100G, or all of a block device)")
+    parser.add_argument("--block-size", default="64K", metavar="SIZE", help="16K to 1M, for good (default: 64K)")
+    parser.add_argument("--data", metavar="FILE_OR_DEVICE", help="where the data goes (default: POOL/data)")
+    parser.add_argument("--force", action="store_true", help="use FILE_OR_DEVICE even if it holds something")
+
+
+def _serve_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help=f"default: {DEFAULT_CONFIG}")
+    parser.add_argument("--verbose", action="store_true", help="log connections too")
+
+
+def _clone_arguments(parser: ArgumentParser) -> None:
+    _names("SNAPSHOT", "NAME")(parser)
+    parser.add_argument("--size", help="larger than the snapshot's")
+
+
+def _rm_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("--force", action="store_true", help="disconnect who uses them")
+
+
+def _label_arguments(parser: ArgumentParser) -> None:
+    _names("NAME")(parser)
+    parser.add_argument("labels", nargs="+", metavar="KEY=VALUE", help="an empty VALUE removes KEY")
+
+
+def _ls_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="only what has it; may be repeated"
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise Invalid(f"not a label: {text!r} (write KEY=VALUE)")
+    return key, value
+
+
+# -- verbs
+
+
+def _connect(arguments: Namespace) -> Client:
+    path: str = getattr(arguments, "socket", "") or os.environ.get("NBDTHIN_SOCKET", "") or DEFAULT_SOCKET
+    return connect(path)
+
+
+def _init(arguments: Namespace) -> PoolInfo:
+    from nbdthin.pool.pool import Pool
+
+    Pool.init(
+        arguments.pool,
+        size=arguments.size,
+        block_size=arguments.block_size,
+        data=arguments.data,
+        force=arguments.force,
+    )
+    with Pool.open(arguments.pool) as pool:
+        return pool.info()
+
+
+def _serve(arguments: Namespace) -> None:
+    from nbdthin import config, daemon
+
+    logging.basicConfig(format="nbdthin: %(message)s")
+    logging.getLogger("nbdthin").setLevel(logging.INFO)
+    logging.getLogger("nbdthin.server").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
+    wanted = config.load(arguments.config)
+
+    def ready(running: Daemon) -> None:
+        if _wants_json(arguments):
+            listen = [str(address) for address in running.listen]
+            _print_json({"pool": wanted.pool.path, "listen": listen, "control": wanted.control.socket})
+            sys.stdout.flush()
+
+    daemon.serve(wanted, ready)
+
+
+def _create(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        pool.create(arguments.name, arguments.size)
+        return pool.show(arguments.name)
+
+
+def _snapshot(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        pool.snapshot(arguments.volume, arguments.name)
+        return pool.show(arguments.name)
+
+
+def _clone(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        pool.clone(arguments.snapshot, arguments.name, size=arguments.size)
+        return pool.show(arguments.name)
+
+
+def _rollback(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        pool.rollback(arguments.volume, arguments.snapshot)
+        return pool.show(arguments.volume)
+
+
+def _rename(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        pool.rename(arguments.old, arguments.new)
+        return pool.show(arguments.new)
+
+
+def _rm(arguments: Namespace) -> dict[str, list[str]]:
+    with _connect(arguments) as pool:
+        pool.remove(*arguments.names, force=arguments.force)
+    return {"removed": arguments.names}
+
+
+def _resize(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        pool.resize(arguments.name, arguments.size)
+        return pool.show(arguments.name)
+
+
+def _label(arguments: Namespace) -> Export:
+    changes = {key: value or None for key, value in map(_pair, arguments.labels)}
+    with _connect(arguments) as pool:
+        pool.label(arguments.name, changes)
+        return pool.show(arguments.name)
+
+
+def _ls(arguments: Namespace) -> list[Export]:
+    labels = dict(map(_pair, arguments.label))
+    with _connect(arguments) as pool:
+        return pool.list(labels=labels)
+
+
+def _show(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        return pool.show(arguments.name)
+
+
+def _tree(arguments: Namespace) -> list[Node]:
+    with _connect(arguments) as pool:
+        return pool.tree()
+
+
+def _info(arguments: Namespace) -> Info:
+    with _connect(arguments) as pool:
+        return pool.info()
+
+
+def _diff(arguments: Namespace) -> list[Extent]:
+    with _connect(arguments) as pool:
+        return pool.diff(arguments.before, arguments.after)
+
+
+def _check(arguments: Namespace) -> Report:
+    from nbdthin.pool.check import check_path
+
+    return check_path(arguments.pool)
+
+
+def _show_report(report: Report) -> None:
+    if not report.problems:
+        print(f"{report.path} is sound: {report.names} names, {report.layers} layers, {report.blocks} blocks in use")
+    for problem in report.problems:
+        print(printable(problem))
+
+
+def _report_failed(report: Report) -> str:
+    return f"{report.path} does not add up (problems: {len(report.problems)})" if report.problems else ""
+
+
+# -- the table
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    doc: str
+    arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], object]
+    show: Callable[..., None] = lambda _: None  # success is quiet
+    failed: Callable[..., str] = lambda _: ""  # what is wrong although the verb itself went well
+    offline: bool = False  # asks no daemon
+
+
+VERBS: dict[str, Verb] = {
+    "init": Verb("make a pool", _init_arguments, _init, display.show_new_pool, offline=True),
+    "serve": Verb("serve a pool until SIGTERM or Ctrl-C", _serve_arguments, _serve, offline=True),
+    "create": Verb("a new volume that reads as zeroes", _names("NAME", "SIZE"), _create, display.show_uri),
+    "snapshot": Verb("keep what a volume holds now", _names("VOLUME", "NAME"), _snapshot, display.show_uri),
+    "clone": Verb("a new volume that starts as a snapshot", _clone_arguments, _clone, display.show_uri),
+    "rollback": Verb("make a volume what a snapshot is", _names("VOLUME", "SNAPSHOT"), _rollback),
+    "rename": Verb("give a volume or snapshot another name", _names("OLD", "NEW"), _rename),
+    "rm": Verb("remove volumes and snapshots, all or none", _rm_arguments, _rm),
+    "resize": Verb("give a volume another size", _names("NAME", "SIZE"), _resize),
+    "label": Verb("set and remove labels", _label_arguments, _label),
+    "ls": Verb("every volume and snapshot", _ls_arguments, _ls, display.show_exports),
+    "show": Verb("one volume or snapshot", _names("NAME"), _show, display.show_export),
+    "tree": Verb("what stands on what", _no_arguments, _tree, display.show_tree),
+    "info": Verb("the pool, the daemon, the disk", _no_arguments, _info, display.show_info),
+    "diff": Verb("where two snapshots differ", _names("BEFORE", "AFTER"), _diff, display.show_extents),
+    "check": Verb(
+        "does a pool add up? Offline, writes nothing",
+        _names("POOL"),
+        _check,
+        _show_report,
+        _report_failed,
+        offline=True,
+    ),
+}
+
+
+def _parser() -> ArgumentParser:
+    # On both levels, so that they may stand before and behind the verb; SUPPRESS keeps one from undoing the other.
+    common = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    common.add_argument(
+        "--socket", metavar="PATH", help=f"which daemon (default: NBDTHIN_SOCKET, else {DEFAULT_SOCKET})"
+    )
+    parser = ArgumentParser(
+        "nbdthin",
+        description="Thin volumes and snapshots, served as network block devices. Sizes are written 10G or 64KiB.",
+        parents=[common],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nbdthin {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        own = verbs.add_parser(name, help=verb.doc, description=verb.doc, parents=[common], allow_abbrev=False)
+        verb.arguments(own)
+    return parser
+
+
+def _wants_json(arguments: Namespace) -> bool:
+    return getattr(arguments, "json", False)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, default=plain, indent=2))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    finally:
+        sys.stdout.flush()  # --help into a pipe that is closed: as for every verb
+    verb = VERBS[arguments.verb]
+    if verb.offline and hasattr(arguments, "socket"):
+        parser.error(f"{arguments.verb} asks no daemon: it takes no --socket")
+    result = verb.run(arguments)
+    if not _wants_json(arguments):
+        verb.show(result)
+    elif result is not None:
+        _print_json(result)
+    sys.stdout.flush()
+    problem = verb.failed(result)
+    return _complain(problem) if problem else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a label may hold what the terminal cannot show
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Error as error:
+        return _complain(str(error))
+    except BrokenPipeError:
+        _drop_output()
+        return BROKEN_PIPE
+    except OSError as error:
+        if not _output_works():
+            _drop_output()
+        return _complain(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+
+
+def _complain(problem: str) -> int:
+    print(f"nbdthin: {printable(problem)}", file=sys.stderr)
+    return 1
+
+
+def _output_works() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _drop_output() -> None:
+    """What is left in the buffer has nowhere to go: without this, the interpreter would try again at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

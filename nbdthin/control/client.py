@@ -1,0 +1,366 @@
+"""The pool of a daemon, from Python: `connect` blocks, `connect_async` is for asyncio.
+
+What a verb asks and what its answer becomes is defined once, without I/O: the changes in `Changes`, the queries as
+`_Call`s. The two clients below add a socket and nothing else. One connection carries one request at a time; an
+interrupted request leaves the connection unusable, and so closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike, fspath
+from types import TracebackType
+from typing import Generic, Self, TypeVar, cast
+
+from nbdthin.control import codec
+from nbdthin.control.codec import LENGTH, BadFrame
+from nbdthin.control.rows import Export, Info, Node, lineage
+from nbdthin.errors import Error, Invalid, Unreachable
+from nbdthin.pool.rows import Extent
+from nbdthin.units import parse_size
+
+T = TypeVar("T")
+Done = TypeVar("Done", covariant=True)
+
+Labels = Mapping[str, str]
+SocketPath = str | PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call(Generic[T]):
+    """A request, and how its answer is read."""
+
+    command: str
+    arguments: Mapping[str, object]
+    read: Callable[[object], T]
+
+    def exchange(self) -> Generator[bytes, bytes, T]:
+        """Yields what to send, is sent the payload of each reply, returns the answer. Raises Error or BadFrame."""
+        message = {"version": codec.VERSION, "command": self.command, "arguments": self.arguments}
+        payload = yield codec.pack(message)
+        items: list[object] = []
+        while True:
+            reply = codec.unpack(payload)
+            if "error" in reply:
+                raise codec.unpack_error(reply["error"])
+            if "result" in reply:
+                result = reply["result"]
+                return self._read([*items, *result] if isinstance(result, list) else result)
+            part = reply.get("part")
+            if not isinstance(part, list):
+                raise BadFrame("neither a part, a result nor an error")
+            items.extend(part)
+            payload = yield b""
+
+    def _read(self, answer: object) -> T:
+        try:
+            return self.read(answer)
+        except Invalid as error:
+            raise BadFrame(f"something else than was asked for: {error}") from error
+
+
+def _nothing(answer: object) -> None:
+    """What a change answers."""
+
+
+def _rows(kind: type[T]) -> Callable[[object], list[T]]:
+    return lambda answer: [codec.load(kind, item) for item in cast(list[object], answer)]
+
+
+def _row(kind: type[T]) -> Callable[[object], T]:
+    return lambda answer: codec.load(kind, answer)
+
+
+def _list_call(labels: Labels | None) -> _Call[list[Export]]:
+    return _Call("list", {"labels": dict(labels or {})}, _rows(Export))
+
+
+def _show_call(name: str) -> _Call[Export]:
+    return _Call("show", {"name": name}, _row(Export))
+
+
+def _diff_call(before: str, after: str) -> _Call[list[Extent]]:
+    return _Call("diff", {"before": before, "after": after}, _rows(Extent))
+
+
+def _info_call() -> _Call[Info]:
+    return _Call("info", {}, _row(Info))
+
+
+def _batch_call(collected: list[_Call[None]]) -> _Call[None]:
+    commands = [{"command": call.command, "arguments": call.arguments} for call in collected]
+    return _Call("batch", {"commands": commands}, _nothing)
+
+
+class Changes(Generic[Done]):
+    """The verbs that change a pool. Sizes are bytes, or text such as "10 GiB"; labels are text to text.
+
+    Each is durable when it returns (when its awaitable does, in an `AsyncClient`; when the batch ends, in a batch). A
+    verb that raises has changed nothing. Beside the errors named with each: PoolFailed when the disk refused a sync,
+    Unreachable when the daemon is gone.
+    """
+
+    def _change(self, call: _Call[None]) -> Done:
+        raise NotImplementedError
+
+    def create(self, name: str, size: int | str, *, labels: Labels | None = None) -> Done:
+        """A new volume of `size`, a multiple of 512 bytes, that reads as zeroes. Raises Invalid or Exists."""
+        arguments = {"name": name, "size": parse_size(size), "labels": dict(labels or {})}
+        return self._change(_Call("create", arguments, _nothing))
+
+    def snapshot(self, volume: str, name: str, *, labels: Labels | None = None) -> Done:
+        """Keep what `volume` holds now as snapshot `name`; `volume` may be in use. Raises NotFound, Invalid, Exists."""
+        arguments = {"volume": volume, "name": name, "labels": dict(labels or {})}
+        return self._change(_Call("snapshot", arguments, _nothing))
+
+    def clone(self, snapshot: str, name: str, *, size: int | str | None = None, labels: Labels | None = None) -> Done:
+        """A new volume that starts as `snapshot`, of its size or larger. Raises NotFound, Invalid or Exists."""
+        wanted = None if size is None else parse_size(size)
+        arguments = {"snapshot": snapshot, "name": name, "size": wanted, "labels": dict(labels or {})}
+        return self._change(_Call("clone", arguments, _nothing))
+
+    def rollback(self, volume: str, snapshot: str) -> Done:
+        """Make `volume` what `snapshot` is, its size too; what it held is gone. Raises NotFound, Invalid or InUse."""
+        return self._change(_Call("rollback", {"volume": volume, "snapshot": snapshot}, _nothing))
+
+    def rename(self, old: str, new: str) -> Done:
+        """Raises NotFound, Invalid, Exists, or InUse while a client is connected to `old`."""
+        return self._change(_Call("rename", {"old": old, "new": new}, _nothing))
+
+    def remove(self, *names: str, force: bool = False) -> Done:
+        """Remove volumes and snapshots, all or none; clones of a snapshot stay what they are.
+
+        Raises NotFound, or InUse, whose `holders` says who is connected. `force` disconnects them first; it cannot be
+        part of a batch.
+        """
+        return self._change(_Call("remove", {"names": list(names), "force": force}, _nothing))
+
+    def resize(self, name: str, size: int | str) -> Done:
+        """Give a volume another size; what lies behind a smaller end is gone. Raises NotFound, Invalid or InUse."""
+        return self._change(_Call("resize", {"name": name, "size": parse_size(size)}, _nothing))
+
+    def label(self, name: str, changes: Mapping[str, str | None]) -> Done:
+        """Set labels, remove those whose value is None; others stay. Raises NotFound or Invalid."""
+        return self._change(_Call("label", {"name": name, "changes": dict(changes)}, _nothing))
+
+
+class Batch(Changes[None]):
+    """Collects changes; nothing is sent before the end of its `with` block."""
+
+    def __init__(self) -> None:
+        self.collected: list[_Call[None]] = []
+
+    def _change(self, call: _Call[None]) -> None:
+        if call.arguments.get("force"):
+            raise Invalid("a disconnection cannot be undone: remove by force outside of the batch")
+        self.collected.append(call)
+
+
+class Client(Changes[None]):
+    """A daemon's pool. Made by `connect`; a context manager. Not to be shared between threads."""
+
+    def __init__(self, connected: socket.socket, path: str) -> None:
+        self._socket = connected
+        self._path = path
+        self._batch: Batch | None = None  # while `batch` is open
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def list(self, *, labels: Labels | None = None) -> builtins.list[Export]:
+        """Every volume and snapshot by name, or those that have all of `labels`."""
+        return self._call(_list_call(labels))
+
+    def show(self, name: str) -> Export:
+        """One volume or snapshot. Raises NotFound."""
+        return self._call(_show_call(name))
+
+    def tree(self) -> builtins.list[Node]:
+        """The lineage: all exports, each behind its parent, with its depth."""
+        return lineage(self.list())
+
+    def diff(self, before: str, after: str) -> builtins.list[Extent]:
+        """Where snapshot `after` may differ from `before`, ascending. Raises NotFound, or Invalid for a volume."""
+        return self._call(_diff_call(before, after))
+
+    def info(self) -> Info:
+        """The pool, the daemon's process, the disk below the data."""
+        return self._call(_info_call())
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[Self]:
+        """Collect the changes called inside: all or nothing, one commit when the block ends."""
+        if self._batch is not None:
+            raise Invalid("a batch is open already")
+        batch = self._batch = Batch()
+        try:
+            yield self
+        finally:
+            self._batch = None
+        self._call(_batch_call(batch.collected))
+
+    def _change(self, call: _Call[None]) -> None:
+        if self._batch is not None:
+            self._batch._change(call)
+        else:
+            self._call(call)
+
+    def _call(self, call: _Call[T]) -> T:
+        exchange = call.exchange()
+        frame = next(exchange)
+        try:
+            while True:
+                self._socket.sendall(frame)
+                payload = self._receive(codec.frame_length(self._receive(LENGTH.size)))
+                frame = exchange.send(payload)
+        except StopIteration as end:
+            return cast(T, end.value)
+        except Error:
+            raise
+        except (OSError, EOFError, BadFrame) as error:
+            self.close()
+            raise _lost(self._path, call.command, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _receive(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        view = memoryview(buffer)
+        while view:
+            received = self._socket.recv_into(view)
+            if not received:
+                raise EOFError("the connection ended")
+            view = view[received:]
+        return bytes(buffer)
+
+
+class AsyncClient(Changes[Coroutine[object, object, None]]):
+    """A daemon's pool, for asyncio: the verbs are awaited. Made by `connect_async`; tasks may share it.
+
+    A request that is cancelled closes the connection, and may have been carried out.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._path = path
+        self._turn = asyncio.Lock()  # held by the request that is under way
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def list(self, *, labels: Labels | None = None) -> builtins.list[Export]:
+        """As `Client.list`."""
+        return await self._call(_list_call(labels))
+
+    async def show(self, name: str) -> Export:
+        """As `Client.show`."""
+        return await self._call(_show_call(name))
+
+    async def tree(self) -> builtins.list[Node]:
+        """As `Client.tree`."""
+        return lineage(await self.list())
+
+    async def diff(self, before: str, after: str) -> builtins.list[Extent]:
+        """As `Client.diff`."""
+        return await self._call(_diff_call(before, after))
+
+    async def info(self) -> Info:
+        """As `Client.info`."""
+        return await self._call(_info_call())
+
+    @contextlib.asynccontextmanager
+    async def batch(self) -> AsyncIterator[Batch]:
+        """`async with pool.batch() as batch:` collects what is called on `batch`, without `await`; all or nothing, one
+        commit when the block ends. Other tasks' requests are no part of it."""
+        batch = Batch()
+        yield batch
+        await self._call(_batch_call(batch.collected))
+
+    def _change(self, call: _Call[None]) -> Coroutine[object, object, None]:
+        return self._call(call)
+
+    async def _call(self, call: _Call[T]) -> T:
+        async with self._turn:
+            exchange = call.exchange()
+            frame = next(exchange)
+            try:
+                while True:
+                    self._writer.write(frame)
+                    await self._writer.drain()
+                    header = await self._reader.readexactly(LENGTH.size)
+                    frame = exchange.send(await self._reader.readexactly(codec.frame_length(header)))
+            except StopIteration as end:
+                return cast(T, end.value)
+            except Error:
+                raise
+            except (OSError, EOFError, BadFrame) as error:
+                self._writer.close()
+                raise _lost(self._path, call.command, error) from error
+            except BaseException:
+                self._writer.close()
+                raise
+
+
+def connect(path: SocketPath) -> Client:
+    """The pool of the daemon whose control socket is at `path`. Raises Unreachable."""
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connected.connect(fspath(path))
+    except OSError as error:
+        connected.close()
+        raise _unreachable(fspath(path), error) from error
+    return Client(connected, fspath(path))
+
+
+async def connect_async(path: SocketPath) -> AsyncClient:
+    """As `connect`: `async with await connect_async(path) as pool`."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(fspath(path))
+    except OSError as error:
+        raise _unreachable(fspath(path), error) from error
+    return AsyncClient(reader, writer, fspath(path))
+
+
+def _unreachable(path: str, error: OSError) -> Unreachable:
+    match error:
+        case FileNotFoundError() | NotADirectoryError() | ConnectionRefusedError():
+            return Unreachable(
+                f"no daemon at {path} (start one: `nbdthin serve`; or say where it is: --socket PATH, NBDTHIN_SOCKET)"
+            )
+        case PermissionError():
+            return Unreachable(f"{path} may be used by its owner only (be that user, or root)")
+        case _:
+            return Unreachable(f"cannot connect to {path}: {error.strerror or error}")
+
+
+def _lost(path: str, command: str, error: Exception) -> Unreachable:
+    if isinstance(error, BadFrame):
+        return Unreachable(f"what answers at {path} is no daemon of this version: {error}")
+    return Unreachable(
+        f"the daemon at {path} is gone; whether it carried out {command!r} is not known (start it and look: nbdthin ls)"
+    )

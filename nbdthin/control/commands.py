@@ -1,0 +1,259 @@
+"""What can be asked over the control socket: one table, a row a command.
+
+A change becomes commands of the pool, is durable when it is answered, and may be part of a batch. A query only looks.
+The arguments of a row are a dataclass, and what comes in is checked against it before anything else happens. Who may
+ask is the socket's business (mode 0600), how it crosses is the codec's.
+
+To add a command: a dataclass, a row, a method of the client; the documentation's test then asks for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from nbdthin import __version__, host
+from nbdthin.addresses import Address
+from nbdthin.control import codec
+from nbdthin.control.rows import Export, Info
+from nbdthin.errors import InUse, Invalid
+from nbdthin.pool.commands import Clone, Command, Create, Label, Rename, Resize, Rollback, Snapshot
+from nbdthin.pool.commands import Remove as RemoveOne
+from nbdthin.pool.rows import Extent, Row
+
+if TYPE_CHECKING:
+    from nbdthin.pool.live import LivePool
+
+FORCED_TRIES = 3  # a client that reconnects at once may be back before its volume is removed
+
+
+class Described(Protocol):
+    @property
+    def read_only(self) -> bool: ...
+
+
+class Exports(Protocol):
+    """What the NBD server knows of the names it serves."""
+
+    @property
+    def connections(self) -> int: ...
+    def find(self, name: str) -> Described | None: ...
+    def holders(self, name: str) -> tuple[str, ...]: ...
+    async def disconnect(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """What commands act on."""
+
+    live: LivePool
+    exports: Exports
+    listen: tuple[Address, ...]
+
+    def export(self, row: Row) -> Export:
+        """`row` with what only the daemon knows."""
+        described = self.exports.find(row.name)
+        return Export(
+            name=row.name,
+            kind=row.kind,
+            size=row.size,
+            referenced=row.referenced,
+            exclusive=row.exclusive,
+            shared=row.shared,
+            parent=row.parent,
+            created=row.created,
+            labels=row.labels,
+            read_only=described is None or described.read_only,
+            connections=self.exports.holders(row.name),
+            uri=self.listen[0].uri(row.name) if self.listen else None,
+        )
+
+
+# -- arguments beyond those that are the pool's own commands
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    names: tuple[str, ...]
+    force: bool = False  # disconnect who holds them
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A command as it crosses: its name in the table, its arguments not yet checked."""
+
+    command: str
+    arguments: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    version: int
+    command: str
+    arguments: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    commands: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    labels: Mapping[str, str] = field(default_factory=dict)  # only what has all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    pass
+
+
+# -- changes
+
+
+def _itself(command: Command) -> Sequence[Command]:
+    return (command,)
+
+
+def _remove(arguments: Remove) -> Sequence[Command]:
+    return tuple(RemoveOne(name) for name in dict.fromkeys(arguments.names))
+
+
+def _batch(arguments: Batch) -> Sequence[Command]:
+    commands: list[Command] = []
+    for number, call in enumerate(arguments.commands, 1):
+        row = find(call.command)
+        if not isinstance(row, Change) or row.arguments is Batch:
+            raise Invalid(f"command {number} of the batch: {call.command} cannot be part of one")
+        checked = _arguments(call.command, row, call.arguments)
+        if isinstance(checked, Remove) and checked.force:
+            raise Invalid(f"command {number} of the batch: force cannot be undone, so it cannot be part of one")
+        commands.extend(row.commands(checked))
+    return commands
+
+
+async def _change(daemon: Daemon, row: Change, arguments: object) -> None:
+    commands = row.commands(arguments)
+    if isinstance(arguments, Remove) and arguments.force:
+        await _remove_by_force(daemon, arguments.names, commands)
+    else:
+        await daemon.live.execute(commands)
+
+
+async def _remove_by_force(daemon: Daemon, names: Sequence[str], commands: Sequence[Command]) -> None:
+    for name in names:
+        daemon.live.pool.show(name)  # a refused command disconnects nobody
+    daemon.live.pool.check_writable()
+    for _ in range(FORCED_TRIES - 1):
+        for name in names:
+            await daemon.exports.disconnect(name)
+        try:
+            return await daemon.live.execute(commands)
+        except InUse:
+            pass
+    await daemon.live.execute(commands)
+
+
+# -- queries
+
+
+def _list(daemon: Daemon, arguments: List) -> list[Export]:
+    wanted = arguments.labels.items()
+    return [daemon.export(row) for row in daemon.live.pool.list() if wanted <= row.labels.items()]
+
+
+def _show(daemon: Daemon, arguments: Show) -> Export:
+    return daemon.export(daemon.live.pool.show(arguments.name))
+
+
+def _diff(daemon: Daemon, arguments: Diff) -> list[Extent]:
+    return daemon.live.pool.diff(arguments.before, arguments.after)
+
+
+def _info(daemon: Daemon, _: Nothing) -> Info:
+    pool = daemon.live.pool.info()
+    return Info(
+        version=__version__,
+        pool=pool,
+        listen=tuple(str(address) for address in daemon.listen),
+        connections=daemon.exports.connections,
+        process=host.process_facts(),
+        disk=host.disk_facts(pool.data_path),
+    )
+
+
+# -- the table
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    doc: str
+    arguments: type
+    commands: Callable[..., Sequence[Command]] = _itself
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    doc: str
+    arguments: type
+    answer: Callable[..., object]
+
+
+COMMANDS: dict[str, Change | Query] = {
+    "create": Change("a new volume that reads as zeroes", Create),
+    "snapshot": Change("keep what a volume holds now under a name", Snapshot),
+    "clone": Change("a new volume that starts as a snapshot", Clone),
+    "rollback": Change("make a volume what a snapshot is", Rollback),
+    "rename": Change("give a volume or snapshot another name", Rename),
+    "remove": Change("remove volumes and snapshots", Remove, _remove),
+    "resize": Change("give a volume another size", Resize),
+    "label": Change("set and remove labels", Label),
+    "batch": Change("several changes: all or nothing, one commit", Batch, _batch),
+    "list": Query("every volume and snapshot, or those with some labels", List, _list),
+    "show": Query("one volume or snapshot", Show, _show),
+    "diff": Query("where two snapshots differ", Diff, _diff),
+    "info": Query("the pool, the process, the disk", Nothing, _info),
+}
+
+
+def find(command: str) -> Change | Query:
+    """Raises Invalid."""
+    row = COMMANDS.get(command)
+    if row is None:
+        raise Invalid(codec.unknown("command", command, COMMANDS))
+    return row
+
+
+def _arguments(command: str, row: Change | Query, arguments: Mapping[str, object]) -> object:
+    try:
+        return codec.load(row.arguments, arguments)
+    except Invalid as error:
+        raise Invalid(f"{command}: {error}") from error
+
+
+async def run(daemon: Daemon, message: object) -> object:
+    """Carry out one request. Raises errors.Error."""
+    request = codec.load(Request, message)
+    if request.version != codec.VERSION:
+        raise Invalid(
+            f"the daemon speaks version {codec.VERSION} of the control protocol, not {request.version} "
+            "(use the `nbdthin` that was installed with the daemon)"
+        )
+    row = find(request.command)
+    arguments = _arguments(request.command, row, request.arguments)
+    if isinstance(row, Query):
+        return row.answer(daemon, arguments)
+    await _change(daemon, row, arguments)
+    return None

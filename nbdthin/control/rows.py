@@ -1,0 +1,80 @@
+"""What a daemon tells about itself: the pool's rows with what only a server knows, and facts for `info`.
+
+Sizes are bytes, times are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdthin.pool.rows import PoolInfo, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Export(Row):
+    """A volume or snapshot as it is served: the fields of `Row`, and these."""
+
+    read_only: bool  # a snapshot, or a rule in exports.toml says so
+    connections: tuple[str, ...]  # who holds it, one text a connection
+    uri: str | None  # for qemu-img, nbdinfo, nbdcopy ...; None where nothing listens
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An export in the lineage: `depth` 0 stands on nothing that has a name, others on the node before them that is
+    one less deep."""
+
+    depth: int
+    export: Export
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFacts:
+    pid: int
+    started: float
+    memory: int  # resident
+    threads: int
+    files: int  # open file descriptors
+    files_limit: int
+    cpu: float  # seconds of user and system time since the start
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFacts:
+    """The file system or device that a path is on."""
+
+    device: str
+    mount: Path | None  # None: a block device of its own
+    type: str
+    total: int
+    used: int
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """Everything `nbdthin info` shows."""
+
+    version: str
+    pool: PoolInfo
+    listen: tuple[str, ...]  # addresses, as in exports.toml
+    connections: int
+    process: ProcessFacts
+    disk: DiskFacts  # below the data
+
+
+def lineage(exports: Sequence[Export]) -> list[Node]:
+    """All of `exports`, each behind its parent, siblings by name. Flat: a chain may be thousands deep."""
+    names = {export.name for export in exports}
+    children: dict[str | None, list[Export]] = {}
+    for export in sorted(exports, key=lambda export: export.name, reverse=True):
+        children.setdefault(export.parent if export.parent in names else None, []).append(export)
+    nodes = []
+    waiting = [Node(0, export) for export in children.get(None, ())]
+    while waiting:
+        node = waiting.pop()
+        nodes.append(node)
+        waiting.extend(Node(node.depth + 1, child) for child in children.get(node.export.name, ()))
+    return nodes

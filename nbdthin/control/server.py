@@ -1,0 +1,95 @@
+"""The control socket: frames in, commands run, replies out. One request at a time for each connection.
+
+A command that is refused is answered; bytes that are no frame close that connection and nothing else. A list of any
+length leaves in parts, so that neither memory nor the frame's limit bounds it. Streams are fast enough here: this is
+no data path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+from nbdthin.control import codec, commands
+from nbdthin.control.codec import BadFrame
+from nbdthin.control.commands import Daemon
+from nbdthin.errors import Error
+
+log = logging.getLogger("nbdthin.control")
+
+
+class ControlServer:
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._listeners: list[asyncio.AbstractServer] = []
+        self._connections: dict[asyncio.Task[None], bool] = {}  # whether a command is being carried out
+        self._closing = False
+
+    async def listen(self, listening: socket.socket) -> None:
+        """Accept on a bound socket, which is the server's to close from now on."""
+        self._listeners.append(await asyncio.start_unix_server(self._serve, sock=listening))
+
+    async def close(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
+        """Accept nothing more; commands under way are finished and answered, for `timeout` seconds at most."""
+        self._closing = True
+        for listener in self._listeners:
+            listener.close()
+        for task, busy in self._connections.items():
+            if not busy:
+                task.cancel()
+        if self._connections:
+            _, late = await asyncio.wait(self._connections, timeout=timeout)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[task] = False
+        try:
+            while not self._closing:
+                payload = await _receive(reader)
+                if payload is None:
+                    break
+                self._connections[task] = True
+                await self._answer(writer, payload)
+                self._connections[task] = False
+        except BadFrame as error:
+            log.warning("a control connection sent %s", error)
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # it went away, or the daemon stops
+        finally:
+            del self._connections[task]
+            writer.close()
+
+    async def _answer(self, writer: asyncio.StreamWriter, payload: bytes) -> None:
+        message = codec.unpack(payload)
+        try:
+            result = await commands.run(self._daemon, message)
+        except Error as error:
+            writer.write(codec.pack_error(error))
+        except Exception as error:
+            log.exception("a command failed: %s", codec.printable(str(message.get("command"))))
+            writer.write(codec.pack_error(Error(f"the daemon met {error!r}; its log has more")))
+        else:
+            if isinstance(result, list):
+                for frame in codec.pack_parts(result):
+                    writer.write(frame)
+                    await writer.drain()
+                    await asyncio.sleep(0)  # clients of volumes wait for the same loop
+            else:
+                writer.write(codec.pack({"result": result}))
+        await writer.drain()
+
+
+async def _receive(reader: asyncio.StreamReader) -> bytes | None:
+    """One payload; None where the connection ends between two frames. Raises BadFrame."""
+    try:
+        header = await reader.readexactly(codec.LENGTH.size)
+        return await reader.readexactly(codec.frame_length(header))
+    except asyncio.IncompleteReadError as error:
+        if error.partial:
+            raise BadFrame("half a frame") from error
+        return None

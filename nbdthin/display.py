@@ -1,0 +1,196 @@
+"""How things look to people: on a terminal and, plain, whole and greppable, everywhere else. Only prints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+from nbdthin.control.codec import printable
+from nbdthin.control.rows import DiskFacts, Export, Info, Node, ProcessFacts
+from nbdthin.pool.rows import Extent, PoolInfo
+from nbdthin.units import format_size
+
+WIDEST = 100_000  # columns: rows are never cut, the terminal wraps them
+
+Facts = Iterable[tuple[str, str]]
+
+_COLUMNS = ("NAME", "KIND", "SIZE", "REFERENCED", "EXCLUSIVE", "SHARED", "PARENT", "CREATED", "USED BY", "LABELS")
+_NUMBERS = ("SIZE", "REFERENCED", "EXCLUSIVE", "SHARED")
+
+
+def show_new_pool(info: PoolInfo) -> None:
+    print(f"{printable(str(info.path))}: {format_size(info.data_total)} in blocks of {format_size(info.block_size)}")
+
+
+def show_uri(export: Export) -> None:
+    if export.uri is not None:
+        print(export.uri)
+
+
+def show_exports(exports: Sequence[Export]) -> None:
+    rows = [_cells(export) for export in exports]
+    if sys.stdout.isatty():
+        _draw_table(rows)
+        return
+    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+    for row in (_COLUMNS, *rows):
+        padded = [
+            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
+            for name, cell, width in zip(_COLUMNS, row, widths, strict=True)
+        ]
+        print("  ".join(padded).rstrip())
+
+
+def _cells(export: Export) -> tuple[str, ...]:
+    return (
+        export.name,
+        export.kind,
+        format_size(export.size),
+        format_size(export.referenced),
+        format_size(export.exclusive),
+        format_size(export.shared),
+        export.parent or "-",
+        _moment(export.created),
+        printable(", ".join(export.connections)) or "-",
+        " ".join(_labels(export)) or "-",
+    )
+
+
+def _draw_table(rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: a label is no markup
+    console = Console(highlight=False)
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=WIDEST)).maximum)
+    console.print(table, soft_wrap=True)
+
+
+def show_export(export: Export) -> None:
+    _print_facts(_export_facts(export))
+
+
+def _export_facts(export: Export) -> Facts:
+    yield "Name", export.name
+    yield "Kind", export.kind
+    yield "Size", _bytes(export.size)
+    yield "Referenced", _bytes(export.referenced)
+    yield "Exclusive", _bytes(export.exclusive)
+    yield "Shared", _bytes(export.shared)
+    yield "Parent", export.parent or "-"
+    yield "Created", _moment(export.created)
+    yield "Read-only", "yes" if export.read_only else "no"
+    yield "URI", export.uri or "-"
+    for label in _labels(export):
+        yield "Label", label
+    for holder in export.connections:
+        yield "Used by", holder
+
+
+def show_tree(nodes: Sequence[Node]) -> None:
+    """A line an export, drawn from the last to the first: only then is it known which lines go on."""
+    open_at: set[int] = set()  # depths at which a sibling follows further down
+    lines = []
+    for node in reversed(nodes):
+        stems = "".join("│   " if depth in open_at else "    " for depth in range(1, node.depth))
+        branch = ("├── " if node.depth in open_at else "└── ") if node.depth else ""
+        open_at = {depth for depth in open_at if depth < node.depth} | {node.depth}
+        export, own = node.export, format_size(node.export.exclusive)
+        lines.append(f"{stems}{branch}{export.name}  ({export.kind}, {format_size(export.size)}, {own} of its own)")
+    ascii_only = not _can_draw()
+    for line in reversed(lines):
+        print(line.translate(_ASCII) if ascii_only else line)
+
+
+_ASCII = str.maketrans({"│": "|", "├": "|", "└": "`", "─": "-"})
+
+
+def _can_draw() -> bool:
+    try:
+        "│├└─".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def show_extents(extents: Iterable[Extent]) -> None:
+    """Offset and length in bytes, and what the second snapshot holds there."""
+    for extent in extents:
+        print(extent.offset, extent.length, "data" if extent.data else "zero")
+
+
+def show_info(info: Info) -> None:
+    print(f"Version: {info.version}")
+    for address in info.listen:
+        print(f"Listen: {printable(address)}")
+    print(f"Connections: {info.connections}")
+    print(f"Pool: {printable(str(info.pool.path))}")
+    _print_facts(_pool_facts(info.pool), 1)
+    print(f"Process: {info.process.pid}")
+    _print_facts(_process_facts(info.process), 1)
+    print(f"Disk: {printable(info.disk.device)}")
+    _print_facts(_disk_facts(info.disk), 1)
+
+
+def _pool_facts(pool: PoolInfo) -> Facts:
+    if pool.failed is not None:
+        yield "Failed", pool.failed
+    yield "UUID", pool.uuid
+    yield "Block size", format_size(pool.block_size)
+    yield "Data", str(pool.data_path)
+    yield "Data used", _bytes(pool.data_used)
+    yield "Data total", _bytes(pool.data_total)
+    yield "Data available", _bytes(pool.data_available)
+    yield "Metadata used", _bytes(pool.metadata_used)
+    yield "Metadata total", _bytes(pool.metadata_total)
+    yield "Metadata available", _bytes(pool.metadata_available)
+    yield "Mapping in memory", format_size(pool.memory_mapping)
+    yield "Volumes", str(pool.volumes)
+    yield "Snapshots", str(pool.snapshots)
+    yield "Layers", str(pool.layers)
+    yield "Virtual size", _bytes(pool.virtual_size)
+    yield "Oversubscription", f"{pool.oversubscription:.2f}"
+    yield "Journal", f"{format_size(pool.journal)} since the last checkpoint"
+    yield "Checkpoint", format_size(pool.checkpoint)
+    yield "Sequence", str(pool.sequence)
+
+
+def _process_facts(process: ProcessFacts) -> Facts:
+    yield "Started", _moment(process.started)
+    yield "Memory", format_size(process.memory)
+    yield "CPU", f"{process.cpu:.1f} s"
+    yield "Threads", str(process.threads)
+    yield "Open files", f"{process.files} of {process.files_limit}"
+
+
+def _disk_facts(disk: DiskFacts) -> Facts:
+    yield "Type", disk.type
+    if disk.mount is not None:
+        yield "Mounted at", str(disk.mount)
+        yield "Used", _bytes(disk.used)
+    yield "Total", _bytes(disk.total)
+    if disk.mount is not None:
+        yield "Available", _bytes(disk.available)
+
+
+def _print_facts(facts: Facts, indent: int = 0) -> None:
+    for name, value in facts:
+        print(f"{' ' * indent}{name}: {printable(value)}")
+
+
+def _labels(export: Export) -> list[str]:
+    return [f"{printable(key)}={printable(value)}" for key, value in sorted(export.labels.items())]
+
+
+def _bytes(size: int) -> str:
+    return f"{format_size(size)} ({size} bytes)"
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

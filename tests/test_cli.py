@@ -1,0 +1,379 @@
+"""The command `nbdthin`, run as users and scripts run it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from nbdthin.cli import VERBS, main
+from nbdthin.units import GiB
+from tests import rawclient
+from tests.clients.daemon import Daemon, nbdthin_command, run, running
+from tests.conftest import need
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with running(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def daemon(served: Daemon) -> Daemon:
+    """One whose pool is empty."""
+    with served.connect() as pool:
+        pool.remove(*(row.name for row in pool.list()))
+    return served
+
+
+class Done(NamedTuple):
+    status: int
+    output: str
+    errors: str
+
+
+def start(daemon: Daemon | None, *arguments: str | Path) -> Done:
+    """Run a verb, in this process: hundreds of interpreters would take minutes."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        if daemon is not None:
+            patch.setenv("NBDTHIN_SOCKET", str(daemon.control))
+        try:
+            status = main([str(each) for each in arguments])
+        except SystemExit as end:  # argparse
+            status = int(end.code or 0)
+    return Done(status, output.getvalue(), errors.getvalue())
+
+
+def said(daemon: Daemon | None, *arguments: str | Path) -> str:
+    """What a verb prints that goes well."""
+    done = start(daemon, *arguments)
+    assert (done.status, done.errors) == (0, ""), done
+    return done.output
+
+
+def as_json(daemon: Daemon | None, *arguments: str | Path) -> object:
+    return json.loads(said(daemon, *arguments, "--json"))
+
+
+def refused(daemon: Daemon | None, *arguments: str | Path, status: int = 1) -> str:
+    """The one line that a verb says which does not."""
+    done = start(daemon, *arguments)
+    assert (done.status, done.output) == (status, ""), done
+    *usage, last = done.errors.splitlines()
+    assert status == 2 or (not usage and last.startswith("nbdthin: ")), done.errors
+    return last.removeprefix("nbdthin: ")
+
+
+# -- verbs
+
+
+def test_a_session(daemon: Daemon) -> None:
+    assert said(daemon, "create", "base", "10G") == f"nbd+unix:///base?socket={daemon.socket}\n"
+    assert said(daemon, "snapshot", "base", "base@1") == f"nbd+unix:///base@1?socket={daemon.socket}\n"
+    assert run(need("nbdinfo"), "--size", said(daemon, "clone", "base@1", "web").strip()) == f"{10 * GiB}\n"
+    assert said(daemon, "label", "web", "role=front", "os=debian") == ""
+    assert said(daemon, "label", "web", "os=") == ""
+    assert said(daemon, "rename", "web", "www") == ""
+    assert said(daemon, "resize", "www", "20GiB") == ""
+    lines = said(daemon, "ls").splitlines()
+    assert lines[0].split()[:6] == ["NAME", "KIND", "SIZE", "REFERENCED", "EXCLUSIVE", "SHARED"]
+    assert [line.split()[0] for line in lines[1:]] == ["base", "base@1", "www"]
+    assert lines[3].split()[1:7] == ["volume", "20", "GiB", "0", "B", "0"] and lines[3].endswith("role=front")
+    assert said(daemon, "rollback", "www", "base@1") == ""
+    assert "Size: 10 GiB (10737418240 bytes)\n" in said(daemon, "show", "www")
+    assert said(daemon, "rm", "www", "base", "base@1") == ""
+    assert said(daemon, "ls").splitlines() == [
+        "NAME  KIND  SIZE  REFERENCED  EXCLUSIVE  SHARED  PARENT  CREATED  USED BY  LABELS"
+    ]
+
+
+def test_ls_finds_by_label(daemon: Daemon) -> None:
+    for name, label in (("a", "os=debian"), ("b", "os=arch")):
+        said(daemon, "create", name, "1M")
+        said(daemon, "label", name, label, "x=y")
+    assert [line.split()[0] for line in said(daemon, "ls", "--label", "os=debian").splitlines()] == ["NAME", "a"]
+    rows = as_json(daemon, "ls", "--label", "x=y", "--label", "os=arch")
+    assert isinstance(rows, list) and [row["name"] for row in rows] == ["b"]
+
+
+def test_the_tree_shows_what_stands_on_what(daemon: Daemon) -> None:
+    for command in ("create base 1M", "snapshot base base@1", "clone base@1 web", "snapshot web web@1", "create z 1M"):
+        said(daemon, *command.split())
+    assert said(daemon, "tree") == (
+        "base@1  (snapshot, 1 MiB, 0 B of its own)\n"
+        "├── base  (volume, 1 MiB, 0 B of its own)\n"
+        "└── web@1  (snapshot, 1 MiB, 0 B of its own)\n"
+        "    └── web  (volume, 1 MiB, 0 B of its own)\n"
+        "z  (volume, 1 MiB, 0 B of its own)\n"
+    )
+
+
+def test_a_diff_is_ranges_in_bytes(daemon: Daemon) -> None:
+    said(daemon, "create", "a", "1M")
+    said(daemon, "snapshot", "a", "a@1")
+    run(need("qemu-io"), "-f", "raw", "-c", "write 64k 8k", daemon.uri("a"))
+    said(daemon, "snapshot", "a", "a@2")
+    assert said(daemon, "diff", "a@1", "a@2") == "65536 8192 data\n"
+    assert as_json(daemon, "diff", "a@2", "a@1") == [{"offset": 65536, "length": 8192, "data": False}]
+
+
+def test_info_says_what_docker_info_said_and_more(daemon: Daemon) -> None:
+    said(daemon, "create", "a", "200G")
+    facts = dict(line.strip().split(": ", 1) for line in said(daemon, "info").splitlines())
+    assert facts["Pool"] == str(daemon.pool)
+    assert facts["Block size"] == "64 KiB"
+    assert facts["Volumes"] == "1" and facts["Snapshots"] == "0" and facts["Oversubscription"] == "2.00"
+    assert {"Data used", "Data total", "Data available", "Metadata used", "Journal", "Memory", "CPU"} <= facts.keys()
+    assert facts["Process"] == str(daemon.pid)
+    assert {"Disk", "Mounted at", "Available"} <= facts.keys()
+
+
+def test_who_uses_a_volume_is_shown_and_kept_unless_forced(daemon: Daemon) -> None:
+    said(daemon, "create", "a", "1M")
+    client = rawclient.Client(daemon.socket, "a")
+    holder = f"unix:pid {os.getpid()}"
+    assert holder in said(daemon, "ls") and f"Used by: {holder}" in said(daemon, "show", "a")
+    assert holder in refused(daemon, "rm", "a")
+    assert said(daemon, "rm", "--force", "a") == ""
+    assert client.closed()
+    client.close()
+
+
+def test_init_and_check_need_no_daemon(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    assert said(None, "init", pool, "--size", "1G", "--block-size", "128K") == f"{pool}: 1 GiB in blocks of 128 KiB\n"
+    assert said(None, "check", pool) == f"{pool} is sound: 0 names, 0 layers, 0 blocks in use\n"
+    assert as_json(None, "check", pool) == {
+        "path": str(pool),
+        "names": 0,
+        "layers": 0,
+        "blocks": 0,
+        "frames": 0,
+        "problems": [],
+    }
+
+
+def test_check_finds_damage_and_says_so_with_its_exit_status(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    said(None, "init", pool, "--size", "1G")
+    with (pool / "superblock").open("r+b") as file:
+        file.seek(12)
+        file.write(b"\xff")
+    assert start(None, "check", pool) == (
+        1,
+        f"{pool}/superblock at byte 8: the superblock is damaged: its checksum does not match\n",
+        f"nbdthin: {pool} does not add up (problems: 1)\n",
+    )
+
+
+def test_init_can_put_the_data_elsewhere(tmp_path: Path) -> None:
+    said(None, "init", tmp_path / "pool", "--data", tmp_path / "disk", "--size", "1G")
+    assert (tmp_path / "disk").stat().st_size == GiB
+    assert "holds something already" in refused(None, "init", tmp_path / "other", "--data", tmp_path / "disk")
+    info = as_json(None, "init", tmp_path / "other", "--data", tmp_path / "disk", "--size", "1G", "--force")
+    assert isinstance(info, dict) and info["data_path"] == str(tmp_path / "disk")
+
+
+# -- JSON
+
+
+def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tmp_path: Path) -> None:
+    uses: dict[str, list[str | Path]] = {
+        "init": [tmp_path / "pool"],
+        "create": ["a", "1M"],
+        "snapshot": ["a", "a@1"],
+        "clone": ["a@1", "b"],
+        "rollback": ["b", "a@1"],
+        "rename": ["b", "c"],
+        "resize": ["c", "2M"],
+        "label": ["c", "k=v"],
+        "ls": [],
+        "show": ["c"],
+        "tree": [],
+        "info": [],
+        "diff": ["a@1", "a@1"],
+        "rm": ["c"],
+        "check": [tmp_path / "pool"],
+    }
+    assert uses.keys() == VERBS.keys() - {"serve"}
+    for verb, arguments in uses.items():
+        value = json.loads(said(daemon, "--json", verb, *arguments))
+        assert isinstance(value, list if verb in ("ls", "tree", "diff") else dict), verb
+    assert as_json(daemon, "show", "a") == json.loads(said(daemon, "--json", "show", "a"))
+    assert as_json(daemon, "rm", "a", "a@1") == {"removed": ["a", "a@1"]}
+
+
+def test_serve_says_in_json_that_it_is_ready(tmp_path: Path) -> None:
+    (tmp_path / "exports.toml").write_text('[server]\nlisten = ["tcp:127.0.0.1:0"]')
+    command = nbdthin_command("serve", "--json", "--config", tmp_path / "exports.toml")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        text = ""
+        while not text.endswith("}\n"):
+            text += process.stdout.readline()
+        ready = json.loads(text)
+        assert ready["control"] == str(tmp_path / "var/control.sock")
+        info = as_json(None, "--socket", ready["control"], "info")
+        assert isinstance(info, dict) and info["listen"] == ready["listen"]
+        process.terminate()
+    assert process.returncode == 0
+
+
+def test_the_socket_option_is_stronger_than_the_environment(daemon: Daemon, tmp_path: Path) -> None:
+    for arguments in (("--socket", tmp_path / "no", "ls"), ("ls", "--socket", tmp_path / "no")):
+        assert refused(daemon, *arguments).startswith(f"no daemon at {tmp_path}/no (")
+
+
+def test_without_either_the_socket_below_the_working_directory_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NBDTHIN_SOCKET", raising=False)
+    assert refused(None, "ls").startswith("no daemon at var/control.sock (start one: `nbdthin serve`")
+
+
+# -- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start_of_line"),
+    [
+        ("create a 513", "not a volume's size: 513 bytes"),
+        ("create a 0", "not a volume's size"),
+        ("create a lots", "not a size: 'lots'"),
+        ("create a 99999999999E", "cannot be sent"),
+        ("create a~b 1M", "not a name: 'a~b'"),
+        ("show no", "no volume or snapshot 'no'"),
+        ("snapshot no no@1", "no volume or snapshot 'no'"),
+        ("clone no x", "no volume or snapshot 'no'"),
+        ("rm no", "no volume or snapshot 'no'"),
+        ("label no k=v", "no volume or snapshot 'no'"),
+        ("label no key", "not a label: 'key' (write KEY=VALUE)"),
+        ("label no =x", "not a label: '=x'"),
+        ("ls --label x", "not a label: 'x'"),
+        ("diff a b", "no snapshot 'a'"),
+        ("check /nonexistent", "no pool at /nonexistent"),
+        ("init /proc/x", "/proc/"),
+        ("init /tmp --size 1G", "/tmp exists and is not empty"),
+        ("init pool --size 1X", "not a size: '1X'"),
+        ("init pool --block-size 100", "not a block size"),
+        ("serve --config /nonexistent", "no config at /nonexistent"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(daemon: Daemon, arguments: str, start_of_line: str) -> None:
+    assert refused(daemon, *arguments.split()).startswith(start_of_line)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "frobnicate", "create", "create a", "create a 1M extra", "ls --lable x=y", "serve --socket x", "--json", "rm"],
+)
+def test_wrong_usage_is_status_2(arguments: str) -> None:
+    assert "error: " in refused(None, *arguments.split(), status=2)
+
+
+def test_names_that_are_no_text_are_refused(daemon: Daemon) -> None:
+    assert refused(daemon, "create", os.fsdecode(b"\xff"), "1M").startswith("cannot be sent")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert said(None, "--version") == f"nbdthin {project['version']}\n"
+
+
+def test_help_names_every_verb() -> None:
+    text = said(None, "--help")
+    assert all(f"\n    {verb} " in text for verb in VERBS)
+
+
+# -- where the output goes
+
+
+def test_output_into_a_closed_pipe_is_no_complaint(daemon: Daemon) -> None:
+    with daemon.connect() as pool, pool.batch():
+        for number in range(400):  # more than a pipe holds
+            pool.create(f"{'x' * 200}{number}", 512)
+    script = f"{' '.join(nbdthin_command('ls'))} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NBDTHIN_SOCKET": str(daemon.control)},
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_output_onto_a_full_disk_is_one_line(daemon: Daemon) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            nbdthin_command("--socket", daemon.control, "info"), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "nbdthin: No space left on device\n")
+
+
+def on_terminal(daemon: Daemon, *arguments: str, columns: int) -> str:
+    """What a verb shows on a terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(NBDTHIN_SOCKET=str(daemon.control), COLUMNS=str(columns), TERM="xterm")
+        os.execv(sys.executable, nbdthin_command(*arguments))
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:  # that is how a terminal ends
+            break
+        shown += part
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return shown.decode()
+
+
+def test_a_narrow_terminal_cuts_nothing_off(daemon: Daemon) -> None:
+    name = "a-name-of-some-length/that-one-would-like-to-see-whole@1"
+    said(daemon, "create", name, "1M")
+    said(daemon, "label", name, "note=[bold]no markup[/bold] of ours", "color=\x1b[31mred")
+    for columns in (20, 80, 300):
+        shown = on_terminal(daemon, "ls", columns=columns)
+        assert name in shown and "note=[bold]no markup[/bold] of ours" in shown
+        assert "\x1b[31m" not in shown and "color=\\x1b[31mred" in shown
+
+
+def test_labels_that_the_output_cannot_show_are_escaped(daemon: Daemon) -> None:
+    said(daemon, "create", "a", "1M")
+    said(daemon, "label", "a", "note=größe ✓")
+    done = subprocess.run(
+        nbdthin_command("show", "a"),
+        env=os.environ | {"NBDTHIN_SOCKET": str(daemon.control), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "note=gr\\xf6\\xdfe \\u2713" in done.stdout
+    assert "note=größe ✓" in said(daemon, "show", "a")
+
+
+def test_asking_a_daemon_loads_neither_numpy_nor_uvloop_nor_rich(daemon: Daemon) -> None:
+    program = (
+        "import sys; from nbdthin.cli import main; status = main(['ls']);"
+        "heavy = {'numpy', 'uvloop', 'rich', 'psutil'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"NBDTHIN_SOCKET": str(daemon.control)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

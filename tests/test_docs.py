@@ -1,0 +1,113 @@
+"""What can be asked must be documented: these fail when a verb, command, key or attribute is not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import nbdthin
+from nbdthin import cli, config, errors
+from nbdthin.control import rows
+from nbdthin.control.client import AsyncClient, Changes, Client
+from nbdthin.control.codec import MAX_FRAME, VERSION
+from nbdthin.control.commands import COMMANDS
+from nbdthin.pool import commands as pool_commands
+
+TOP = Path(__file__).parent.parent
+CLI = (TOP / "docs/cli.md").read_text()
+PYTHON = (TOP / "docs/python.md").read_text()
+KEYS = {
+    "pool": config.PoolConfig,
+    "server": config.ServerConfig,
+    "control": config.ControlConfig,
+    "export": config.ExportRule,
+}
+
+
+def section(title: str) -> str:
+    """What stands under a heading of cli.md."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", CLI, re.DOTALL | re.MULTILINE)
+    assert found is not None, f"docs/cli.md has no heading {title!r}"
+    return found[1]
+
+
+def words(text: str) -> set[str]:
+    return {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"\w+", code)}
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_is_documented_with_its_arguments(verb: str) -> None:
+    text = section(f"nbdthin {verb}")
+    usage = next(line for line in text.splitlines() if line.startswith("    "))
+    assert usage.startswith(f"    nbdthin {verb}")
+    parser = argparse.ArgumentParser(add_help=False)
+    cli.VERBS[verb].arguments(parser)
+    for action in parser._actions:
+        shown = action.option_strings[-1] if action.option_strings else str(action.metavar)
+        assert shown in usage, f"{shown} is not in the usage of {verb}"
+
+
+def test_no_verb_is_documented_that_does_not_exist() -> None:
+    assert set(re.findall(r"^### nbdthin (\w+)", CLI, re.MULTILINE)) == set(cli.VERBS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_control_command_is_documented_with_its_arguments(command: str) -> None:
+    row = next(line for line in section("The control protocol").splitlines() if line.startswith(f"| `{command}` |"))
+    arguments = words(row.split("|")[2])
+    for field in dataclasses.fields(COMMANDS[command].arguments):
+        assert field.name in arguments
+
+
+def test_the_control_protocol_is_described_as_it_is() -> None:
+    text = section("The control protocol")
+    assert f'"version": {VERSION}' in text and f"{MAX_FRAME >> 20} MiB" in text
+    assert {*errors.BY_CODE, errors.Error.code} <= words(text)
+
+
+@pytest.mark.parametrize("table", KEYS)
+def test_every_config_key_is_documented_and_in_the_example(table: str) -> None:
+    keys = {field.name for field in dataclasses.fields(KEYS[table])}
+    header = f"[[{table}]]" if table == "export" else f"[{table}]"
+    documented = set(re.findall(rf"`{re.escape(header)} (\w+)`", section("exports.toml")))
+    assert documented == keys
+    example = (TOP / "exports.toml").read_text().replace("# data =", "data =")
+    values = tomllib.loads(example)[table]
+    assert (values[0] if table == "export" else values).keys() == keys
+
+
+def test_every_public_name_is_documented() -> None:
+    assert {name for name in nbdthin.__all__ if name not in words(PYTHON)} == set()
+
+
+@pytest.mark.parametrize("kind", [Changes, Client, AsyncClient])
+def test_every_method_is_documented(kind: type) -> None:
+    methods = {name for name in vars(kind) if not name.startswith("_")}
+    assert {name for name in methods if f"`{name}(" not in PYTHON} == set()
+
+
+def test_pools_and_daemons_have_the_same_verbs() -> None:
+    changes = {name for name in vars(Changes) if not name.startswith("_")}
+    assert {
+        name for name in changes | {"batch", "list", "show", "diff", "info"} if not hasattr(nbdthin.Pool, name)
+    } == set()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(nbdthin.Row, nbdthin.Export, nbdthin.Node, nbdthin.Extent),
+        *(nbdthin.Info, nbdthin.PoolInfo, rows.ProcessFacts, rows.DiskFacts),
+    ],
+)
+def test_every_attribute_is_documented(kind: type) -> None:
+    assert {field.name for field in dataclasses.fields(kind) if field.name not in words(PYTHON)} == set()
+
+
+def test_the_limits_are_those_of_the_pool() -> None:
+    assert f"up to {pool_commands.MAX_LABELS}, text of up to {pool_commands.MAX_LABEL} bytes" in CLI
