@@ -41,7 +41,7 @@ from nbdthin.wire.proto import Command, CommandFlag, Errno
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
-REQUEST_COST = 4 * KiB  # bytes that a request without data counts for
+REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
 OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 STATUS_EXTENTS = 4096  # extents in one BLOCK_STATUS reply; the client asks again for the rest
@@ -53,6 +53,7 @@ _FLUSH = int(Command.FLUSH)
 _TRIM = int(Command.TRIM)
 _CACHE = int(Command.CACHE)
 _WRITE_ZEROES = int(Command.WRITE_ZEROES)
+_BLOCK_STATUS = int(Command.BLOCK_STATUS)
 _FUA = int(CommandFlag.FUA)
 _NO_HOLE = int(CommandFlag.NO_HOLE)
 _DF = int(CommandFlag.DF)
@@ -392,6 +393,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._other(command, flags, cookie, offset, length)
             if self._out_bytes >= OUT_BYTES:
                 self._flush()
+            if command == _BLOCK_STATUS:  # milliseconds: let the loop turn before the next request
+                self._pause()
+                self._loop.call_soon(self._control_flow)
+                break
         if position >= 0:
             left = end - position
             if left and position:
@@ -553,8 +558,9 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
         # Always fast: at most two subblocks are written, so FAST_ZERO asks for nothing that is not so anyway.
-        if length:
-            await self._device.write_zeroes(offset, length, bool(flags & _NO_HOLE))
+        allocate = bool(flags & _NO_HOLE)
+        if length and (allocate or not self._device.zero_now(offset, length)):
+            await self._device.write_zeroes(offset, length, allocate)
         await self._succeed(flags, cookie)
 
     async def _cache(self, cookie: int, offset: int, length: int) -> None:

@@ -69,7 +69,7 @@ class Client:
     def option(self, number: int, data: bytes) -> list[tuple[int, bytes]]:
         self.sock.sendall(b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data)
         replies: list[tuple[int, bytes]] = []
-        while not replies or replies[-1][0] not in (1,) and not replies[-1][0] >> 31:
+        while not replies or (replies[-1][0] not in (1,) and not replies[-1][0] >> 31):
             magic, option, kind, length = struct.unpack(">QIII", self.receive(20))
             assert (magic, option) == (0x3E889045565A9, number)
             replies.append((kind, self.receive(length)))

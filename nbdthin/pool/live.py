@@ -39,7 +39,7 @@ COMMIT_INTERVAL = (
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 INLINE_READ = 1 * MiB  # bytes; the same for reads of what is cached
-PIECE = 64 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 2 ms
+PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
 log = logging.getLogger("nbdthin.pool")
@@ -55,7 +55,8 @@ class LiveVolume:
         self._live = live
         self._pool = live.pool
         self._shift = live.pool.block_size.bit_length() - 1
-        self._held: dict[asyncio.Future[None], tuple[int, int]] = {}  # blocks in use: first and last
+        # Blocks, first and last, of those who hold them or wait to, in the order in which they came.
+        self._held: dict[asyncio.Future[None], tuple[int, int]] = {}
         self._gate: asyncio.Future[None] | None = None  # set while a command changes the volume
 
     # -- reading
@@ -127,21 +128,34 @@ class LiveVolume:
         self.volume.finish(write)
 
     def trim_now(self, offset: int, length: int) -> bool:
-        if self._blocked(offset, length):
+        if length > PIECE or self._blocked(offset, length):
             return False
         self.volume.trim(offset, length)
         return True
 
     async def trim(self, offset: int, length: int) -> None:
         async with self._hold(offset, length):
-            self.volume.trim(offset, length)
+            for start, count in _pieces(offset, length):
+                self.volume.trim(start, count)
+                await asyncio.sleep(0)
+
+    def zero_now(self, offset: int, length: int) -> bool:
+        """write_zeroes, without allocation, where nothing has to be written."""
+        if length > PIECE or self._blocked(offset, length) or self.volume.partial_zeroes(offset, length):
+            return False
+        self.volume.zero_whole(offset, length, False)
+        return True
 
     async def write_zeroes(self, offset: int, length: int, allocate: bool) -> None:
         """Raises NoSpace or OSError."""
         async with self._hold(offset, length):
             self._pool.check_writable()
             if allocate:
-                await self._live.with_space(lambda: self.volume.check_provision(offset, length))
+                missing = 0
+                for start, count in _pieces(offset, length):
+                    missing += self.volume.missing_blocks(start, count)
+                    await asyncio.sleep(0)
+                await self._live.with_space(lambda: self.volume.check_free(missing))
             parts = self.volume.partial_zeroes(offset, length)
             await self._live.with_space(lambda: self.volume.check_space(parts))
             for start, end in parts:
@@ -159,16 +173,21 @@ class LiveVolume:
         self._pool.check_writable()
         if self._gate is not None:
             return True
-        return bool(self._held) and self._holder(*self._blocks(offset, length)) is not None
+        return bool(self._held) and bool(self._earlier(*self._blocks(offset, length)))
 
     def _blocks(self, offset: int, length: int) -> tuple[int, int]:
         return offset >> self._shift, max(offset, offset + length - 1) >> self._shift
 
-    def _holder(self, first: int, last: int) -> asyncio.Future[None] | None:
-        for held, (start, end) in self._held.items():
+    def _earlier(self, first: int, last: int) -> list[asyncio.Future[None]]:
+        """Whom to wait for before using blocks `first` to `last`; they wait for those before them."""
+        found = []
+        for held in reversed(self._held):
+            start, end = self._held[held]
             if start <= last and first <= end:
-                return held
-        return None
+                found.append(held)
+                if start <= first and last <= end:
+                    break
+        return found
 
     def _hold(self, offset: int, length: int) -> _Hold:
         return _Hold(self, *self._blocks(offset, length))
@@ -178,10 +197,17 @@ class LiveVolume:
         return _Hold(self, leaf << LEAF_SHIFT, (leaf << LEAF_SHIFT) + LEAF_BLOCKS - 1)
 
     async def acquire(self, first: int, last: int) -> asyncio.Future[None]:
-        while (other := self._gate or self._holder(first, last)) is not None:
-            await asyncio.shield(other)
+        while self._gate is not None:
+            await asyncio.shield(self._gate)
+        earlier = self._earlier(first, last) if self._held else []
         held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._held[held] = (first, last)
+        try:
+            for other in earlier:
+                await asyncio.shield(other)
+        except BaseException:
+            self.release(held)
+            raise
         return held
 
     def release(self, held: asyncio.Future[None]) -> None:
@@ -229,7 +255,9 @@ class LivePool:
         self._io = ThreadPoolExecutor(IO_THREADS, "nbdthin-io")
         self._sync = ThreadPoolExecutor(1, "nbdthin-sync")  # its own: cold reads must not hold up a commit
         self._upkeep = ThreadPoolExecutor(1, "nbdthin-upkeep")  # checkpoints, hole punching
-        self._volumes: weakref.WeakValueDictionary[str, LiveVolume] = weakref.WeakValueDictionary()
+        # By the volume's identity, not its name, which may change hands; each keeps its volume, so no number is reused.
+        self._volumes: weakref.WeakValueDictionary[int, LiveVolume] = weakref.WeakValueDictionary()
+        self._next_leave: asyncio.Future[None] = self._loop.create_future()  # done when some thread's I/O ends
         self._structure = asyncio.Lock()  # one set of commands at a time
         self._waiters: list[asyncio.Future[None]] = []
         self._committing: asyncio.Task[None] | None = None
@@ -245,9 +273,9 @@ class LivePool:
     def open(self, name: str) -> LiveVolume:
         """The volume or snapshot `name`, one object for all. Raises NotFound."""
         volume = self.pool.volume(name)
-        live = self._volumes.get(name)
-        if live is None or live.volume is not volume:  # the name may have gone and come back
-            live = self._volumes[name] = LiveVolume(self, volume)
+        live = self._volumes.get(id(volume))
+        if live is None:
+            live = self._volumes[id(volume)] = LiveVolume(self, volume)
         return live
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
@@ -258,6 +286,8 @@ class LivePool:
         finally:
             self.pool.leave(epoch)
             self._reclaim_soon()
+            left, self._next_leave = self._next_leave, self._loop.create_future()
+            left.set_result(None)
 
     # -- commands
 
@@ -266,9 +296,8 @@ class LivePool:
         async with self._structure:
             async with AsyncExitStack() as gates:
                 for name in sorted({name for command in wanted for name in _changed(command)}):
-                    volume = self._volumes.get(name)
-                    if volume is not None:
-                        await gates.enter_async_context(volume.gated())
+                    if name in self.pool.state.names:
+                        await gates.enter_async_context(self.open(name).gated())
                 self._refuse_used(wanted)
                 self.pool.execute(wanted)
         await self.commit()
@@ -369,17 +398,18 @@ class LivePool:
     # -- freed space
 
     async def with_space(self, reserve: Callable[[], T]) -> T:
-        """`reserve`, and once more after a commit where freed blocks were only waiting for one. Raises NoSpace."""
-        try:
-            return reserve()
-        except NoSpace:
-            if not self.pool.allocator.pending:
-                raise
-        await self.commit()
-        while self._reclaim_soon() is not None:
-            assert self._reclaiming is not None
-            await asyncio.shield(self._reclaiming)
-        return reserve()
+        """`reserve`, again and again while freed blocks wait for a commit, or for a read to end. Raises NoSpace."""
+        while True:
+            try:
+                return reserve()
+            except NoSpace:
+                if not self.pool.allocator.pending:
+                    raise
+            await self.commit()
+            if (reclaiming := self._reclaim_soon()) is not None:
+                await asyncio.shield(reclaiming)
+            elif self.pool.has_freed:  # durable, and held back by a read under way
+                await asyncio.shield(self._next_leave)
 
     def _reclaim_soon(self) -> asyncio.Task[None] | None:
         if self._reclaiming is None and self.pool.can_reclaim:

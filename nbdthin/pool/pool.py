@@ -554,6 +554,11 @@ class Pool:
             del self._readers[epoch]
 
     @property
+    def has_freed(self) -> bool:
+        """Blocks are freed, and durably so, but not yet for use."""
+        return bool(self._limbo)
+
+    @property
     def can_reclaim(self) -> bool:
         """`take_reclaimable` would find something."""
         return bool(self._limbo) and not (self._readers and min(self._readers) <= self._limbo[0][0])

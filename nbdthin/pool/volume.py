@@ -367,9 +367,10 @@ class Volume:
     def check_space(self, parts: list[tuple[int, int]]) -> None:
         """Raises NoSpace where writing `parts`, each inside one block, needs more blocks than there are."""
         blocks = {start >> self._shift for start, _ in parts}
-        self._check_free(sum(not self.layer.entry(block) >> 32 for block in blocks))
+        self.check_free(sum(not self.layer.entry(block) >> 32 for block in blocks))
 
-    def _check_free(self, count: int) -> None:
+    def check_free(self, count: int) -> None:
+        """Raises NoSpace where the pool has not `count` blocks to give."""
         if count > self.pool.allocator.free - self.pool.allocator.pending:
             raise NoSpace(f"the pool has no {count} free blocks (remove snapshots or volumes, or trim)")
 
@@ -465,14 +466,14 @@ class Volume:
 
     def provision(self, offset: int, length: int) -> None:
         """Give every block of the range a physical block. Raises NoSpace with nothing changed."""
-        self.check_provision(offset, length)
+        self.check_free(self.missing_blocks(offset, length))
         for block in self._without_block(offset, length):
             physical = self.pool.allocator.allocate(self.layer.number)
             self.pool.put(self.layer, block, physical << 32 | self.layer.entry(block))
 
-    def check_provision(self, offset: int, length: int) -> None:
-        """Raises NoSpace where `provision` would."""
-        self._check_free(sum(1 for _ in self._without_block(offset, length)))
+    def missing_blocks(self, offset: int, length: int) -> int:
+        """How many blocks `provision` would allocate."""
+        return sum(1 for _ in self._without_block(offset, length))
 
     def _without_block(self, offset: int, length: int) -> Iterator[int]:
         """The blocks of a range that have no physical block of their own."""
