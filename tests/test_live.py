@@ -60,6 +60,12 @@ async def read(volume: LiveVolume, offset: int, length: int) -> bytes:
     return bytes(view)
 
 
+async def merged(live: LivePool) -> None:
+    """Return when the background has merged all that there is to merge."""
+    while live.merging is not None:
+        await live.merging
+
+
 def test_writers_that_flush_at_once_share_their_commits(tmp_path: Path) -> None:
     async def work(live: LivePool) -> None:
         await live.execute([Create("web", 8 * MIB)])
@@ -247,8 +253,7 @@ def test_writes_snapshots_removals_and_merges_at_once_stay_apart(
         await live.execute([Rollback("web", keep)])
         assert await read(volume, 0, REGION * REGIONS) == expected
         await live.execute([Remove(name) for name in live.pool.state.names if name != "web"])
-        while live.pool.state.mergeable:
-            await asyncio.sleep(0.001)
+        await merged(live)
         assert await read(volume, 0, REGION * REGIONS) == expected
 
     run(tmp_path / "pool", work)

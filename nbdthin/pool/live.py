@@ -263,7 +263,7 @@ class LivePool:
         self._committing: asyncio.Task[None] | None = None
         self._reclaiming: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._merging: asyncio.Task[None] | None = None
+        self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
         self._preparing: asyncio.Task[None] | None = None
         self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
@@ -425,8 +425,8 @@ class LivePool:
     # -- merging
 
     def _merge_soon(self) -> None:
-        if self._merging is None and not self._closing and self.pool.next_unnamed(self._unmergeable) is not None:
-            self._merging = self._spawn(self._merge())
+        if self.merging is None and not self._closing and self.pool.next_unnamed(self._unmergeable) is not None:
+            self.merging = self._spawn(self._merge())
 
     async def _merge(self) -> None:
         try:
@@ -440,7 +440,7 @@ class LivePool:
         except PoolFailed:
             pass
         finally:
-            self._merging = None
+            self.merging = None
 
     async def _prune_layer(self, layer: Layer) -> None:
         if layer.number in self.pool.state.prunable:
