@@ -28,7 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
-from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
+import numpy as np
+
+from nbdthin.errors import Error, NoSpace, ReadOnly
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import LivePool, LiveVolume
@@ -39,6 +41,8 @@ from nbdthin.wire.handshake import ExportInfo, Handshake, HandshakeState, Negoti
 from nbdthin.wire.proto import Command, CommandFlag, Errno
 
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
+LARGE = 1 * MiB  # bytes from which on a request counts towards the total of all connections
+LARGE_TOTAL = 512 * MiB  # that total: a client costs memory by what it sends, not by what it announces
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
@@ -88,7 +92,9 @@ class Server:
         self._listeners: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
-        self.requests = 0  # answered since the start, refusals included
+        self._stopping = False
+        self._large = 0  # bytes of large requests in work, over all connections
+        self._waiting: dict[Connection, None] = {}  # those that have one to begin and found no room
         live.users = self.holders
 
     # -- exports (wire.handshake.Exports)
@@ -137,6 +143,8 @@ class Server:
         await asyncio.gather(*(connection.closed for connection in connections))
 
     def add(self, connection: Connection) -> bool:
+        if self._stopping:
+            return False
         if len(self._connections) >= self._max_connections:
             log.warning("refused a connection: there are %d already", len(self._connections))
             return False
@@ -155,14 +163,30 @@ class Server:
             if not users:
                 del self._users[name]
 
+    def take_large(self, connection: Connection, length: int) -> bool:
+        """Count a large request in; False where there is no room now: the connection is told when there may be."""
+        if self._large and self._large + length > LARGE_TOTAL:
+            self._waiting[connection] = None
+            return False
+        self._large += length
+        return True
+
+    def leave_large(self, length: int) -> None:
+        self._large -= length
+        waiting, self._waiting = self._waiting, {}
+        for connection in waiting:
+            connection.retry()
+
     @property
     def live(self) -> LivePool:
         return self._live
 
     async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""
+        self._stopping = True
         for listener in self._listeners:
             listener.close()
+        await asyncio.sleep(0)  # uvloop announces a connection a turn after it has accepted it
         connections = list(self._connections)
         for connection in connections:
             connection.stop()
@@ -188,17 +212,17 @@ class Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._lost = False  # the transport is gone
-        self._scratch = bytearray(SCRATCH)
-        self._view = memoryview(self._scratch)
+        self._view = _buffer(SCRATCH)
         self._end = 0  # bytes in scratch
-        self._payload: bytearray | None = None  # of a large write, while it comes in
-        self._payload_view = self._view[:0]
+        self._payload: memoryview | None = None  # of a large write, while it comes in
         self._filled = 0
         self._payload_request = (0, 0, 0)  # flags, cookie, offset
         self._skip = 0  # bytes of a refused payload still to come
         self._out: list[bytes | bytearray | memoryview] = []
         self._out_bytes = 0
         self._flush_due = False
+        self._large = 0  # bytes of its large requests, from their headers on until their replies have been taken
+        self._large_ended = 0  # of these, bytes of requests that have ended
         self._tasks = 0  # requests in work
         self._in_flight = 0  # bytes they stand for
         self._peer_slow = False  # it does not take its replies
@@ -220,14 +244,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._payload is not None:
-            return self._payload_view[self._filled :]
+            return self._payload[self._filled :]
         return self._view[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._payload is not None:
             self._filled += nbytes
             if self._filled == len(self._payload):
-                self._payload_complete()
+                self._payload_complete(self._payload)
             return
         self._end += nbytes
         self._advance()
@@ -238,6 +262,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._peer_slow = False
+        self._leave_room()
         self._control_flow()
 
     def eof_received(self) -> bool:
@@ -279,6 +304,8 @@ class Connection(asyncio.BufferedProtocol):
             self._flush()
             self._transport.close()
         elif not self.closed.done():
+            self._server.leave_large(self._large)
+            self._large = self._large_ended = 0
             self._server.remove(self, self._info.name if self._handshake is None else None)
             self.closed.set_result(None)
 
@@ -295,6 +322,27 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def _stalled(self) -> bool:
         return self._peer_slow or self._in_flight >= IN_FLIGHT
+
+    def _take_room(self, length: int) -> bool:
+        """Count a request in among the large ones of all connections, if it is one. False: not now, reading pauses."""
+        if length <= LARGE:
+            return True
+        if not self._server.take_large(self, length):
+            self._pause()
+            return False
+        self._large += length
+        return True
+
+    def _leave_room(self) -> None:
+        """Large requests have ended, and the peer has taken what they were answered."""
+        if self._large_ended and not self._peer_slow:
+            self._large -= self._large_ended
+            self._server.leave_large(self._large_ended)
+            self._large_ended = 0
+
+    def retry(self) -> None:
+        """There may be room now."""
+        self._loop.call_soon(self._control_flow)
 
     def _pause(self) -> None:
         if not self._paused and not self._lost:
@@ -376,6 +424,8 @@ class Connection(asyncio.BufferedProtocol):
                 self.abort()
                 return
             error = refuse(rules, command, flags, offset, length, volume.size)
+            if command == _READ and not error and not self._take_room(length):
+                break
             if command == _WRITE:
                 position = self._take_write(position, flags, cookie, offset, length, error)
                 if position < 0:
@@ -384,13 +434,18 @@ class Connection(asyncio.BufferedProtocol):
             position += 28
             if error:
                 self._answer_error(command, cookie, error)
-            elif command == _READ:
-                self._read(flags, cookie, offset, length)
             elif command == _DISC:
                 self._pause()
                 self._closing = True
             else:
-                self._other(command, flags, cookie, offset, length)
+                try:
+                    if command == _READ:
+                        self._read(flags, cookie, offset, length)
+                    else:
+                        self._other(command, flags, cookie, offset, length)
+                except Exception as failure:
+                    self._end_large(length if command == _READ else 0)
+                    self._fail(command, cookie, failure)
             if self._out_bytes >= OUT_BYTES:
                 self._flush()
             if command == _BLOCK_STATUS:  # milliseconds: let the loop turn before the next request
@@ -404,6 +459,7 @@ class Connection(asyncio.BufferedProtocol):
             self._end = left
         if self._out:
             self._flush()
+        self._leave_room()
         if self._closing:
             self._maybe_close()
 
@@ -431,21 +487,24 @@ class Connection(asyncio.BufferedProtocol):
             self._view[:left] = bytes(self._view[position : self._end])
             self._end = left
             return -1
-        payload = self._payload = bytearray(length)
-        self._payload_view = memoryview(payload)
-        self._payload_view[:have] = self._view[start : start + have]
+        if not self._take_room(length):
+            left = self._end - position
+            self._view[:left] = bytes(self._view[position : self._end])
+            self._end = left
+            return -1
+        payload = self._payload = _buffer(length)
+        payload[:have] = self._view[start : start + have]
         self._filled = have
         self._payload_request = (flags, cookie, offset)
         self._end = 0
         return -1
 
-    def _payload_complete(self) -> None:
-        view = self._payload_view
+    def _payload_complete(self, payload: memoryview) -> None:
         self._payload = None
-        self._payload_view = self._view[:0]
-        self._write(*self._payload_request, view, True)
+        self._write(*self._payload_request, payload, True)
         if self._out:
             self._flush()
+        self._leave_room()
 
     # -- commands
 
@@ -475,16 +534,11 @@ class Connection(asyncio.BufferedProtocol):
             segments = [segment for segment in segments if segment[0] != ZERO]
         else:
             put = partial(self._put_read, cookie, offset)
-        view = memoryview(bytearray(sum(count for _, count in segments)))
-        try:
-            done = self._device.read_now(segments, view)
-        except OSError as error:
-            self._answer_error(_READ, cookie, transmission.errno_of(error))
-            return
-        if done:
+        view = _buffer(sum(count for _, count in segments))
+        if length <= LARGE and self._device.read_now(segments, view):
             put(view)
         else:
-            self._start(_READ, cookie, len(view), self._read_slowly(segments, view, put))
+            self._start(_READ, cookie, length, self._read_slowly(segments, view, put))
 
     async def _read_slowly(
         self, segments: list[tuple[int, int]], view: memoryview, put: Callable[[memoryview], None]
@@ -515,8 +569,9 @@ class Connection(asyncio.BufferedProtocol):
     def _write(self, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> None:
         try:
             done = not payload or self._device.write_now(offset, payload)
-        except (OSError, Error) as error:
-            self._put(_simple(_errno(error), cookie))
+        except Exception as error:
+            self._end_large(len(payload))
+            self._fail(_WRITE, cookie, error)
             return
         if done and not flags & _FUA:
             self._put(_simple(0, cookie))
@@ -592,21 +647,24 @@ class Connection(asyncio.BufferedProtocol):
     async def _run(self, command: int, cookie: int, cost: int, work: Coroutine[object, object, None]) -> None:
         try:
             await work
-        except (OSError, Error) as error:
-            self._answer_error(command, cookie, _errno(error))
-        except Exception:
-            log.exception("%s: a request failed: %s", self.peer, Command(command).name)
-            self._answer_error(command, cookie, int(Errno.EIO))
+        except Exception as error:
+            self._fail(command, cookie, error)
         self._tasks -= 1
         self._in_flight -= cost
+        self._end_large(cost)
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._after_tasks)
+
+    def _end_large(self, length: int) -> None:
+        if length > LARGE:
+            self._large_ended += length
 
     def _after_tasks(self) -> None:
         """Once for all requests that ended in this turn of the loop."""
         self._flush_due = False
         self._flush()
+        self._leave_room()
         self._control_flow()
         self._maybe_close()
 
@@ -622,6 +680,12 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._put(_simple(error, cookie))
 
+    def _fail(self, command: int, cookie: int, error: Exception) -> None:
+        """The one place where an error of a request becomes a reply."""
+        if not isinstance(error, OSError | Error):
+            log.error("%s: a request failed: %s", self.peer, Command(command).name, exc_info=error)
+        self._answer_error(command, cookie, _errno(error))
+
     def _flush(self) -> None:
         out = self._out
         if not out:
@@ -632,15 +696,18 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.writelines(out)
 
 
-def _errno(error: OSError | Error) -> int:
+def _errno(error: Exception) -> int:
     """What a client is told."""
     if isinstance(error, OSError):
         return transmission.errno_of(error)
     if isinstance(error, NoSpace):
         return int(Errno.ENOSPC)
-    if isinstance(error, ReadOnly):
-        return int(Errno.EPERM)
-    return int(Errno.EIO if isinstance(error, PoolFailed) else Errno.EINVAL)
+    return int(Errno.EPERM if isinstance(error, ReadOnly) else Errno.EIO)
+
+
+def _buffer(length: int) -> memoryview:
+    """Memory with anything in it, taken from the system only where it is used."""
+    return np.empty(length, dtype=np.uint8).data
 
 
 def _peer_name(transport: asyncio.Transport) -> str:

@@ -23,6 +23,7 @@ from tests.rawclient import (
     DF,
     DISC,
     EINVAL,
+    EIO,
     ENOSPC,
     EPERM,
     FAST_ZERO,
@@ -319,6 +320,49 @@ def test_a_client_that_does_not_take_its_replies_is_not_read_from(serving: Servi
 
 async def _memory() -> int:
     return psutil.Process().memory_info().rss
+
+
+def test_large_requests_of_many_connections_share_their_memory(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdthin.server.LARGE_TOTAL", 20 * MIB)
+    clients = [Client(serving.socket, "web") for _ in range(6)]
+    data = [pattern(index, 8 * MIB) for index in range(6)]
+    for index, each in enumerate(clients):  # all announce, none has sent its payload yet
+        each.sock.sendall(each.request(WRITE, index * 8 * MIB, 8 * MIB)[1])
+    senders = [
+        threading.Thread(target=each.sock.sendall, args=(payload,)) for each, payload in zip(clients, data, strict=True)
+    ]
+    for sender in senders:
+        sender.start()
+    for index, each in enumerate(clients):
+        assert each.reply().error == 0
+        senders[index].join()
+        each.send(READ, index * 8 * MIB, 8 * MIB)
+    for each, payload in zip(clients, data, strict=True):
+        assert each.reply().payload == payload
+    announcing = [Client(serving.socket, "web") for _ in range(4)]
+    for each in announcing:
+        each.sock.sendall(each.request(WRITE, 0, 8 * MIB)[1])
+    for each in announcing:
+        each.close()
+    assert clients[0].read(0, 8 * MIB) == data[0], "who went away holds nothing"
+    for each in clients:
+        each.close()
+
+
+def test_a_defect_of_ours_is_an_io_error_to_one_request_and_a_line_in_the_log(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for target in ("LiveVolume.write_now", "LiveVolume.trim_now", "Volume.locate"):
+        kind = "live" if target.startswith("Live") else "volume"
+        with monkeypatch.context() as patch:
+            patch.setattr(f"nbdthin.pool.{kind}.{target}", lambda *_: 1 // 0)
+            command = {"LiveVolume.write_now": WRITE, "LiveVolume.trim_now": TRIM, "Volume.locate": READ}[target]
+            assert client.call(command, 0, 4096, bytes(4096) if command == WRITE else b"") == EIO
+        assert "ZeroDivisionError" in caplog.text
+        caplog.clear()
+    assert client.read(0, 512) == bytes(512)
 
 
 def test_disconnect_finishes_what_was_asked_before_it(client: Client) -> None:

@@ -38,7 +38,6 @@ COMMIT_INTERVAL = (
 )
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
-INLINE_READ = 1 * MiB  # bytes; the same for reads of what is cached
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
@@ -62,8 +61,8 @@ class LiveVolume:
     # -- reading
 
     def read_now(self, segments: list[tuple[int, int]], view: memoryview) -> bool:
-        """Fill `view`, all zeroes, from the page cache. OSError from the disk."""
-        if not self._pool.data.nowait or len(view) > INLINE_READ:
+        """Fill `view` from the page cache. OSError from the disk."""
+        if not self._pool.data.nowait:
             return False
         try:
             self.volume.read_segments(segments, view, NOWAIT)
@@ -72,7 +71,7 @@ class LiveVolume:
         return True
 
     async def read(self, segments: list[tuple[int, int]], view: memoryview) -> None:
-        """Fill `view`, all zeroes. `segments` must be of this turn of the loop. OSError from the disk."""
+        """Fill `view`. `segments` must be of this turn of the loop. OSError from the disk."""
         await self._live.in_thread(self.volume.read_segments, segments, view)
 
     async def prefetch(self, offset: int, length: int) -> None:

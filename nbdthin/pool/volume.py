@@ -200,10 +200,12 @@ class Volume:
         return (entry >> 32 << self._shift) + within if entry & touched == touched else -1
 
     def read_segments(self, segments: list[tuple[int, int]], view: memoryview, flags: int = 0) -> None:
-        """Fill `view`, which must hold zeroes already. Flags as in DataFile.read_into."""
+        """Fill `view`. Flags as in DataFile.read_into."""
         done = 0
         for position, length in segments:
-            if position != ZERO:
+            if position == ZERO:
+                view[done : done + length] = bytes(length)
+            else:
                 self.pool.data.read_into(view[done : done + length], position, flags)
             done += length
 
