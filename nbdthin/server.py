@@ -48,6 +48,8 @@ IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the 
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
 OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
+LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
+KEEPALIVE = 60  # seconds of silence after which TCP asks whether the other machine still lives
 STATUS_EXTENTS = 4096  # extents in one BLOCK_STATUS reply; the client asks again for the rest
 
 _READ = int(Command.READ)
@@ -124,6 +126,9 @@ class Server:
             if each.family == socket.AF_UNIX:
                 listener: asyncio.AbstractServer = await loop.create_unix_server(lambda: Connection(self), sock=each)
             else:
+                # Inherited by what is accepted: a volume must not stay in use because its client's machine died.
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE)
                 listener = await loop.create_server(lambda: Connection(self), sock=each)
             self._listeners.append(listener)
 
@@ -157,6 +162,7 @@ class Server:
 
     def remove(self, connection: Connection, name: str | None) -> None:
         self._connections.pop(connection, None)
+        self._waiting.pop(connection, None)
         if name is not None:
             users = self._users[name]
             del users[connection]
@@ -170,6 +176,9 @@ class Server:
             return False
         self._large += length
         return True
+
+    def waits_for_room(self, connection: Connection) -> bool:
+        return connection in self._waiting
 
     def leave_large(self, length: int) -> None:
         self._large -= length
@@ -210,7 +219,8 @@ class Connection(asyncio.BufferedProtocol):
         self.peer = "?"
         self._handshake: Handshake | None = Handshake(server)  # None in transmission
         self._timer: asyncio.TimerHandle | None = None
-        self._closing = False
+        self._draining = False  # nothing more is received; what was, is handled
+        self._closing = False  # no request is parsed any more
         self._lost = False  # the transport is gone
         self._view = _buffer(SCRATCH)
         self._end = 0  # bytes in scratch
@@ -240,7 +250,7 @@ class Connection(asyncio.BufferedProtocol):
         assert self._handshake is not None
         self.peer = _peer_name(self._transport)
         self._transport.write(self._handshake.greeting())
-        self._restart_timer()
+        self._restart_timer(HANDSHAKE_TIMEOUT)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._payload is not None:
@@ -292,9 +302,11 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def _finish_receiving(self) -> None:
+        self._draining = True
         self._pause()
         self._advance()
-        self._closing = True
+        if self._handshake is not None:
+            self._closing = True
         self._maybe_close()
 
     def _maybe_close(self) -> None:
@@ -303,6 +315,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._lost:
             self._flush()
             self._transport.close()
+            self._restart_timer(LINGER)  # the peer may never take what is still to be sent
         elif not self.closed.done():
             self._server.leave_large(self._large)
             self._large = self._large_ended = 0
@@ -315,8 +328,9 @@ class Connection(asyncio.BufferedProtocol):
         if self._stalled:
             self._pause()
         elif self._paused and not self._closing:
-            self._paused = False
-            self._transport.resume_reading()
+            if not self._draining:
+                self._paused = False
+                self._transport.resume_reading()
             self._advance()
 
     @property
@@ -351,10 +365,11 @@ class Connection(asyncio.BufferedProtocol):
 
     # -- handshake
 
-    def _restart_timer(self) -> None:
+    def _restart_timer(self, seconds: float) -> None:
+        """Give the peer so long before the connection is cut."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(HANDSHAKE_TIMEOUT, self.abort)
+        self._timer = self._loop.call_later(seconds, self.abort)
 
     def _advance(self) -> None:
         """Handle what is in scratch."""
@@ -367,14 +382,14 @@ class Connection(asyncio.BufferedProtocol):
         handshake.receive(self._view[: self._end])
         self._end = 0
         while not self._peer_slow and (reply := handshake.step()) is not None:
-            self._restart_timer()
+            self._restart_timer(HANDSHAKE_TIMEOUT)
             if reply:
                 self._transport.write(reply)
         if handshake.state is HandshakeState.OPEN:
             return
-        assert self._timer is not None
-        self._timer.cancel()
         if handshake.state is HandshakeState.DONE:
+            assert self._timer is not None
+            self._timer.cancel()
             self._begin_transmission(handshake.result, handshake.rest())
         else:
             if handshake.reason:
@@ -410,6 +425,7 @@ class Connection(asyncio.BufferedProtocol):
         """Handle every whole request in scratch."""
         view, end = self._view, self._end
         position = 0
+        waiting = False  # for something before it goes on with what is in scratch
         unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
         if self._skip:
             position = min(self._skip, end)
@@ -417,6 +433,7 @@ class Connection(asyncio.BufferedProtocol):
         while end - position >= 28 and not self._closing:
             if self._stalled:
                 self._pause()
+                waiting = True
                 break
             magic, flags, command, cookie, offset, length = unpack(view, position)
             if magic != proto.REQUEST_MAGIC:
@@ -451,6 +468,7 @@ class Connection(asyncio.BufferedProtocol):
             if command == _BLOCK_STATUS:  # milliseconds: let the loop turn before the next request
                 self._pause()
                 self._loop.call_soon(self._control_flow)
+                waiting = True
                 break
         if position >= 0:
             left = end - position
@@ -460,6 +478,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._out:
             self._flush()
         self._leave_room()
+        if self._draining and not waiting and not self._server.waits_for_room(self):
+            self._closing = True
         if self._closing:
             self._maybe_close()
 

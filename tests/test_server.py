@@ -443,6 +443,23 @@ def test_shutting_down_answers_what_was_received_and_loses_nothing(serving: Serv
             assert pool.volume("web").read(index * 4096, 4096) == bytes([index]) * 4096
 
 
+def test_shutting_down_answers_everything_that_had_been_received(serving: Serving, structured: Client) -> None:
+    """Also what lies behind a request that lets the loop turn first."""
+    message = b""
+    for index in range(30):
+        message += structured.request(BLOCK_STATUS, 0, MIB, flags=REQ_ONE)[1]
+        message += structured.request(WRITE, index * 4096, 4096, b"x" * 4096)[1]
+    structured.sock.sendall(message)
+    structured.reply()  # the whole message was received with its first request
+    serving.stop()
+    answered = {1}
+    try:
+        while True:
+            answered.add(structured.reply().cookie)
+    except EOFError:
+        assert answered == set(range(1, 61))
+
+
 def test_a_snapshot_under_load_holds_what_had_been_answered_and_a_prefix_of_the_rest(serving: Serving) -> None:
     """Each round writes its number to two places, the second only once the first is answered."""
     stop = threading.Event()

@@ -137,10 +137,13 @@ def _forget_below(layer: Layer, leaf: int) -> None:
 def prune(pool: Pool, layer: Layer) -> Iterator[None]:
     """Free the blocks of a layer without a name that none of its children shows; leaf by leaf, no I/O.
 
-    For a layer with several children, which cannot be merged. Ends early when it has fewer, or is gone.
+    For a layer with several children, which cannot be merged. Ends early when it loses one.
     """
+    # Out first: who takes a child away meanwhile puts it in again, and it all begins anew.
+    pool.state.prunable.pop(layer.number, None)
+    children = list(layer.children)
     for leaf in list(layer.own):
-        if layer.number not in pool.state.prunable:
+        if list(layer.children) != children:
             return
         own = words(layer.own[leaf])
         shown = shown_by(layer.children.values(), leaf, (own & FULL).astype(np.uint64))
@@ -153,7 +156,6 @@ def prune(pool: Pool, layer: Layer) -> Iterator[None]:
             pool.put_leaf(layer, leaf, array("Q", kept.tobytes()))
             _forget_below(layer, leaf)
         yield
-    pool.state.prunable.pop(layer.number, None)
 
 
 def child_of(pool: Pool, parent: Layer) -> Layer | None:
