@@ -41,14 +41,14 @@ from nbdthin.wire.handshake import ExportInfo, Handshake, HandshakeState, Negoti
 from nbdthin.wire.proto import Command, CommandFlag, Errno
 
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
-LARGE = 1 * MiB  # bytes from which on a request counts towards the total of all connections
-LARGE_TOTAL = 512 * MiB  # that total: a client costs memory by what it sends, not by what it announces
+INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
 OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
+GOODBYE = 1.0  # seconds that a client has to close its side when the server stops
 KEEPALIVE = 60  # seconds of silence after which TCP asks whether the other machine still lives
 STATUS_EXTENTS = 4096  # extents in one BLOCK_STATUS reply; the client asks again for the rest
 
@@ -95,8 +95,6 @@ class Server:
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
         self._stopping = False
-        self._large = 0  # bytes of large requests in work, over all connections
-        self._waiting: dict[Connection, None] = {}  # those that have one to begin and found no room
         live.users = self.holders
 
     # -- exports (wire.handshake.Exports)
@@ -162,29 +160,11 @@ class Server:
 
     def remove(self, connection: Connection, name: str | None) -> None:
         self._connections.pop(connection, None)
-        self._waiting.pop(connection, None)
         if name is not None:
             users = self._users[name]
             del users[connection]
             if not users:
                 del self._users[name]
-
-    def take_large(self, connection: Connection, length: int) -> bool:
-        """Count a large request in; False where there is no room now: the connection is told when there may be."""
-        if self._large and self._large + length > LARGE_TOTAL:
-            self._waiting[connection] = None
-            return False
-        self._large += length
-        return True
-
-    def waits_for_room(self, connection: Connection) -> bool:
-        return connection in self._waiting
-
-    def leave_large(self, length: int) -> None:
-        self._large -= length
-        waiting, self._waiting = self._waiting, {}
-        for connection in waiting:
-            connection.retry()
 
     @property
     def live(self) -> LivePool:
@@ -221,6 +201,8 @@ class Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False  # nothing more is received; what was, is handled
         self._closing = False  # no request is parsed any more
+        self._half_close = False  # at its end, only our direction is closed at first
+        self._discarding = False  # what comes in is of no interest any more
         self._lost = False  # the transport is gone
         self._view = _buffer(SCRATCH)
         self._end = 0  # bytes in scratch
@@ -231,8 +213,6 @@ class Connection(asyncio.BufferedProtocol):
         self._out: list[bytes | bytearray | memoryview] = []
         self._out_bytes = 0
         self._flush_due = False
-        self._large = 0  # bytes of its large requests, from their headers on until their replies have been taken
-        self._large_ended = 0  # of these, bytes of requests that have ended
         self._tasks = 0  # requests in work
         self._in_flight = 0  # bytes they stand for
         self._peer_slow = False  # it does not take its replies
@@ -253,11 +233,15 @@ class Connection(asyncio.BufferedProtocol):
         self._restart_timer(HANDSHAKE_TIMEOUT)
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._discarding:
+            return self._view
         if self._payload is not None:
             return self._payload[self._filled :]
         return self._view[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._discarding:
+            return
         if self._payload is not None:
             self._filled += nbytes
             if self._filled == len(self._payload):
@@ -272,10 +256,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._peer_slow = False
-        self._leave_room()
         self._control_flow()
 
     def eof_received(self) -> bool:
+        if self._discarding:
+            return False  # closes
         self._finish_receiving()
         return True  # what was received is still answered
 
@@ -293,6 +278,7 @@ class Connection(asyncio.BufferedProtocol):
         """Parse no more than was received; answer it, then close."""
         if self._handshake is not None:
             self._handshake.shut_down()
+        self._half_close = True
         self._finish_receiving()
 
     def abort(self) -> None:
@@ -312,15 +298,36 @@ class Connection(asyncio.BufferedProtocol):
     def _maybe_close(self) -> None:
         if not self._closing or self._tasks:
             return
-        if not self._lost:
+        if self._half_close and not self._lost:
+            self._say_goodbye()
+        elif not self._lost:
             self._flush()
             self._transport.close()
             self._restart_timer(LINGER)  # the peer may never take what is still to be sent
         elif not self.closed.done():
-            self._server.leave_large(self._large)
-            self._large = self._large_ended = 0
             self._server.remove(self, self._info.name if self._handshake is None else None)
             self.closed.set_result(None)
+
+    def _say_goodbye(self) -> None:
+        """Close our direction first, and the connection when the peer has closed its own.
+
+        Closing a socket that holds unread requests resets the connection, and may destroy replies on their way.
+        """
+        self._half_close = False
+        self._flush()
+        self._transport.write_eof()
+        self._discarding = True
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        self._timer = self._loop.call_later(GOODBYE, self._goodbye_over)
+
+    def _goodbye_over(self) -> None:
+        """The peer does not close; it has what it will get, or `Server.shutdown` ends it."""
+        if self._transport.get_write_buffer_size():
+            self._timer = self._loop.call_later(GOODBYE, self._goodbye_over)
+        else:
+            self._transport.close()
 
     # -- flow control
 
@@ -336,27 +343,6 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def _stalled(self) -> bool:
         return self._peer_slow or self._in_flight >= IN_FLIGHT
-
-    def _take_room(self, length: int) -> bool:
-        """Count a request in among the large ones of all connections, if it is one. False: not now, reading pauses."""
-        if length <= LARGE:
-            return True
-        if not self._server.take_large(self, length):
-            self._pause()
-            return False
-        self._large += length
-        return True
-
-    def _leave_room(self) -> None:
-        """Large requests have ended, and the peer has taken what they were answered."""
-        if self._large_ended and not self._peer_slow:
-            self._large -= self._large_ended
-            self._server.leave_large(self._large_ended)
-            self._large_ended = 0
-
-    def retry(self) -> None:
-        """There may be room now."""
-        self._loop.call_soon(self._control_flow)
 
     def _pause(self) -> None:
         if not self._paused and not self._lost:
@@ -441,8 +427,6 @@ class Connection(asyncio.BufferedProtocol):
                 self.abort()
                 return
             error = refuse(rules, command, flags, offset, length, volume.size)
-            if command == _READ and not error and not self._take_room(length):
-                break
             if command == _WRITE:
                 position = self._take_write(position, flags, cookie, offset, length, error)
                 if position < 0:
@@ -461,7 +445,6 @@ class Connection(asyncio.BufferedProtocol):
                     else:
                         self._other(command, flags, cookie, offset, length)
                 except Exception as failure:
-                    self._end_large(length if command == _READ else 0)
                     self._fail(command, cookie, failure)
             if self._out_bytes >= OUT_BYTES:
                 self._flush()
@@ -477,8 +460,7 @@ class Connection(asyncio.BufferedProtocol):
             self._end = left
         if self._out:
             self._flush()
-        self._leave_room()
-        if self._draining and not waiting and not self._server.waits_for_room(self):
+        if self._draining and not waiting:
             self._closing = True
         if self._closing:
             self._maybe_close()
@@ -507,11 +489,6 @@ class Connection(asyncio.BufferedProtocol):
             self._view[:left] = bytes(self._view[position : self._end])
             self._end = left
             return -1
-        if not self._take_room(length):
-            left = self._end - position
-            self._view[:left] = bytes(self._view[position : self._end])
-            self._end = left
-            return -1
         payload = self._payload = _buffer(length)
         payload[:have] = self._view[start : start + have]
         self._filled = have
@@ -524,7 +501,6 @@ class Connection(asyncio.BufferedProtocol):
         self._write(*self._payload_request, payload, True)
         if self._out:
             self._flush()
-        self._leave_room()
 
     # -- commands
 
@@ -555,7 +531,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             put = partial(self._put_read, cookie, offset)
         view = _buffer(sum(count for _, count in segments))
-        if length <= LARGE and self._device.read_now(segments, view):
+        if length <= INLINE_READ and self._device.read_now(segments, view):
             put(view)
         else:
             self._start(_READ, cookie, length, self._read_slowly(segments, view, put))
@@ -590,7 +566,6 @@ class Connection(asyncio.BufferedProtocol):
         try:
             done = not payload or self._device.write_now(offset, payload)
         except Exception as error:
-            self._end_large(len(payload))
             self._fail(_WRITE, cookie, error)
             return
         if done and not flags & _FUA:
@@ -671,20 +646,14 @@ class Connection(asyncio.BufferedProtocol):
             self._fail(command, cookie, error)
         self._tasks -= 1
         self._in_flight -= cost
-        self._end_large(cost)
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._after_tasks)
-
-    def _end_large(self, length: int) -> None:
-        if length > LARGE:
-            self._large_ended += length
 
     def _after_tasks(self) -> None:
         """Once for all requests that ended in this turn of the loop."""
         self._flush_due = False
         self._flush()
-        self._leave_room()
         self._control_flow()
         self._maybe_close()
 

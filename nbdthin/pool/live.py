@@ -21,6 +21,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 from nbdthin.errors import InUse, NoSpace, PoolFailed
@@ -38,6 +39,7 @@ COMMIT_INTERVAL = (
 )
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
+PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
@@ -150,21 +152,27 @@ class LiveVolume:
         async with self._hold(offset, length):
             self._pool.check_writable()
             if allocate:
-                missing = 0
-                for start, count in _pieces(offset, length):
-                    missing += self.volume.missing_blocks(start, count)
-                    await asyncio.sleep(0)
-                await self._live.with_space(lambda: self.volume.check_free(missing))
+                await self._provision(offset, length)
             parts = self.volume.partial_zeroes(offset, length)
             await self._live.with_space(lambda: self.volume.check_space(parts))
             for start, end in parts:
                 await self._write_held(start, memoryview(bytes(end - start)))
             for start, count in _pieces(offset, length):
                 self._pool.check_writable()
-                if allocate:
-                    self.volume.provision(start, count)
                 self.volume.zero_whole(start, count, allocate)
                 await asyncio.sleep(0)
+
+    async def _provision(self, offset: int, length: int) -> None:
+        """All of the range or nothing. Raises NoSpace."""
+        provisioned: list[int] = []
+        try:
+            for start, count in _pieces(offset, length):
+                give = partial(self.volume.provision, start, count)
+                provisioned += await self._live.with_space(give)
+                await asyncio.sleep(0)
+        except BaseException:
+            self.volume.unprovision(provisioned)
+            raise
 
     # -- keeping writers apart
 
@@ -264,6 +272,7 @@ class LivePool:
         self._tasks: set[asyncio.Task[None]] = set()
         self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
         self._preparing: asyncio.Task[None] | None = None
+        self._prepare_at = 0.0  # loop time
         self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
@@ -365,7 +374,7 @@ class LivePool:
 
     def _prepare_soon(self) -> None:
         """Have room for the next journal segment while there is room: removing things must work on a full disk."""
-        if self._preparing is None or self._preparing.done():
+        if self._preparing is None and self._loop.time() >= self._prepare_at:
             self._preparing = self._spawn(self._prepare())
 
     async def _prepare(self) -> None:
@@ -373,6 +382,8 @@ class LivePool:
             await self._loop.run_in_executor(self._upkeep, self.pool.journal.prepare_next)
         except OSError as error:
             log.warning("no room for the next journal segment: %s", os.strerror(error.errno or 0))
+            self._prepare_at = self._loop.time() + PREPARE_AGAIN
+        self._preparing = None
 
     async def _checkpoint(self, batch: Batch) -> None:
         try:

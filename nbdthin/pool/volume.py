@@ -466,16 +466,25 @@ class Volume:
                 zero[index] = parent.data_mask((leaf << LEAF_SHIFT) + index)
         self.pool.put_leaf(self.layer, leaf, array("Q", (zero << np.uint64(16)).tobytes()) if zero.any() else None)
 
-    def provision(self, offset: int, length: int) -> None:
-        """Give every block of the range a physical block. Raises NoSpace with nothing changed."""
-        self.check_free(self.missing_blocks(offset, length))
-        for block in self._without_block(offset, length):
+    def provision(self, offset: int, length: int) -> list[int]:
+        """Give every block of the range a physical block. Raises NoSpace with nothing changed.
+
+        Returns the blocks that had none, for `unprovision`.
+        """
+        blocks = list(self._without_block(offset, length))
+        self.check_free(len(blocks))
+        for block in blocks:
             physical = self.pool.allocator.allocate(self.layer.number)
             self.pool.put(self.layer, block, physical << 32 | self.layer.entry(block))
+        return blocks
 
-    def missing_blocks(self, offset: int, length: int) -> int:
-        """How many blocks `provision` would allocate."""
-        return sum(1 for _ in self._without_block(offset, length))
+    def unprovision(self, blocks: list[int]) -> None:
+        """Take back what `provision` gave, where nothing was written to it since."""
+        for block in blocks:
+            entry = self.layer.entry(block)
+            if entry >> 32 and not entry & FULL:
+                self.pool.discard_block(entry >> 32)
+                self.pool.put(self.layer, block, entry & 0xFFFFFFFF)
 
     def _without_block(self, offset: int, length: int) -> Iterator[int]:
         """The blocks of a range that have no physical block of their own."""
