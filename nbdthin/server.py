@@ -210,6 +210,7 @@ class Connection(asyncio.BufferedProtocol):
         self._filled = 0
         self._payload_request = (0, 0, 0)  # flags, cookie, offset
         self._skip = 0  # bytes of a refused payload still to come
+        self._skipped = b""  # the reply to follow them
         self._out: list[bytes | bytearray | memoryview] = []
         self._out_bytes = 0
         self._flush_due = False
@@ -416,6 +417,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._skip:
             position = min(self._skip, end)
             self._skip -= position
+            if not self._skip:
+                self._put(self._skipped)
         while end - position >= 28 and not self._closing:
             if self._stalled:
                 self._pause()
@@ -478,8 +481,11 @@ class Connection(asyncio.BufferedProtocol):
                 self.abort()
                 self._end = 0
                 return -1
-            self._put(_simple(error, cookie))
+            # The reply follows the payload: libnbd, for one, forgets an error that overtakes it.
             self._skip = max(length - have, 0)
+            self._skipped = _simple(error, cookie)
+            if not self._skip:
+                self._put(self._skipped)
             return start + min(length, have)
         if have >= length:
             self._write(flags, cookie, offset, self._view[start : start + length], False)

@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,11 +259,16 @@ def test_a_refused_request_gets_its_error_and_the_connection_goes_on(
     assert client.read(0, 10) == b"still here"
 
 
-def test_a_refused_write_still_consumes_its_payload_when_it_comes_late(client: Client) -> None:
-    _, message = client.request(WRITE, SIZE, 300_000, pattern(8, 300_000))
+def test_a_refused_write_still_consumes_its_payload_before_it_is_answered(client: Client) -> None:
+    cookie, message = client.request(WRITE, SIZE, 300_000, pattern(8, 300_000))
     client.sock.sendall(message[:100])
-    assert client.reply().error == ENOSPC
+    time.sleep(0.01)
+    client.sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client.sock.recv(1)
+    client.sock.setblocking(True)
     client.sock.sendall(message[100:])
+    assert client.reply()[:4] == (cookie, -1, True, ENOSPC)
     assert client.read(0, 100) == bytes(100)
 
 
