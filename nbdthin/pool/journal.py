@@ -87,6 +87,23 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def _write_file(path: Path, parts: Iterable[bytes]) -> int:
+    """A new file that is whole and synced before it has its name, or does not exist. Returns its size."""
+    partial = path.with_name(path.name + ".new")
+    size = 0
+    try:
+        with open(partial, "wb") as file:
+            for part in parts:
+                size += file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return size
+
+
 class Journal:
     """An open journal directory. Not thread-safe: one append at a time, checkpoints may be written beside it."""
 
@@ -242,17 +259,7 @@ class Journal:
 
     @staticmethod
     def _prepare(path: Path) -> None:
-        partial = path.with_name(path.name + ".new")
-        try:
-            with open(partial, "wb") as file:
-                for _ in range(SEGMENT_BYTES // len(_ZEROES)):
-                    file.write(_ZEROES)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        _write_file(path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
 
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
@@ -268,18 +275,7 @@ class Journal:
     def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:
         """Make `payloads` what frames up to `number` - 1 amount to. May run in a thread beside appends."""
         path = self.directory / f"{number:016x}.checkpoint"
-        partial = path.with_name(path.name + ".new")
-        size = 0
-        try:
-            with open(partial, "wb") as file:
-                for payload in payloads:
-                    size += file.write(frame(number, payload))
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        size = _write_file(path, (frame(number, payload) for payload in payloads))
         sync_directory(self.directory)
         self.checkpoint_bytes = size
 
