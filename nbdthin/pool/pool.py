@@ -719,7 +719,7 @@ class _DataDraft:
         self._superblock = superblock
         self._new = not path.exists()
         self._device = device = not self._new and is_device(path)
-        self._header_written = False
+        self._overwritten = b""  # what stood where the header is
         # O_EXCL on a device: EBUSY while it is mounted or otherwise claimed.
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if self._new else 0) | (os.O_EXCL if device else 0)
         try:
@@ -755,7 +755,7 @@ class _DataDraft:
         return any(start) or any(end)
 
     def write_header(self) -> None:
-        self._header_written = True
+        self._overwritten = os.pread(self._fd, DATA_HEADER, 0)
         os.pwrite(self._fd, self._superblock.data_header(), 0)
         os.fsync(self._fd)
 
@@ -766,8 +766,8 @@ class _DataDraft:
         if self._new:
             self._path.unlink(missing_ok=True)
         else:
-            if self._header_written:
-                os.pwrite(self._fd, bytes(DATA_HEADER), 0)
+            if self._overwritten:
+                os.pwrite(self._fd, self._overwritten, 0)
             if not self._device:
                 os.ftruncate(self._fd, self._before)
         self.close()
