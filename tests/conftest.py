@@ -1,0 +1,47 @@
+"""What all tests share: the markers, and the programs from Debian that some of them need.
+
+Inside CI a missing program or missing rights fail the test; elsewhere they skip it, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+PACKAGES = Path(__file__).parent / "packages.txt"  # tools/test installs from it
+
+# Debian keeps mkfs, losetup and nbd-client where a user's PATH does not look.
+os.environ["PATH"] += ":/usr/sbin:/sbin"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes longer than ten seconds; left out by tools/test --fast")
+    config.addinivalue_line("markers", "guest: boots a guest in QEMU; left out by tools/test --fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones last: what is wrong with the rest is then known sooner."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def need(program: str) -> str:
+    """The path of a program that packages.txt lists."""
+    packages = dict(line.split()[:2] for line in PACKAGES.read_text().splitlines() if line and line[0] != "#")
+    package = packages[program]
+    path = shutil.which(program)
+    return path if path else missing(f"{program} is missing (apt-get install {package})")
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        missing("only root can attach loop devices and mount")
+
+
+def missing(reason: str) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)

@@ -1,0 +1,108 @@
+"""tools/bench, run as its users run it, on images so small that only its correctness shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import missing
+
+BENCH = Path(__file__).parents[1] / "tools" / "bench"
+PYTHON = str(Path(sys.executable).parent)  # on PATH first, for checkouts without a .venv
+
+
+@pytest.fixture(autouse=True)
+def programs() -> None:
+    for program in ("fio", "nbdkit"):
+        if shutil.which(program) is None:
+            missing(f"{program} is missing (apt-get install {program})")
+
+
+def start(directory: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.Popen[str]:
+    small = ("--directory", str(directory), "--size", "2M", "--rounds", "1")
+    return subprocess.Popen(
+        [BENCH, *small, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PATH": f"{PYTHON}:{path}"},
+    )
+
+
+def until(found: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_cells_are_measured_in_turn_verified_and_told_as_a_table_and_as_json(tmp_path: Path) -> None:
+    cells = "read-4k-d32/(nbdthin|nbdkit file)|first-4k-d32/(nbdthin|nbdkit)|chain.*/nbdthin/chain of 1$"
+    report = tmp_path / "report.json"
+    images = tmp_path / "images"
+    images.mkdir()
+    with start(images, "--seconds", "0.2", "--only", cells, "--json", str(report)) as bench:
+        table, said = bench.communicate(timeout=120)
+    assert bench.returncode == 0, table + said
+    assert "Warm page cache" in table
+    assert "|   nbdkit cow 64K " in table
+    assert "all right" in table
+    told = json.loads(report.read_text())
+    assert told["sound"]
+    for cell in told["cells"]:
+        if (cell["work"], cell["server"]) == ("first-4k-d32", "nbdkit file"):
+            assert cell["reason"] == "a raw file: no parent, no snapshots"
+        else:
+            assert cell["requests_per_second"] > 0
+            assert cell["failure"] is None
+    checked = {(verdict["server"], verdict["image"]) for verdict in told["verified"]}
+    assert {("nbdthin", "full"), ("nbdthin", "clone"), ("nbdkit file", "full")} <= checked
+    assert list(images.iterdir()) == []
+
+
+def test_a_server_that_gives_back_other_data_fails_the_bench(tmp_path: Path) -> None:
+    with start(tmp_path, "--seconds", "1", "--only", "read-4k-d1/nbdkit file") as bench:
+        until(lambda: list(tmp_path.glob("*/nbdkit-file.*/s")))
+        (image,) = tmp_path.glob("*/nbdkit-file.*/image")
+        with image.open("r+b") as file:
+            file.seek(40960)
+            file.write(b"lost")
+        table, _ = bench.communicate(timeout=60)
+    assert bench.returncode == 1
+    assert "NOT VERIFIED: nbdkit file, full, each block read back: 1 wrong blocks from byte 40960 on" in table
+
+
+def test_an_interrupted_bench_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    with start(tmp_path, "--seconds", "60", "--only", "read-4k-d1/(nbdthin|nbdkit file)") as bench:
+        until(lambda: {"nbdkit", "fio"} <= {process.name() for process in working_in(tmp_path)})
+        assert len(working_in(tmp_path)) >= 3  # nbdthin, too
+        bench.send_signal(signal.SIGINT)
+        _, said = bench.communicate(timeout=60)
+    assert bench.returncode == 130
+    assert "interrupted" in said
+    assert working_in(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def working_in(directory: Path) -> list[psutil.Process]:
+    """The servers and clients of a bench: all have a path in its directory among their arguments."""
+    paths = f"{directory}/nbench-"
+    processes = psutil.process_iter(["cmdline"])
+    return [each for each in processes if any(paths in argument for argument in each.info["cmdline"] or ())]
+
+
+def test_a_missing_program_is_one_line_with_its_package(tmp_path: Path) -> None:
+    with start(tmp_path, "--only", "nbdkit file", path="") as bench:
+        _, said = bench.communicate(timeout=60)
+    assert bench.returncode == 1
+    assert said == "tools/bench: programs are missing: apt-get install fio nbdkit\n"

@@ -1,0 +1,18 @@
+"""tools/bench: nbdthin and the servers one would otherwise use, the same work on each, in turn.
+
+    __main__    the command line and its exit status: read me first
+    works       the table of what is measured
+    servers     what a server is here: states of images, settings, what all stand on
+    peers       the servers nbdthin is measured beside, their best settings and why
+    ours        nbdthin as one of them
+    rounds      the measuring: prepare, then A B C A B C, then verify
+    fio         one run of fio, its report as numbers
+    images      what blocks hold, so that every byte can be checked afterwards
+    client      a small NBD client to fill and to read back (not nbdthin's own code, which is what is tested)
+    process     servers as processes: start, CPU time, end
+    report      the table and the JSON
+    machine     what ran: processor, kernel, versions, missing programs
+
+All figures are of a warm page cache, and mean little without the others of the same run: machines differ, and
+one machine differs from hour to hour. Compare ratios.
+"""

@@ -1,0 +1,151 @@
+"""The command line: which cells, how long, and where; exit status 1 when a cell failed or data was wrong."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from rich.console import Console
+
+from nbdthin.errors import Invalid
+from nbdthin.units import GiB, MiB, format_size, parse_size
+
+from . import machine, process, report
+from .errors import BenchError
+from .ours import Nbdthin
+from .peers import PEERS
+from .rounds import Bench, Cell, Plan, cells
+from .servers import Ground, Server
+from .works import FIRST_WRITE_SHARE, WORKS
+
+SERVERS: tuple[Server, ...] = (Nbdthin(), *PEERS)
+_IMAGES = 12  # images of full size there are at once, with every server in every state
+
+
+def _size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except Invalid as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if size < MiB or size % FIRST_WRITE_SHARE:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1M, and a multiple of 64K")
+    return size
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from error
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/bench",
+        description="nbdthin beside nbdkit, qemu-nbd and nbd-server: the same fio jobs on each in turn.",
+        epilog="A cell is named WORK/SERVER/IMAGE, as in read-4k-d32/nbdkit file/full; --list prints them all.",
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small and short, under 3 minutes: proves the data, not the times")
+    add("--rounds", type=int, metavar="N", help="rounds in turn, of which the median counts (3; quick: 1)")
+    add("--seconds", type=float, metavar="S", help="length of one run of one cell (2; quick: 0.3)")
+    add("--size", type=_size, metavar="SIZE", help="of each image (1G; quick: 128M)")
+    add("--only", type=_pattern, default=_pattern(""), metavar="REGEX", help="only the cells whose name it finds")
+    add("--directory", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where images go (/var/tmp)")
+    add("--json", type=Path, metavar="FILE", help="write every figure there, too")
+    add("--list", action="store_true", help="print the names of the cells, and end")
+    return parser.parse_args(argv)
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    quick: bool = arguments.quick
+    return Plan(
+        size=arguments.size or (128 * MiB if quick else GiB),
+        seconds=arguments.seconds or (0.3 if quick else 2.0),
+        rounds=arguments.rounds or (1 if quick else 3),
+        warm_up=not quick,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    chosen = [cell for cell in cells(WORKS, SERVERS) if arguments.only.search(cell.name)]
+    if arguments.list:
+        for cell in chosen:
+            print(f"{cell.name} ({cell.reason})" if cell.reason else cell.name)
+        return 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _bench(chosen, _plan(arguments), arguments.directory, arguments.json)
+    except (BenchError, OSError) as error:
+        print(f"tools/bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tools/bench: interrupted; its servers are ended and its images removed", file=sys.stderr)
+        return 130
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _bench(chosen: Sequence[Cell], plan: Plan, directory: Path, json: Path | None) -> int:
+    _check_programs(chosen)
+    _check_room(plan.size, directory)
+    facts = machine.describe(["fio", *(program for cell in chosen for program in cell.server.programs[:1])], directory)
+    with tempfile.TemporaryDirectory(prefix="nbench-", dir=directory) as place:
+        with _servers_ended(), Console(stderr=True).status("") as status:
+            bench = Bench(Ground(Path(place), plan.size), plan, status.update)
+            bench.run(chosen)
+    result = report.Result(facts, plan, chosen, bench.verdicts)
+    report.print_report(result)
+    if json is not None:
+        report.write_json(json, result)
+    return 0 if result.sound else 1
+
+
+@contextmanager
+def _servers_ended() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the second Ctrl-C of an impatient user would leave the rest running
+        process.end_all()
+
+
+def _check_programs(chosen: Sequence[Cell]) -> None:
+    if not chosen:
+        raise BenchError("--only leaves no cell; --list shows their names")
+    needed = {"fio", *(program for cell in chosen for program in cell.server.programs)}
+    missing = machine.missing_packages(needed)
+    if missing:
+        raise BenchError(f"programs are missing: apt-get install {' '.join(missing)}")
+    if machine.lacks_nbd_engine():
+        raise BenchError("this fio has no nbd engine; Debian's has: apt-get install fio")
+
+
+def _check_room(size: int, directory: Path) -> None:
+    """A warm-cache bench on a machine that cannot hold the images would measure its disk."""
+    needed = _IMAGES * size
+    for what, free in (
+        ("memory", psutil.virtual_memory().available),
+        (str(directory), psutil.disk_usage(str(directory)).free),
+    ):
+        if free < needed:
+            raise BenchError(
+                f"{format_size(free)} free in {what}, {format_size(needed)} are needed for images of "
+                f"{format_size(size)}: choose a smaller --size"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What the blocks of an image hold, by rule, so that any block read back says whether it is right.
+
+A block of 4 KiB is a function of its number and of a generation: 0 for the first filling, k for what was written
+before the k-th snapshot of a chain. fio's measured writes leave a constant (`WRITTEN`) that is no generation's
+block. Nothing here knows sockets or servers; `Client` is only handed the bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .client import Client
+from .errors import BenchError
+
+BLOCK = 4096
+_STEP = 256  # blocks in one request: 1 MiB
+_WORDS = BLOCK // 8
+
+WRITTEN_BYTE = 0xA5
+_WRITTEN = np.uint64(int.from_bytes(bytes([WRITTEN_BYTE]) * 8, "little"))
+# Odd constants of which no two rows or columns repeat within an image: a block in another's place shows.
+_LANES = np.arange(_WORDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+_NUMBER = np.uint64(0xD1B54A32D192ED03)
+_GENERATION = np.uint64(0x8CB92BA72F3D8DD7)
+
+Words = NDArray[np.uint64]
+
+
+def content(numbers: Words, generations: Words) -> Words:
+    """One row of 512 words for each block number."""
+    seeds = (numbers + np.uint64(1)) * _NUMBER ^ generations * _GENERATION
+    rows: Words = seeds[:, None] ^ _LANES[None, :]
+    return rows
+
+
+def blank(size: int) -> Words:
+    """The generations of an image of `size` bytes that was filled and no more."""
+    return np.zeros(size // BLOCK, dtype=np.uint64)
+
+
+def _steps(generations: Words) -> Iterator[tuple[int, Words]]:
+    """(offset in bytes, expected rows) through a whole image."""
+    numbers = np.arange(len(generations), dtype=np.uint64)
+    for first in range(0, len(generations), _STEP):
+        part = slice(first, first + _STEP)
+        yield first * BLOCK, content(numbers[part], generations[part])
+
+
+def fill_file(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        for _, rows in _steps(blank(size)):
+            file.write(rows.tobytes())
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fdatasync(file.fileno())
+
+
+def fill(client: Client, size: int) -> None:
+    for offset, rows in _steps(blank(size)):
+        client.write(offset, rows.tobytes())
+    client.flush()
+
+
+def write_blocks(client: Client, generations: Words, numbers: Words, generation: int) -> None:
+    """Writes the blocks `numbers` in `generation` and notes it in `generations`."""
+    generations[numbers] = generation
+    for number, row in zip(numbers.tolist(), content(numbers, generations[numbers]), strict=True):
+        client.write(number * BLOCK, row.tobytes())
+
+
+def check(client: Client, generations: Words) -> int:
+    """Reads all of an image; how many blocks hold what fio wrote. Raises BenchError for what nobody wrote there."""
+    written = 0
+    for offset, expected in _steps(generations):
+        found = np.frombuffer(client.read(offset, expected.nbytes), dtype=np.uint64).reshape(expected.shape)
+        is_written = (found == _WRITTEN).all(axis=1)
+        wrong = np.flatnonzero(~((found == expected).all(axis=1) | is_written))
+        if len(wrong):
+            raise BenchError(f"{len(wrong)} wrong blocks from byte {offset + int(wrong[0]) * BLOCK} on")
+        written += int(is_written.sum())
+    return written
+
+
+def check_kept(client: Client, generations: Words) -> None:
+    """The same of an image that fio did not write to."""
+    written = check(client, generations)
+    if written:
+        raise BenchError(f"{written} blocks hold what was written elsewhere")
+
+
+def check_file(path: Path, size: int) -> None:
+    """A raw parent is what it was filled with."""
+    with path.open("rb") as file:
+        for offset, expected in _steps(blank(size)):
+            if file.read(expected.nbytes) != expected.tobytes():
+                raise BenchError(f"{path.name}: the parent changed, at byte {offset} or behind it")

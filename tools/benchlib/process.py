@@ -1,0 +1,140 @@
+"""Servers as processes: started until their socket answers, charged for their CPU time, ended by their pid."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from .errors import BenchError
+
+_START = 20.0  # seconds until the socket must answer: a chain of 100 files on a busy machine takes 1 to 2
+_STOP = 15.0  # seconds to end by itself; nbdthin promises 10
+
+_running: set[Daemon] = set()  # for `end_all`: an interrupt may come when no one else knows of a server yet
+
+
+class Daemon:
+    """One server process (and its children), from its start to `stop`.
+
+    It gets a session of its own, so that a Ctrl-C in the terminal reaches the bench alone, which then ends the
+    servers in order. `pidfile` is for servers that go into the background: theirs is the process that counts.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        sock: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        pidfile: Path | None = None,
+    ) -> None:
+        self.name = Path(argv[0]).name
+        self._log = sock.with_suffix(".log")
+        self._pidfile = pidfile
+        with self._log.open("ab") as log:
+            self._child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        self.pid = self._child.pid
+        _running.add(self)
+        try:
+            self._wait_for(sock)
+        except BenchError:
+            self.stop()
+            raise
+
+    def _wait_for(self, sock: Path) -> None:
+        deadline = time.monotonic() + _START
+        while not (self._background_pid() and _answers(sock)):
+            ended = self._child.poll()
+            if ended is not None and (self._pidfile is None or ended != 0):
+                raise BenchError(f"{self.name} ended with status {ended}: {self.last_words()}")
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.name} did not answer at {sock} within {_START:.0f} s: {self.last_words()}")
+            time.sleep(0.005)
+
+    def _background_pid(self) -> bool:
+        """Whether `pid` is known to be the serving process."""
+        if self._pidfile is None:
+            return True
+        try:
+            self.pid = int(self._pidfile.read_text())
+        except (FileNotFoundError, ValueError):  # not there yet, or not yet written
+            return False
+        return True
+
+    def last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def stop(self) -> None:
+        try:
+            main = psutil.Process(self.pid)
+            processes = [main, *main.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            processes = []
+        _end(processes)
+        self._child.wait()
+        _running.discard(self)
+
+
+def end_all() -> None:
+    """Ends every server that is left."""
+    for daemon in list(_running):
+        daemon.stop()
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Asks all, waits, and kills who stays."""
+    for process in processes:
+        if process.is_running():
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_STOP)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=_STOP)
+
+
+def _answers(path: Path) -> bool:
+    """Whether an NBD server greets there. A socket that connects is not enough: nbd-server then still has half a
+    second of CPU to spend on keys for TLS, which would be charged to the first requests."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_START)
+        try:
+            probe.connect(str(path))
+            return probe.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
+        except (FileNotFoundError, ConnectionError):
+            return False
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process, its threads and its children, the ended ones too (steps of 10 ms).
+
+    Call it when no child is just ending: a child's time moves to its parent when the parent notices the end.
+    """
+    try:
+        main = psutil.Process(pid)
+        tree = (main, *main.children(recursive=True))
+    except psutil.NoSuchProcess as error:
+        raise BenchError("the server is gone") from error
+    total = 0.0
+    for process in tree:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
