@@ -196,8 +196,15 @@ class Volume:
         layer = self.layer
         leaf = layer.effective_leaves.get(block >> LEAF_SHIFT)
         entry = (layer.effective(block >> LEAF_SHIFT) if leaf is None else leaf)[block & LEAF_MASK]
-        touched = (2 << ((within + length - 1) >> self._sub_shift)) - (1 << (within >> self._sub_shift))
-        return (entry >> 32 << self._shift) + within if entry & touched == touched else -1
+        first, last = within >> self._sub_shift, (within + length - 1) >> self._sub_shift
+        touched = (2 << last) - (1 << first)
+        if entry & touched == touched:
+            return (entry >> 32 << self._shift) + within
+        if entry >= MIXED:  # of several layers, but a small read mostly meets one of them
+            physical = layer.resolve(block)
+            if physical[first] and physical[first : last + 1].count(physical[first]) == last - first + 1:
+                return (physical[first] << self._shift) + within
+        return -1
 
     def read_segments(self, segments: list[tuple[int, int]], view: memoryview, flags: int = 0) -> None:
         """Fill `view`. Flags as in DataFile.read_into."""

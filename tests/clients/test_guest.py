@@ -27,7 +27,7 @@ def run_guest(daemon: Daemon, script: Path, **variables: str | int) -> str:
         need(program)
     hook = shlex.join(nbdthin_command("--socket", daemon.control))
     options = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
-    command = [RUN, "--hook", hook, *options, str(daemon.port), script]
+    command = [str(RUN), "--hook", hook, *options, str(daemon.port), str(script)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as guest:
         try:
             console = guest.communicate()[0].decode(errors="replace")

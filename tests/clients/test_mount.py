@@ -24,15 +24,10 @@ from tests.clients.hostmount import (
     mounted_export,
     sums,
 )
-from tests.conftest import need, need_root
+from tests.conftest import need
 
 BLOCK = 64 * KiB
 UNREPLAYED = {"ext4": "noload", "xfs": "norecovery"}  # for a mount that writes nothing at all
-
-
-@pytest.fixture(autouse=True)
-def root() -> None:
-    need_root()
 
 
 def fill(directory: Path, count: int, size: int) -> dict[str, str]:

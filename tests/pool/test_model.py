@@ -337,9 +337,9 @@ class Machine(RuleBasedStateMachine):
         self.oracle.images[name] = replace(image.copy(), snapshot=False, age=Age(image.age))
 
     @precondition(lambda self: len(self.oracle.images) > 1)
-    @rule(index=which)
-    def remove(self, index: int) -> None:
-        name = self.any_name(index)
+    @rule(index=which, kind=st.sampled_from(["snapshot", "snapshot", "any"]))
+    def remove(self, index: int, kind: str) -> None:
+        name = self.snapshot_name(index) if kind == "snapshot" and self.has_snapshot() else self.any_name(index)
         self.pool.remove(name)
         del self.oracle.images[name]
 
@@ -361,9 +361,19 @@ class Machine(RuleBasedStateMachine):
 
     # -- time
 
-    @rule(what=st.sampled_from(["commit", "commit", "commit", "reopen", "crash"]))
-    def time(self, what: str) -> None:
-        {"commit": self.commit, "reopen": self.reopen, "crash": self.crash}[what]()
+    @rule(what=st.sampled_from(["commit"] * 5 + ["reopen", "crash", "merge_all", "exclusive"]), index=which)
+    def time(self, what: str, index: int) -> None:
+        match what:
+            case "commit":
+                self.commit()
+            case "reopen":
+                self.reopen()
+            case "crash":
+                self.crash()
+            case "merge_all":
+                self.merge_all()
+            case "exclusive" if self.oracle.images and not self.pool.state.mergeable:
+                self.exclusive(index)
 
     def commit(self) -> None:
         self.pool.commit()
@@ -425,7 +435,6 @@ class Machine(RuleBasedStateMachine):
 
     # -- merging
 
-    @rule()
     def merge_all(self) -> None:
         self.commit()
         self.pool.merge_all()
@@ -544,8 +553,6 @@ class Machine(RuleBasedStateMachine):
             sum(min(stop, larger) - max(start, smaller) for start, stop in ends if stop > smaller) == larger - smaller
         )
 
-    @precondition(lambda self: bool(self.oracle.images))
-    @rule(index=which)
     def exclusive(self, index: int) -> None:
         """What `exclusive` promises is what a copy of the pool gives back."""
         self.merge_all()
@@ -644,8 +651,8 @@ def touched_between(one: Age, two: Age) -> set[int]:
 
 TestModel = Machine.TestCase
 TestModel.settings = settings(
-    max_examples=int(os.environ.get("NBDTHIN_EXAMPLES", "3000")) if LONG else 60,
-    stateful_step_count=60 if LONG else 30,
+    max_examples=int(os.environ.get("NBDTHIN_EXAMPLES", "3000")) if LONG else 50,
+    stateful_step_count=80 if LONG else 50,
     derandomize=not LONG,
     phases=list(Phase) if LONG else [Phase.generate],  # a red run in CI ends within the minute, and prints its blob
     deadline=None,

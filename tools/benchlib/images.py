@@ -19,6 +19,10 @@ from .errors import BenchError
 
 BLOCK = 4096
 _STEP = 256  # blocks in one request: 1 MiB
+# Blocks in one request that fills: 64 KiB. A file's first writes decide how large its folios in the page cache are, and
+# to overwrite 4 KiB of a folio of 1 MiB costs ext4 twice the CPU (Linux 6.18: nbdkit 30 us for 15). All are at their
+# best with small ones.
+_FILL_STEP = 16
 _WORDS = BLOCK // 8
 
 WRITTEN_BYTE = 0xA5
@@ -43,11 +47,11 @@ def blank(size: int) -> Words:
     return np.zeros(size // BLOCK, dtype=np.uint64)
 
 
-def _steps(generations: Words) -> Iterator[tuple[int, Words]]:
+def _steps(generations: Words, step: int = _STEP) -> Iterator[tuple[int, Words]]:
     """(offset in bytes, expected rows) through a whole image."""
     numbers = np.arange(len(generations), dtype=np.uint64)
-    for first in range(0, len(generations), _STEP):
-        part = slice(first, first + _STEP)
+    for first in range(0, len(generations), step):
+        part = slice(first, first + step)
         yield first * BLOCK, content(numbers[part], generations[part])
 
 
@@ -55,16 +59,12 @@ def fill_file(path: Path, size: int) -> None:
     with path.open("wb") as file:
         for _, rows in _steps(blank(size)):
             file.write(rows.tobytes())
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    with path.open("rb") as file:
+        file.flush()
         os.fdatasync(file.fileno())
 
 
 def fill(client: Client, size: int) -> None:
-    for offset, rows in _steps(blank(size)):
+    for offset, rows in _steps(blank(size), _FILL_STEP):
         client.write(offset, rows.tobytes())
     client.flush()
 

@@ -45,8 +45,14 @@ def _export(daemon: Daemon, place: Path, name: str, generations: images.Words) -
     return Export(place / "s", name, daemon.pid, generations, close)
 
 
+def _sparse(path: Path, size: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
 def _filled(export: Export, ground: Ground) -> Export:
-    """The same export with every block written through it."""
+    """The same export with every block written through it: no file is made in a way that suits it better or worse."""
     with export.client() as client:
         images.fill(client, ground.size)
     return export
@@ -62,9 +68,9 @@ class NbdkitFile(_Peer):
 
     def open(self, state: State, ground: Ground) -> Export:
         place = ground.place(self.name)
-        ground.copy_base(place / "image")
-        argv = ["nbdkit", "-f", *_arguments(self.settings), "-U", str(place / "s"), "file", str(place / "image")]
-        return _export(Daemon(argv, place / "s"), place, "", images.blank(ground.size))
+        image = _sparse(place / "image", ground.size)
+        argv = ["nbdkit", "-f", *_arguments(self.settings), "-U", str(place / "s"), "file", str(image)]
+        return _filled(_export(Daemon(argv, place / "s"), place, "", images.blank(ground.size)), ground)
 
 
 class NbdkitCow(_Peer):
@@ -172,10 +178,7 @@ class NbdServer(_Peer):
 
     def open(self, state: State, ground: Ground) -> Export:
         place = ground.place(self.name)
-        image = ground.base  # which copyonwrite leaves alone
-        if state is State.FULL:
-            image = place / "image"
-            ground.copy_base(image)
+        image = ground.base if state is State.CLONE else _sparse(place / "image", ground.size)
         options = _arguments(self.settings, state)
         common = [option for option in options if option.startswith("max_threads")]
         own = [option for option in options if option not in common]
@@ -183,7 +186,8 @@ class NbdServer(_Peer):
         (place / "config").write_text("\n".join([*lines, ""]))
         argv = ["nbd-server", "-C", str(place / "config"), "-p", str(place / "pid")]
         daemon = Daemon(argv, place / "s", pidfile=place / "pid")
-        return _export(daemon, place, "x", images.blank(ground.size))
+        export = _export(daemon, place, "x", images.blank(ground.size))
+        return _filled(export, ground) if state is State.FULL else export
 
 
 def _run_tool(argv: list[str]) -> None:

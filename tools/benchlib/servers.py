@@ -6,7 +6,6 @@ peers.py and ours.py hold the servers themselves. All of one bench stand on a co
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,11 +77,6 @@ class Ground:
         path = self.directory / "base.raw"
         images.fill_file(path, self.size)
         return path
-
-    def copy_base(self, path: Path) -> None:
-        """On the disk, as the images are that are filled by requests: no one is measured beside its own writeback."""
-        shutil.copyfile(self.base, path)
-        images.sync(path)
 
     def place(self, name: str) -> Path:
         """A new directory; its name is short because a socket's path has at most 107 bytes."""
