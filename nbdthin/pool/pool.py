@@ -65,6 +65,7 @@ MIN_BLOCKS = 16
 MAX_BLOCKS = 0xFFFFFFFF  # one number is the mark of a mixed entry
 _LOOK = 128 * KiB  # bytes at the start and the end of a device that tell whether it is in use
 RUN_BYTES = 1 * MiB  # what a volume is given at a time, so that it stays contiguous beside others
+PUNCH_BYTES = 256 * KiB  # at a time: ext4 keeps every write to the file waiting while it punches, 3.7 s for 676 MB
 CHECKPOINT_JOURNAL = 8 * MiB  # journal that may grow before a checkpoint is worth its writing
 _CHECKPOINT_FRAME = 1 * MiB
 
@@ -572,8 +573,10 @@ class Pool:
         ordered = np.sort(blocks)
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
         for run in np.split(ordered, breaks):
-            with contextlib.suppress(OSError):
-                self.data.punch(int(run[0]) * self.block_size, len(run) * self.block_size)
+            start, end = int(run[0]) * self.block_size, (int(run[-1]) + 1) * self.block_size
+            for position in range(start, end, PUNCH_BYTES):
+                with contextlib.suppress(OSError):
+                    self.data.punch(position, min(PUNCH_BYTES, end - position))
 
     # -- merging of layers that lost their name
 

@@ -74,12 +74,11 @@ class Daemon:
             time.sleep(0.02)
 
     def _answers(self) -> bool:
-        for path in (self.socket, self.control):
-            with socket.socket(socket.AF_UNIX) as client:
-                try:
-                    client.connect(str(path))
-                except OSError:
-                    return False
+        try:
+            with self.connect() as control:
+                control.info()
+        except nbdthin.Unreachable:
+            return False
         return True
 
     def signal(self, number: signal.Signals) -> None:
