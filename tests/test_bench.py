@@ -18,6 +18,7 @@ import pytest
 from tests.conftest import missing
 
 BENCH = Path(__file__).parents[1] / "tools" / "bench"
+pytestmark = pytest.mark.slow
 PYTHON = str(Path(sys.executable).parent)  # on PATH first, for checkouts without a .venv
 
 
@@ -72,7 +73,7 @@ def test_cells_are_measured_in_turn_verified_and_told_as_a_table_and_as_json(tmp
 
 def test_a_server_that_gives_back_other_data_fails_the_bench(tmp_path: Path) -> None:
     with start(tmp_path, "--seconds", "1", "--only", "read-4k-d1/nbdkit file") as bench:
-        until(lambda: list(tmp_path.glob("*/nbdkit-file.*/s")))
+        until(lambda: "fio" in {process.name() for process in working_in(tmp_path)})  # the image is filled by then
         (image,) = tmp_path.glob("*/nbdkit-file.*/image")
         with image.open("r+b") as file:
             file.seek(40960)

@@ -195,7 +195,7 @@ class Region:
         await work
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_writes_snapshots_removals_and_merges_at_once_stay_apart(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
