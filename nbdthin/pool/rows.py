@@ -11,8 +11,8 @@ from pathlib import Path
 class Row:
     """One volume or snapshot.
 
-    `referenced` counts the pool blocks that it reads from or owns, `exclusive` those of them that no other name
-    needs (what removing it would give back), `shared` the rest. `parent` is the nearest snapshot below it.
+    `referenced` counts the pool blocks that it reads from or owns, `exclusive` those that removing it would give back,
+    `shared` the rest of what it refers to. `parent` is the nearest snapshot below it.
     `created` is in seconds since 1970.
     """
 
