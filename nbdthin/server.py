@@ -22,6 +22,7 @@ import logging
 import os
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -135,8 +136,9 @@ class Server:
         return len(self._connections)
 
     def holders(self, name: str) -> tuple[str, ...]:
-        """Who is connected to `name`, for people."""
-        return tuple(connection.peer for connection in self._users.get(name, ()))
+        """Who is connected to `name`, for people: `unix:pid 4711 (nbdcopy) x4` has four connections."""
+        peers = Counter(connection.peer for connection in self._users.get(name, ()))
+        return tuple(f"{peer} x{count}" if count > 1 else peer for peer, count in peers.items())
 
     async def disconnect(self, name: str) -> None:
         """Close the connections to `name` and wait until their last request has ended."""
