@@ -601,6 +601,23 @@ def test_a_background_checkpoint_holds_nothing_that_came_after_its_batch(pools: 
     pool.checkpoint_ended(None)
 
 
+def test_a_background_checkpoint_does_not_follow_a_volume_that_is_written_meanwhile(pools: Pools) -> None:
+    pool = pools.make(autocommit=False)
+    pool.create("a", MiB)
+    pool.volume("a").write(0, pattern(BLOCK))
+    pool.journal.bytes_since_checkpoint = 1 << 40
+    batch = pool.begin()
+    assert batch.checkpoint_due
+    batch.sync()
+    pool.volume("a").write(BLOCK, pattern(BLOCK, 2))
+    batch.write_checkpoint()
+    pool.finish(batch)
+    pool.checkpoint_ended(None)
+    again = pools.open(pools.crash(pool))
+    assert again.allocator.used == 1, "nothing points to data that was never synced"
+    assert again.volume("a").read(0, 2 * BLOCK) == pattern(BLOCK) + bytes(BLOCK)
+
+
 def test_a_bad_record_says_what_is_wrong() -> None:
     with pytest.raises(BadRecord, match="not a list of records"):
         decode(b"\x91\x92\x63\x01")

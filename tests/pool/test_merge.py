@@ -294,3 +294,35 @@ def test_the_child_may_go_while_its_parent_is_being_merged(layered: Pool) -> Non
     assert next(steps, None) is None
     layered.commit()
     assert (layered.state.layers, layered.allocator.used) == ({}, 0)
+
+
+def test_a_volume_that_stands_on_nothing_any_more_reads_what_it_writes_next(pools: Pools) -> None:
+    """Its own leaves become its effective ones, also where it had composed one before."""
+    pool = pools.make()
+    pool.create("a", 3 * LEAF)
+    volume = pool.volume("a")
+    volume.write(0, pattern(BLOCK))
+    pool.snapshot("a", "s")
+    volume.write(LEAF, pattern(BLOCK, 2))
+    assert volume.read(LEAF, BLOCK) == pattern(BLOCK, 2)
+    pool.remove("s")
+    assert volume.layer.parent is None
+    volume.write(LEAF + BLOCK, pattern(BLOCK, 3))
+    assert volume.read(LEAF, 2 * BLOCK) == pattern(BLOCK, 2) + pattern(BLOCK, 3)
+
+
+def test_pruning_keeps_a_block_of_which_one_child_shows_one_subblock(pools: Pools) -> None:
+    pool = pools.make()
+    pool.create("a", MiB)
+    volume = pool.volume("a")
+    volume.write(0, pattern(2 * BLOCK))
+    pool.snapshot("a", "s")
+    pool.clone("s", "b")
+    other = pool.volume("b")
+    volume.write(0, pattern(2 * BLOCK, 2))
+    other.write(0, pattern(2 * BLOCK - SUB, 3))
+    used = pool.allocator.used
+    pool.remove("s")
+    assert pool.allocator.used == used - 1
+    assert volume.read(0, 2 * BLOCK) == pattern(2 * BLOCK, 2)
+    assert other.read(0, 2 * BLOCK) == pattern(2 * BLOCK - SUB, 3) + pattern(2 * BLOCK)[-SUB:]
