@@ -39,7 +39,7 @@ from nbdthin.pool.volume import ZERO
 from nbdthin.units import KiB, MiB
 from nbdthin.wire import proto, transmission
 from nbdthin.wire.handshake import ExportInfo, Handshake, HandshakeState, Negotiated
-from nbdthin.wire.proto import Command, CommandFlag, Errno
+from nbdthin.wire.proto import Chunk, ChunkFlag, Command, CommandFlag, Errno
 
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
 INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
@@ -65,6 +65,10 @@ _FUA = int(CommandFlag.FUA)
 _NO_HOLE = int(CommandFlag.NO_HOLE)
 _DF = int(CommandFlag.DF)
 _REQ_ONE = int(CommandFlag.REQ_ONE)
+_DONE = int(ChunkFlag.DONE)
+_OFFSET_DATA = int(Chunk.OFFSET_DATA)
+_CHUNK_MAGIC = proto.STRUCTURED_REPLY_MAGIC
+_REQUEST_HEADER = proto.REQUEST.size
 _SIMPLE_HEADER = proto.SIMPLE_REPLY.size
 _DATA_HEADER = proto.OFFSET_DATA.size
 _pack_simple_into = proto.SIMPLE_REPLY.pack_into
@@ -233,7 +237,7 @@ class Connection(asyncio.BufferedProtocol):
         assert self._handshake is not None
         self.peer = _peer_name(self._transport)
         self._transport.write(self._handshake.greeting())
-        self._restart_timer(HANDSHAKE_TIMEOUT)
+        self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._discarding:
@@ -301,15 +305,16 @@ class Connection(asyncio.BufferedProtocol):
     def _maybe_close(self) -> None:
         if not self._closing or self._tasks:
             return
-        if self._half_close and not self._lost:
+        if self._lost:
+            if not self.closed.done():
+                self._server.remove(self, self._info.name if self._handshake is None else None)
+                self.closed.set_result(None)
+        elif self._half_close:
             self._say_goodbye()
-        elif not self._lost:
+        elif not self._discarding:  # else the goodbye is under way
             self._flush()
             self._transport.close()
-            self._restart_timer(LINGER)  # the peer may never take what is still to be sent
-        elif not self.closed.done():
-            self._server.remove(self, self._info.name if self._handshake is None else None)
-            self.closed.set_result(None)
+            self._restart_timer(LINGER, self.abort)  # the peer may never take what is still to be sent
 
     def _say_goodbye(self) -> None:
         """Close our direction first, and the connection when the peer has closed its own.
@@ -323,12 +328,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
-        self._timer = self._loop.call_later(GOODBYE, self._goodbye_over)
+        self._restart_timer(GOODBYE, self._goodbye_over)
 
     def _goodbye_over(self) -> None:
         """The peer does not close; it has what it will get, or `Server.shutdown` ends it."""
         if self._transport.get_write_buffer_size():
-            self._timer = self._loop.call_later(GOODBYE, self._goodbye_over)
+            self._restart_timer(GOODBYE, self._goodbye_over)
         else:
             self._transport.close()
 
@@ -354,11 +359,11 @@ class Connection(asyncio.BufferedProtocol):
 
     # -- handshake
 
-    def _restart_timer(self, seconds: float) -> None:
-        """Give the peer so long before the connection is cut."""
+    def _restart_timer(self, seconds: float, over: Callable[[], None]) -> None:
+        """Give the peer so long; one deadline at a time."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, self.abort)
+        self._timer = self._loop.call_later(seconds, over)
 
     def _advance(self) -> None:
         """Handle what is in scratch."""
@@ -371,7 +376,7 @@ class Connection(asyncio.BufferedProtocol):
         handshake.receive(self._view[: self._end])
         self._end = 0
         while not self._peer_slow and (reply := handshake.step()) is not None:
-            self._restart_timer(HANDSHAKE_TIMEOUT)
+            self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
             if reply:
                 self._transport.write(reply)
         if handshake.state is HandshakeState.OPEN:
@@ -421,7 +426,7 @@ class Connection(asyncio.BufferedProtocol):
             self._skip -= position
             if not self._skip:
                 self._put(self._skipped)
-        while end - position >= 28 and not self._closing:
+        while end - position >= _REQUEST_HEADER and not self._closing:
             if self._stalled:
                 self._pause()
                 waiting = True
@@ -437,7 +442,7 @@ class Connection(asyncio.BufferedProtocol):
                 if position < 0:
                     break
                 continue
-            position += 28
+            position += _REQUEST_HEADER
             if error:
                 self._answer_error(command, cookie, error)
             elif command == _DISC:
@@ -459,10 +464,7 @@ class Connection(asyncio.BufferedProtocol):
                 waiting = True
                 break
         if position >= 0:
-            left = end - position
-            if left and position:
-                view[:left] = bytes(view[position:end])
-            self._end = left
+            self._keep_from(position)
         if self._out:
             self._flush()
         if self._draining and not waiting:
@@ -475,7 +477,7 @@ class Connection(asyncio.BufferedProtocol):
 
         -1: nothing more can be parsed now, and `_end` says what is left in scratch.
         """
-        start = position + 28
+        start = position + _REQUEST_HEADER
         have = self._end - start
         if error:
             if length > proto.MAX_PAYLOAD:
@@ -493,9 +495,7 @@ class Connection(asyncio.BufferedProtocol):
             self._write(flags, cookie, offset, self._view[start : start + length], False)
             return start + length
         if length <= DIRECT:
-            left = self._end - position
-            self._view[:left] = bytes(self._view[position : self._end])
-            self._end = left
+            self._keep_from(position)
             return -1
         payload = self._payload = _buffer(length)
         payload[:have] = self._view[start : start + have]
@@ -503,6 +503,13 @@ class Connection(asyncio.BufferedProtocol):
         self._payload_request = (flags, cookie, offset)
         self._end = 0
         return -1
+
+    def _keep_from(self, position: int) -> None:
+        """What is in scratch from `position` on is for the next time."""
+        left = self._end - position
+        if left and position:
+            self._view[:left] = bytes(self._view[position : self._end])
+        self._end = left
 
     def _payload_complete(self, payload: memoryview) -> None:
         self._payload = None
@@ -523,7 +530,7 @@ class Connection(asyncio.BufferedProtocol):
                 count = -1
             if count == length:
                 if self._structured:
-                    _pack_data_into(buffer, 0, proto.STRUCTURED_REPLY_MAGIC, 1, 1, cookie, 8 + length, offset)
+                    _pack_data_into(buffer, 0, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
                 else:
                     _pack_simple_into(buffer, 0, proto.SIMPLE_REPLY_MAGIC, 0, cookie)
                 self._put(buffer)
