@@ -1,6 +1,7 @@
 """What can be asked over the control socket: one table, a row a command.
 
-A change becomes commands of the pool, is durable when it is answered, and may be part of a batch. A query only looks.
+A change becomes commands of the pool, is durable when it is answered, and may be part of a batch. A query only looks. A
+stream answers item by item for as long as it takes, or until the client goes away.
 The arguments of a row are a dataclass, and what comes in is checked against it before anything else happens. Who may
 ask is the socket's business (mode 0600), how it crosses is the codec's.
 
@@ -9,7 +10,7 @@ To add a command: a dataclass, a row, a method of the client; the documentation'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -211,7 +212,14 @@ class Query:
     answer: Callable[..., object]
 
 
-COMMANDS: dict[str, Change | Query] = {
+@dataclass(frozen=True, slots=True)
+class Stream:
+    doc: str
+    arguments: type
+    items: Callable[..., AsyncIterator[object]]
+
+
+COMMANDS: dict[str, Change | Query | Stream] = {
     "create": Change("a new volume that reads as zeroes", Create),
     "snapshot": Change("keep what a volume holds now under a name", Snapshot),
     "clone": Change("a new volume that starts as a snapshot", Clone),
@@ -228,7 +236,7 @@ COMMANDS: dict[str, Change | Query] = {
 }
 
 
-def find(command: str) -> Change | Query:
+def find(command: str) -> Change | Query | Stream:
     """Raises Invalid."""
     row = COMMANDS.get(command)
     if row is None:
@@ -236,7 +244,7 @@ def find(command: str) -> Change | Query:
     return row
 
 
-def _arguments(command: str, row: Change | Query, arguments: Mapping[str, object]) -> object:
+def _arguments(command: str, row: Change | Query | Stream, arguments: Mapping[str, object]) -> object:
     try:
         return codec.load(row.arguments, arguments)
     except Invalid as error:
@@ -244,7 +252,7 @@ def _arguments(command: str, row: Change | Query, arguments: Mapping[str, object
 
 
 async def run(daemon: Daemon, message: object) -> object:
-    """Carry out one request. Raises errors.Error."""
+    """Carry out one request; an AsyncIterator where the answer is a stream. Raises errors.Error."""
     request = codec.load(Request, message)
     if request.version != codec.VERSION:
         raise Invalid(
@@ -255,5 +263,7 @@ async def run(daemon: Daemon, message: object) -> object:
     arguments = _arguments(request.command, row, request.arguments)
     if isinstance(row, Query):
         return row.answer(daemon, arguments)
+    if isinstance(row, Stream):
+        return row.items(daemon, arguments)
     await _change(daemon, row, arguments)
     return None

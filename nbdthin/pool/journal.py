@@ -9,6 +9,9 @@ Rules:
 - behind a frame that does not check, any later frame that does means damage (`Corrupt`); at the very end it is what a
   power cut left of a write that nobody was told about, and is cut off;
 - sequence numbers run without a gap over all segments;
+- behind a frame that has been synced stands a mark, which says so and is not synced itself: damage to the very last
+  frame is told from a torn one, once the kernel has written the mark back, and at once where only the process died;
+- a segment that another one follows ends in a mark that says that;
 - segments are filled with zeroes before use: an append changes no file size and no extent, so its sync writes nothing
   but the frame, and goes through even where the file system has no space left;
 - a checkpoint takes effect by the rename of a complete, synced file; only then are older files removed.
@@ -18,6 +21,7 @@ This module gives no meaning to a payload.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
@@ -27,11 +31,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nbdthin.errors import Corrupt
+from nbdthin.pool.files import FILES, Files, write_all, write_file
 from nbdthin.units import MiB
 
 MAGIC = b"NBTJ"
 VERSION = 1
-HEADER = struct.Struct("<4sHHQIII")  # magic, version, 0, sequence, payload length, payload crc, header crc
+HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload length, payload crc, header crc
+FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
 SEGMENT_BYTES = 4 * MiB
 MAX_PAYLOAD = 1 << 30
 _HEADER_BODY = struct.Struct("<4sHHQII")
@@ -50,65 +56,59 @@ class Frame(NamedTuple):
 def frame(sequence: int, payload: bytes) -> bytes:
     """`payload` with its header."""
     assert len(payload) <= MAX_PAYLOAD
-    body = _HEADER_BODY.pack(MAGIC, VERSION, 0, sequence, len(payload), zlib.crc32(payload))
-    return body + zlib.crc32(body).to_bytes(4, "little") + payload
+    return _header(FRAME, sequence, payload) + payload
+
+
+def mark(sequence: int, kind: int = MARK) -> bytes:
+    """What says that frame `sequence` is durable; as LAST_MARK, that another segment follows, too."""
+    return _header(kind, sequence, b"")
+
+
+def _header(kind: int, sequence: int, payload: bytes) -> bytes:
+    body = _HEADER_BODY.pack(MAGIC, VERSION, kind, sequence, len(payload), zlib.crc32(payload))
+    return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def parse_frame(data: bytes | memoryview, offset: int) -> tuple[int, bytes] | None:
     """Sequence number and payload of the frame at `offset`, or None where there is no whole, sound frame."""
-    header = _parse_header(data, offset)
-    if header is None:
-        return None
-    version, reserved, sequence, length, payload_crc = header
-    if version != VERSION or reserved:
+    header = parse_header(data, offset)
+    if header is None or header.version != VERSION or header.kind != FRAME:
         return None
     start = offset + HEADER.size
-    payload = bytes(data[start : start + length])
-    if len(payload) != length or zlib.crc32(payload) != payload_crc:
+    payload = bytes(data[start : start + header.length])
+    if len(payload) != header.length or zlib.crc32(payload) != header.payload_crc:
         return None
-    return sequence, payload
+    return header.sequence, payload
 
 
-def _parse_header(data: bytes | memoryview, offset: int) -> tuple[int, int, int, int, int] | None:
-    """Version, reserved bits, sequence number, payload length and checksum, where a header is whole and sound."""
+class Header(NamedTuple):
+    version: int
+    kind: int
+    sequence: int
+    length: int  # bytes of payload
+    payload_crc: int
+
+    @property
+    def is_mark(self) -> bool:
+        return self.version == VERSION and self.kind in (MARK, LAST_MARK) and self.length == 0
+
+
+def parse_header(data: bytes | memoryview, offset: int) -> Header | None:
+    """The header at `offset`, where one is whole and sound."""
     if len(data) - offset < HEADER.size:
         return None
-    magic, version, reserved, sequence, length, payload_crc, header_crc = HEADER.unpack_from(data, offset)
+    magic, version, kind, sequence, length, payload_crc, header_crc = HEADER.unpack_from(data, offset)
     if magic != MAGIC or zlib.crc32(data[offset : offset + _HEADER_BODY.size]) != header_crc:
         return None
-    return version, reserved, sequence, length, payload_crc
-
-
-def sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_file(path: Path, parts: Iterable[bytes]) -> int:
-    """A new file that is whole and synced before it has its name, or does not exist. Returns its size."""
-    partial = path.with_name(path.name + ".new")
-    size = 0
-    try:
-        with open(partial, "wb") as file:
-            for part in parts:
-                size += file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return size
+    return Header(version, kind, sequence, length, payload_crc)
 
 
 class Journal:
     """An open journal directory. Not thread-safe: one append at a time, checkpoints may be written beside it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Files = FILES) -> None:
         self.directory = directory
+        self._files = files
         self.sequence = 0  # of the last frame appended
         self.bytes_since_checkpoint = 0
         self.checkpoint_bytes = 0
@@ -121,14 +121,14 @@ class Journal:
     # -- opening
 
     @staticmethod
-    def create(directory: Path, first_payload: bytes) -> None:
+    def create(directory: Path, first_payload: bytes, files: Files = FILES) -> None:
         """A new journal that starts with the checkpoint `first_payload`."""
         directory.mkdir()
-        journal = Journal(directory)
+        journal = Journal(directory, files)
         journal.write_checkpoint(1, [first_payload])
         journal._prepare(journal._log_path(1))
         journal._prepare(directory / "next")
-        sync_directory(directory)
+        files.sync_directory(directory)
 
     def load(self, apply: Callable[[Frame], None], *, repair_tail: bool = True) -> None:
         """Hand every frame to `apply`, the checkpoint's first, and make ready to append. Raises Corrupt.
@@ -154,7 +154,7 @@ class Journal:
             self.bytes_since_checkpoint += end
         if repair_tail:
             for leaving in self.directory.glob("*.new"):
-                leaving.unlink()
+                self._files.unlink(leaving)
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
             self.next_ready = (self.directory / "next").exists()
@@ -190,20 +190,31 @@ class Journal:
             apply(Frame(sequence, payload, path, offset))
             self.sequence = sequence
             offset += HEADER.size + len(payload)
-        rest = data[offset:]
+        end = offset
+        header = parse_header(data, offset)
+        if header is not None and header.is_mark:
+            if header.sequence != self.sequence:
+                raise Corrupt(path, offset, f"a mark of frame {header.sequence} behind frame {self.sequence}")
+            if last and header.kind == LAST_MARK:
+                raise Corrupt(self.directory, None, f"segment {self.sequence + 1:016x}.log is missing")
+            end += HEADER.size
+        rest = data[end:]
         if rest.count(0) != len(rest):
-            self._refuse_damage(path, offset, data, last)
+            self._refuse_damage(path, end, data, last)
         return offset
 
     def _refuse_damage(self, path: Path, offset: int, data: bytes, last: bool) -> None:
         """Something follows the last sound frame: a torn tail may be cut, anything else is damage."""
-        header = _parse_header(data, offset)
-        if header is not None and (header[0] != VERSION or header[1]):
-            raise Corrupt(path, offset, f"a frame of version {header[0]}, made by a later nbdthin")
+        header = parse_header(data, offset)
+        if header is not None and (header.version != VERSION or header.kind > LAST_MARK):
+            raise Corrupt(path, offset, f"a frame of version {header.version}, made by a later nbdthin")
         later = data.find(MAGIC, offset + 1)
         while later >= 0:
             if parse_frame(data, later) is not None:
                 raise Corrupt(path, offset, f"a damaged frame before a sound one at byte {later}")
+            header = parse_header(data, later)
+            if header is not None and header.is_mark:
+                raise Corrupt(path, offset, f"a damaged frame, which was durable: byte {later} says so")
             later = data.find(MAGIC, later + 1)
         if not last:
             raise Corrupt(path, offset, "a damaged frame, and a later segment exists")
@@ -212,28 +223,33 @@ class Journal:
 
     def append(self, payload: bytes) -> None:
         """Write the next frame and make it durable. After an error the journal must not be used again."""
-        data = frame(self.sequence + 1, payload)
-        if self._position and self._position + len(data) > self._limit:
+        files, sequence = self._files, self.sequence + 1
+        data = frame(sequence, payload)
+        if self._position and self._position + len(data) + HEADER.size > self._limit:
             self._rotate()
-        os.lseek(self._fd, self._position, os.SEEK_SET)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
-        os.fdatasync(self._fd)
+        write_all(files, self._fd, data, self._position)
+        files.sync(self._fd)
         self._position += len(data)
         self._limit = max(self._limit, self._position)
         self.bytes_since_checkpoint += len(data)
-        self.sequence += 1
+        self.sequence = sequence
+        self._mark(MARK)
+
+    def _mark(self, kind: int) -> None:
+        """Say behind the last frame that it is durable. An error is for the next sync to meet."""
+        with contextlib.suppress(OSError):
+            self._files.write(self._fd, (mark(self.sequence, kind),), self._position)
 
     def _rotate(self) -> None:
         path = self._log_path(self.sequence + 1)
         following = self.directory / "next"
         if self.next_ready:
-            os.rename(following, path)
+            self._files.rename(following, path)
         else:
             self._prepare(path)
-        sync_directory(self.directory)
-        os.close(self._fd)
+        self._files.sync_directory(self.directory)
+        self._mark(LAST_MARK)
+        self._files.close(self._fd)
         self._fd = -1
         self._open_segment(path, 0)
         self.next_ready = False
@@ -242,24 +258,28 @@ class Journal:
         """Have the next segment's space ready. To be called when there is time; append does without."""
         if not self.next_ready:
             self._prepare(self.directory / "next")
-            sync_directory(self.directory)
+            self._files.sync_directory(self.directory)
             self.next_ready = True
 
     def _open_segment(self, path: Path, position: int) -> None:
         """Append to `path` from `position` on; what stands there is a torn tail, and goes."""
         self._segment = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._fd = self._files.open(path, 0)
         size = os.fstat(self._fd).st_size
-        if position < size and any(os.pread(self._fd, size - position, position)):
-            os.ftruncate(self._fd, position)
-            os.fsync(self._fd)
+        behind = position + HEADER.size if self._is_marked(position) else position
+        if behind < size and any(os.pread(self._fd, size - behind, behind)):
+            self._files.truncate(self._fd, position)
+            self._files.sync(self._fd)
             size = position
         self._position = position
         self._limit = size
 
-    @staticmethod
-    def _prepare(path: Path) -> None:
-        _write_file(path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
+    def _is_marked(self, position: int) -> bool:
+        header = parse_header(os.pread(self._fd, HEADER.size, position), 0)
+        return header is not None and header.is_mark
+
+    def _prepare(self, path: Path) -> None:
+        write_file(self._files, path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
 
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
@@ -275,8 +295,8 @@ class Journal:
     def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:
         """Make `payloads` what frames up to `number` - 1 amount to. May run in a thread beside appends."""
         path = self.directory / f"{number:016x}.checkpoint"
-        size = _write_file(path, (frame(number, payload) for payload in payloads))
-        sync_directory(self.directory)
+        size = write_file(self._files, path, (frame(number, payload) for payload in payloads))
+        self._files.sync_directory(self.directory)
         self.checkpoint_bytes = size
 
     def finish_checkpoint(self, number: int) -> None:
@@ -288,11 +308,11 @@ class Journal:
         for pattern in (_LOG, _CHECKPOINT):
             for first, path in self._numbered(pattern):
                 if first < number:
-                    path.unlink()
+                    self._files.unlink(path)
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            self._files.close(self._fd)
             self._fd = -1
 
     @property

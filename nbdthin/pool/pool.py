@@ -39,7 +39,8 @@ from nbdthin.pool import commands, extents, merge, space
 from nbdthin.pool.allocator import Allocator
 from nbdthin.pool.commands import Command
 from nbdthin.pool.data import DataFile, device_size, is_device
-from nbdthin.pool.journal import Frame, Journal, sync_directory
+from nbdthin.pool.files import FILES, Files
+from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import Layer, State, Words, words
 from nbdthin.pool.records import (
     LEAF_BYTES,
@@ -147,15 +148,15 @@ class Pool:
     Used without a daemon, each verb is durable when it returns; `with pool.batch():` makes several one commit.
     """
 
-    def __init__(self, path: Path, superblock: Superblock, lock: int, autocommit: bool) -> None:
+    def __init__(self, path: Path, superblock: Superblock, lock: int, autocommit: bool, files: Files) -> None:
         self.path = path
         self.superblock = superblock
         self.block_size = superblock.block_size
         self.failed: str | None = None  # why nothing can be made durable any more
         self.state = State()
         self.allocator = Allocator(superblock.size // self.block_size, max(RUN_BYTES // self.block_size, 1))
-        self.journal = Journal(path / "journal")
-        self.data = DataFile(path / superblock.data, superblock.size)
+        self.journal = Journal(path / "journal", files)
+        self.data = DataFile(path / superblock.data, superblock.size, files)
         self._lock = lock
         self._autocommit = autocommit
         self._records: list[Record] = []  # structural changes since the last `begin`
@@ -219,10 +220,10 @@ class Pool:
             Journal.create(draft / "journal", encode([Counter(1), End(1)]))
             (draft / "lock").touch()
             superblock.write(draft / "superblock")
-            sync_directory(draft)
+            FILES.sync_directory(draft)
             drafted.write_header()
             os.rename(draft, path)
-            sync_directory(path.parent)
+            FILES.sync_directory(path.parent)
             drafted.close()
         except BaseException as error:
             if drafted is not None:
@@ -235,10 +236,11 @@ class Pool:
             raise
 
     @classmethod
-    def open(cls, path: Path | str, *, autocommit: bool = True, inspect: bool = False) -> Self:
+    def open(cls, path: Path | str, *, autocommit: bool = True, inspect: bool = False, files: Files = FILES) -> Self:
         """Open the pool at `path`: lock it, replay its journal, work out its free space.
 
         `autocommit` False leaves it to the caller to commit; `inspect` opens it to be looked at: nothing is written.
+        `files` is what writes; the real thing, or a wrapper of it that notes what it does.
 
         Raises NotFound, Locked, Corrupt, Invalid (its data was truncated) or OSError.
         """
@@ -251,7 +253,7 @@ class Pool:
             os.close(lock)
             raise Locked(f"the pool at {path} is open in another process (use its daemon, or stop it)") from error
         try:
-            pool = cls(path, superblock, lock, autocommit)
+            pool = cls(path, superblock, lock, autocommit, files)
         except BaseException:
             os.close(lock)
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +10,7 @@ from pathlib import Path
 import msgpack
 
 from nbdthin.errors import Corrupt, NotFound
+from nbdthin.pool.files import FILES, Files, write_file
 from nbdthin.units import KiB
 
 MAGIC = b"nbdthin\0"
@@ -30,12 +30,9 @@ class Superblock:
     version: int = VERSION
     features: tuple[str, ...] = ()
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, files: Files = FILES) -> None:
         body = msgpack.packb(asdict(self))
-        with open(path, "wb") as file:
-            file.write(MAGIC + zlib.crc32(body).to_bytes(4, "little") + body)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(files, path, [MAGIC + zlib.crc32(body).to_bytes(4, "little") + body])
 
     def data_header(self) -> bytes:
         """The first bytes of the data file: whose data this is."""

@@ -13,7 +13,7 @@ import pytest
 
 from nbdthin.errors import Corrupt
 from nbdthin.pool import journal as journal_module
-from nbdthin.pool.journal import HEADER, Frame, Journal, frame, parse_frame
+from nbdthin.pool.journal import HEADER, Frame, Journal, frame, mark, parse_frame
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import BadRecord, Layer, Name, decode, encode
 from nbdthin.units import KiB, MiB
@@ -52,6 +52,13 @@ def append(directory: Path, *payloads: bytes) -> Journal:
     return journal
 
 
+def unmark(path: Path) -> None:
+    """Take the mark from behind the last frame: as a power cut does that comes before the kernel has written it."""
+    with open(path, "r+b") as file:
+        file.seek(frames(path)[-1][1])
+        file.write(bytes(HEADER.size))
+
+
 def segment(directory: Path) -> Path:
     return sorted(directory.glob("*.log"))[-1]
 
@@ -78,8 +85,13 @@ def test_a_new_journal_is_a_checkpoint_and_a_segment_of_zeroes(tmp_path: Path) -
 
 def test_frames_stand_one_behind_the_other_with_zeroes_to_the_end(directory: Path) -> None:
     data = segment(directory).read_bytes()
-    written = frame(1, b"one") + frame(2, b"two" * 7) + frame(3, b"three")
+    written = frame(1, b"one") + frame(2, b"two" * 7) + frame(3, b"three") + mark(3)
     assert data == written.ljust(4 * MiB, b"\0")
+
+
+def test_a_mark_is_the_header_of_a_frame_without_payload() -> None:
+    body = struct.pack("<4sHHQII", b"NBTJ", 1, 1, 7, 0, 0)
+    assert mark(7) == body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def test_an_append_changes_no_file_size(directory: Path) -> None:
@@ -148,14 +160,28 @@ def test_the_first_frame_of_a_segment_can_be_the_torn_one(tmp_path: Path) -> Non
 def test_a_torn_tail_whose_header_never_arrived_is_cut(directory: Path) -> None:
     path = segment(directory)
     start, _ = frames(path)[-1]
+    unmark(path)
     with open(path, "r+b") as file:
         file.seek(start)
         file.write(bytes(HEADER.size))
     assert load(directory) == [FIRST, b"one", b"two" * 7]
 
 
+def test_a_frame_torn_over_the_mark_of_the_frame_before_it_is_cut(directory: Path) -> None:
+    """Its first sector, and with it the old mark, stayed as it was: what is behind the mark was never acknowledged."""
+    path = segment(directory)
+    end = frames(path)[-1][1]
+    torn = frame(4, bytes(range(1, 256)) * 4)
+    with open(path, "r+b") as file:
+        file.seek(end + HEADER.size)
+        file.write(torn[HEADER.size :])
+    append(directory, b"another four")
+    assert load(directory) == [FIRST, b"one", b"two" * 7, b"three", b"another four"]
+
+
 def test_a_check_does_not_cut_the_torn_tail(directory: Path) -> None:
     path = segment(directory)
+    unmark(path)
     flip(path, frames(path)[-1][1] - 1)
     before = path.read_bytes()
     load(directory, repair_tail=False)
@@ -166,7 +192,7 @@ def test_a_sound_frame_of_another_version_is_refused_not_cut(directory: Path) ->
     """It was written whole: by a later nbdthin, which acknowledged it."""
     path = segment(directory)
     end = frames(path)[-1][1]
-    for version, reserved in ((2, 0), (1, 1)):
+    for version, reserved in ((2, 0), (1, 3)):
         body = struct.pack("<4sHHQII", b"NBTJ", version, reserved, 4, 4, zlib.crc32(b"four"))
         with open(path, "r+b") as file:
             file.seek(end)
@@ -179,7 +205,7 @@ def test_a_sound_frame_of_another_version_is_refused_not_cut(directory: Path) ->
 # -- damage
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["first", "second", "last, marked as durable"])
 def test_a_flipped_byte_with_a_sound_frame_behind_it_is_refused_with_its_place(directory: Path, number: int) -> None:
     path = segment(directory)
     start, end = frames(path)[number]
@@ -340,10 +366,17 @@ def test_a_damaged_last_frame_of_an_earlier_segment_is_refused(rotated: Path) ->
 def test_a_wiped_last_frame_of_an_earlier_segment_is_refused(rotated: Path) -> None:
     path = rotated / f"{4:016x}.log"
     start, end = frames(path)[-1]
-    with open(path, "r+b") as file:
-        file.seek(start)
-        file.write(bytes(end - start))
-    with pytest.raises(Corrupt, match="missing"):
+    for wiped, what in ((end, "durable"), (end + HEADER.size, "missing")):
+        with open(path, "r+b") as file:
+            file.seek(start)
+            file.write(bytes(wiped - start))
+        with pytest.raises(Corrupt, match=what):
+            load(rotated)
+
+
+def test_a_lost_last_segment_is_missed(rotated: Path) -> None:
+    segment(rotated).unlink()
+    with pytest.raises(Corrupt, match="log is missing"):
         load(rotated)
 
 
