@@ -198,7 +198,7 @@ def _snapshot(draft: Draft, command: Snapshot) -> None:
     volume = draft.find_kind(command.volume, snapshot=False)
     name = draft.free_name(command.name)
     labels = check_labels(command.labels)
-    draft.put(Name(name, True, volume.layer, volume.size, draft.now, labels))
+    draft.put(Name(name, True, volume.layer, volume.size, draft.now, labels))  # limits stay the volume's
     draft.put(volume._replace(layer=draft.new_layer(volume.layer)))
 
 
@@ -211,13 +211,13 @@ def _clone(draft: Draft, command: Clone) -> None:
             f"a clone cannot be smaller than its snapshot: {size} bytes, {snapshot.name!r} has {snapshot.size}"
         )
     labels = check_labels(command.labels)
-    draft.put(Name(name, False, draft.new_layer(snapshot.layer), size, draft.now, labels))
+    draft.put(Name(name, False, draft.new_layer(snapshot.layer), size, draft.now, labels, origin=snapshot.layer))
 
 
 def _rollback(draft: Draft, command: Rollback) -> None:
     volume = draft.find_kind(command.volume, snapshot=False)
     snapshot = draft.find_kind(command.snapshot, snapshot=True)
-    draft.put(volume._replace(layer=draft.new_layer(snapshot.layer), size=snapshot.size))
+    draft.put(volume._replace(layer=draft.new_layer(snapshot.layer), size=snapshot.size, origin=snapshot.layer))
 
 
 def _rename(draft: Draft, command: Rename) -> None:

@@ -278,6 +278,7 @@ class State:
         self.prunable: dict[int, None] = {}  # layers that lost their name, or a child, and have several children
         self.unsettled: set[int] = set()  # those of the two that came there since the last commit was packed
         self.snapshots = 0  # names that are snapshots
+        self.size = 0  # bytes of data that the pool has grown to; 0: what the superblock says
 
     def apply(self, record: Record) -> list[Layer]:
         """Make `record` so. Returns the layers that nothing refers to any more: their blocks are the caller's."""
@@ -297,6 +298,8 @@ class State:
                     return self._leave(self.layers[row.layer], record.name)
                 case records.Counter():
                     self.next_layer = max(self.next_layer, record.next_layer)
+                case records.Size():
+                    self.size = record.size
                 case records.End():
                     pass
         except KeyError as error:
@@ -373,6 +376,8 @@ class State:
     def snapshot_records(self) -> list[Record]:
         """Names and layers as records, parents first: what a checkpoint starts with."""
         ordered: list[Record] = [records.Counter(self.next_layer)]
+        if self.size:
+            ordered.append(records.Size(self.size))
         seen: set[int] = set()
         for layer in self.layers.values():
             chain: list[Layer] = []
