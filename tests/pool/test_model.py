@@ -33,7 +33,7 @@ from nbdthin.pool.rows import Row
 from nbdthin.pool.volume import Volume
 from nbdthin.units import KiB
 
-from .conftest import chain, walk
+from .conftest import FIXED, chain, walk
 
 LONG = os.environ.get("NBDTHIN_LONG") == "1"
 MOST_NAMES = 7
@@ -172,7 +172,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(block_size=st.sampled_from([16 * KiB, 64 * KiB]), size=st.sampled_from([16, 24, 64, 64]))
     def start(self, block_size: int, size: int) -> None:
         Pool.init(self.path, size=size * block_size, block_size=block_size)
-        self.pool = Pool.open(self.path, autocommit=False)
+        self.pool = Pool.open(self.path, autocommit=False, policy=FIXED)
         self.oracle = Oracle(block_size // SUBBLOCKS)
         self.create((5, 3, 512))
         self.io(0, [("write", (0, 0, 0), (2, 7, 0)), ("write", (3, 0, 5), (0, 0, 512))])
@@ -385,7 +385,7 @@ class Machine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.reader = None
         self.pool.close()
-        self.pool = Pool.open(self.path, autocommit=False)
+        self.pool = Pool.open(self.path, autocommit=False, policy=FIXED)
         self.durable = {name: image.copy() for name, image in self.oracle.images.items()}
         self.oracle.seen = {}
 
@@ -394,7 +394,7 @@ class Machine(RuleBasedStateMachine):
         self.reader = None
         self.pool.fail(OSError(5, "crashed"))
         self.pool.close()
-        self.pool = Pool.open(self.path, autocommit=False)
+        self.pool = Pool.open(self.path, autocommit=False, policy=FIXED)
         later, self.oracle.seen = self.oracle.seen, {}
         self.oracle.images = {name: image.copy() for name, image in self.durable.items()}
         for name, image in self.oracle.images.items():
