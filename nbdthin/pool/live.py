@@ -528,6 +528,11 @@ class LivePool:
             raise error
         return deadline
 
+    @property
+    def waiting(self) -> int:
+        """Writes that wait for space."""
+        return self._space.count
+
     def space_came(self) -> None:
         """Whoever waits for space, tries again."""
         self._space.wake()

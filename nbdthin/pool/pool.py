@@ -710,14 +710,14 @@ class Pool:
             self._write(self.unwritten)
         if self._has_new:
             self._write(self.begin())
+        while (blocks := self.take_reclaimable()) is not None:
+            self.punch(blocks)
+            self.allocator.release(blocks)
         if not self.journal.next_ready:
             with contextlib.suppress(OSError):
                 self.journal.prepare_next()
             self.note_journal()
         self.arm_growth()
-        while (blocks := self.take_reclaimable()) is not None:
-            self.punch(blocks)
-            self.allocator.release(blocks)
 
     def _write(self, batch: Batch) -> None:
         try:
