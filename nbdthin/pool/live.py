@@ -158,6 +158,7 @@ class LiveVolume:
         if length > PIECE or self._pool.journal_low or self._blocked(offset, length):
             return False
         self.volume.trim(offset, length)
+        self._live.blocks_freed()
         return True
 
     async def trim(self, offset: int, length: int) -> None:
@@ -167,6 +168,7 @@ class LiveVolume:
         for start, count in _pieces(offset, length):
             self.volume.trim(start, count)
             await asyncio.sleep(0)
+        self._live.blocks_freed()
 
     def zero_now(self, offset: int, length: int) -> bool:
         """write_zeroes, without allocation, where nothing has to be written."""
@@ -175,6 +177,7 @@ class LiveVolume:
         if self.volume.partial_zeroes(offset, length):
             return False
         self.volume.zero_whole(offset, length, False)
+        self._live.blocks_freed()
         return True
 
     async def write_zeroes(self, offset: int, length: int, allocate: bool) -> None:
@@ -193,6 +196,7 @@ class LiveVolume:
             self._pool.check_writable()
             self.volume.zero_whole(start, count, allocate)
             await asyncio.sleep(0)
+        self._live.blocks_freed()
 
     async def _provision(self, offset: int, length: int) -> None:
         """All of the range or nothing. Raises NoSpace."""
@@ -299,6 +303,7 @@ class LivePool:
         self._levels = Levels(pool.policy.low_water)
         self._space = Waiting()  # writes
         self._room = Waiting()  # a commit, for room in the journal
+        self._freeing: asyncio.Task[None] | None = None  # a commit for those who wait
         self._free_when_full: int | None = None  # bytes that were free when a write last found no space; None: it does
         self._over_quota: set[str] = set()  # volumes of which it was told
         self._starved = False  # of room for the journal, as was told
@@ -455,7 +460,7 @@ class LivePool:
         if batch.checkpoint_due:
             self._spawn(self._checkpoint(batch))
         elif not self.pool.journal.next_ready and not self._closing:
-            self._prepare_soon()
+            self._prepare_soon(now=self.pool.journal.may_fit)
 
     def _prepare_soon(self, *, now: bool = False) -> None:
         """Have room for the next journal segment while there is room: removing things must work on a full disk."""
@@ -490,7 +495,7 @@ class LivePool:
             self._spawn(self._commit_quietly())
         starved = self.pool.journal.starved
         if starved:
-            self._prepare_soon()
+            self._prepare_soon(now=self.pool.journal.may_fit)
         self.pool.arm_growth()
         self._watch()
         # Small frames where the journal is short: one that is larger than what is left keeps all behind it waiting.
@@ -523,7 +528,7 @@ class LivePool:
         if isinstance(error, _DiskFull) or self.pool.journal_low:
             self._space.wake_in(POLL)
         if self.pool.journal_low:
-            self._prepare_soon(now=True)
+            self._prepare_soon(now=self.pool.journal.may_fit)
         if not waits or not await self._space.wait(deadline):
             raise error
         return deadline
@@ -537,6 +542,15 @@ class LivePool:
         """Whoever waits for space, tries again."""
         self._space.wake()
         self._room.wake()
+
+    def blocks_freed(self) -> None:
+        """Somebody may have given blocks up: who waits for some does not wait for the timer's commit, too."""
+        if self._space.count and self._freeing is None and self.pool.allocator.pending:
+            self._freeing = self._spawn(self._free_quietly())
+
+    async def _free_quietly(self) -> None:
+        await self._commit_quietly()
+        self._freeing = None
 
     def _patience(self, name: str | None) -> float:
         """Seconds that a write to `name` waits for space; None for what has no name."""
@@ -626,7 +640,7 @@ class LivePool:
             self.space_came()
         self._reclaiming = None
         if self.pool.journal.starved:
-            self._prepare_soon(now=True)
+            self._prepare_soon(now=self.pool.journal.may_fit)
         if self.pool.allocator.used != self._watched or self._free_when_full is not None:
             self._watch()
 
