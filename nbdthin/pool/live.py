@@ -54,6 +54,11 @@ MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so c
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
+Wanted = Callable[[], bool]
+
+
+def _always() -> bool:
+    return True
 
 
 class LiveVolume:
@@ -127,19 +132,25 @@ class LiveVolume:
         volume.finish(write)
         return True
 
-    async def write(self, offset: int, payload: memoryview) -> None:
-        """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace, GivenUp or OSError."""
-        await self._holding(offset, len(payload), partial(self._write_held, offset, payload))
+    async def write(self, offset: int, payload: memoryview, wanted: Wanted = _always) -> None:
+        """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace, GivenUp or OSError.
 
-    async def _holding(self, offset: int, length: int, work: Callable[[], Coroutine[object, object, None]]) -> None:
+        `wanted` says whether anyone is still interested; it is asked while the write waits for space (`space_came`).
+        """
+        await self._holding(offset, len(payload), partial(self._write_held, offset, payload), wanted)
+
+    async def _holding(
+        self, offset: int, length: int, work: Callable[[], Coroutine[object, object, None]], wanted: Wanted
+    ) -> None:
         """Do `work` while holding a range; where it finds no space, let go and try again when there may be some."""
         deadline: float | None = None
-        while True:
+        while wanted():
             try:
                 async with self._hold(offset, length):
                     return await work()
             except NoSpace as error:
                 deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
+        raise GivenUp
 
     async def _write_held(self, offset: int, payload: memoryview) -> None:
         self._pool.check_writable()
@@ -161,8 +172,9 @@ class LiveVolume:
         self._live.blocks_freed()
         return True
 
-    async def trim(self, offset: int, length: int) -> None:
-        await self._holding(offset, length, partial(self._trim_held, offset, length))
+    async def trim(self, offset: int, length: int, wanted: Wanted = _always) -> None:
+        """Raises NoSpace, where what is left of the journal is for other things, or GivenUp."""
+        await self._holding(offset, length, partial(self._trim_held, offset, length), wanted)
 
     async def _trim_held(self, offset: int, length: int) -> None:
         for start, count in _pieces(offset, length):
@@ -180,9 +192,9 @@ class LiveVolume:
         self._live.blocks_freed()
         return True
 
-    async def write_zeroes(self, offset: int, length: int, allocate: bool) -> None:
+    async def write_zeroes(self, offset: int, length: int, allocate: bool, wanted: Wanted = _always) -> None:
         """Raises NoSpace, GivenUp or OSError."""
-        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate))
+        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate), wanted)
 
     async def _zero_held(self, offset: int, length: int, allocate: bool) -> None:
         self._pool.check_writable()
@@ -422,6 +434,7 @@ class LivePool:
     def _fail(self, error: OSError) -> None:
         first = self.pool.failed is None
         self.pool.fail(error)
+        self.space_came()  # and will not: who waits is told
         if first and self.pool.failed is not None:
             self.events.notify(events.FAILED, f"the pool is read-only: {self.pool.failed}")
 
