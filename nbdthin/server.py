@@ -697,6 +697,7 @@ class Connection(asyncio.BufferedProtocol):
         self._out = []
         self._out_bytes = 0
         if not self._lost:
+            self._live.publish()
             self._transport.writelines(out)
 
 

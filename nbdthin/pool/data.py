@@ -106,6 +106,10 @@ class DataFile:
         """Make durable what was written. After a failure nobody knows what is: never try again."""
         self._files.sync(self.fd)
 
+    def drop_cache(self) -> None:
+        """A sync failed: what is read from now on is what the disk has."""
+        self._files.drop_cache(self.fd)
+
     def punch(self, position: int, length: int) -> None:
         """Give the space back to the file system or device; what it holds afterwards does not matter."""
         if not self.punches:

@@ -133,7 +133,8 @@ class Journal:
     def load(self, apply: Callable[[Frame], None], *, repair_tail: bool = True) -> None:
         """Hand every frame to `apply`, the checkpoint's first, and make ready to append. Raises Corrupt.
 
-        With `repair_tail` False nothing is written: for checks.
+        With `repair_tail` False nothing is written: for checks. Otherwise all that was read is durable afterwards: a
+        process that was killed may have written it, and renamed files, without having come to the sync.
         """
         checkpoints = self._numbered(_CHECKPOINT)
         if not checkpoints:
@@ -153,10 +154,12 @@ class Journal:
             end = self._replay(log, index == len(segments) - 1, apply)
             self.bytes_since_checkpoint += end
         if repair_tail:
+            self._files.sync_directory(self.directory)  # before anything is removed or appended
             for leaving in self.directory.glob("*.new"):
                 self._files.unlink(leaving)
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
+            self._files.sync(self._fd)
             self.next_ready = (self.directory / "next").exists()
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
@@ -309,6 +312,10 @@ class Journal:
             for first, path in self._numbered(pattern):
                 if first < number:
                     self._files.unlink(path)
+
+    def drop_cache(self) -> None:
+        """A sync failed: what the open segment is read as from now on is what the disk has."""
+        self._files.drop_cache(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:

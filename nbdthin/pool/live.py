@@ -276,6 +276,7 @@ class LivePool:
         self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
+        pool.unsynced.start(pool.journal.sequence + 1)
         self._merge_soon()
 
     def open(self, name: str) -> LiveVolume:
@@ -328,6 +329,11 @@ class LivePool:
         waiter: asyncio.Future[None] = self._loop.create_future()
         self._waiters.append(waiter)
         await waiter
+
+    def publish(self) -> None:
+        """To be called before replies leave: what they promise survives the end of this process."""
+        if self.pool.unsynced.publish():
+            self._spawn(self._commit_quietly())
 
     async def _commit(self) -> None:
         """Batch after batch, as long as someone waits."""

@@ -56,6 +56,7 @@ from nbdthin.pool.records import (
 )
 from nbdthin.pool.rows import Extent, PoolInfo, Row
 from nbdthin.pool.superblock import DATA_HEADER, Superblock, read_superblock
+from nbdthin.pool.unsynced import Unsynced
 from nbdthin.pool.volume import Shrink, Volume
 from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
 
@@ -92,10 +93,17 @@ class Batch:
 
     def sync(self) -> None:
         """Data, then the frame that points to it. OSError is final: `Pool.fail`."""
-        if self._sync_data:
-            self._pool.data.sync()
-        if self._payload is not None:
-            self._pool.journal.append(self._payload)
+        try:
+            if self._sync_data:
+                self._pool.data.sync()
+            if self._payload is not None:
+                self._pool.journal.append(self._payload)
+        except OSError:
+            # The kernel now calls pages clean that never reached the disk: who reads them, this process or the next,
+            # must not take them for what is stored.
+            self._pool.data.drop_cache()
+            self._pool.journal.drop_cache()
+            raise
         if self._capture is not None:
             self._number = self._pool.journal.start_segment()
 
@@ -156,6 +164,7 @@ class Pool:
         self.state = State()
         self.allocator = Allocator(superblock.size // self.block_size, max(RUN_BYTES // self.block_size, 1))
         self.journal = Journal(path / "journal", files)
+        self.unsynced = Unsynced(path / "journal", files)
         self.data = DataFile(path / superblock.data, superblock.size, files)
         self._lock = lock
         self._autocommit = autocommit
@@ -273,10 +282,28 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
+        killed = self.unsynced.left
+        recovered = [] if inspect else self._recover()
         self.state.find_unnamed()
         if inspect:
             self.failed = "it was opened to be looked at"
         self.claim_blocks()
+        self._records = recovered
+        # What was written in place may still wait in the page cache: the next flush has to reach it, too.
+        self.data.dirty = killed and not inspect
+        if recovered:
+            self.commit()
+
+    def _recover(self) -> builtins.list[Record]:
+        """Bring back what a process that was killed had answered."""
+        try:
+            records = self.unsynced.recover(self.journal.sequence)
+            for record in records:
+                self.state.apply(record)
+        except BadRecord as error:
+            what = f"unflushed writes of a killed process cannot be read: {error} (remove unsynced.* to go on without)"
+            raise Corrupt(self.path / "journal", None, what) from error
+        return records
 
     def _replay(self, frame: Frame) -> None:
         try:
@@ -307,6 +334,7 @@ class Pool:
             self._release()
 
     def _release(self) -> None:
+        self.unsynced.close(clean=self.failed is None and not self.has_changes)
         self.journal.close()
         self.data.close()
         os.close(self._lock)
@@ -417,6 +445,7 @@ class Pool:
             elif isinstance(record, Unname):
                 self._follow(record.name, before)
             self._records.append(record)
+            self.unsynced.add(record)
 
     def _follow(self, name: str, before: Name | None) -> None:
         """`name` is gone: an open volume of it goes by the new name of its layer, or is cut off."""
@@ -447,11 +476,13 @@ class Pool:
         assert self.state.layers.get(layer.number) is layer
         layer.put(block, entry)
         self._changed[layer.number] = layer
+        self.unsynced.put(layer.number, block, entry)
 
     def put_leaf(self, layer: Layer, leaf: int, entries: array[int] | None) -> None:
         assert self.state.layers.get(layer.number) is layer
         layer.put_leaf(leaf, entries)
         self._changed[layer.number] = layer
+        self.unsynced.add(Leaf(layer.number, leaf, b"" if entries is None else entries.tobytes()))
 
     def discard_block(self, physical: int) -> None:
         """An entry gave `physical` up: free once that is durable and nobody reads it."""
@@ -497,6 +528,8 @@ class Pool:
         sync_data, self.data.dirty = self.data.dirty, False
         journal = self.journal
         payload = encode(records) if records else None
+        if payload is not None:
+            self.unsynced.next_batch()
         grown = journal.bytes_since_checkpoint + (len(payload) if payload is not None else 0)
         due = not self._checkpointing and grown > max(self._checkpoint_at, journal.checkpoint_bytes)
         self._checkpointing |= due
@@ -517,6 +550,7 @@ class Pool:
 
     def fail(self, error: OSError) -> None:
         """A sync failed: from now on the pool is read-only."""
+        self.unsynced.clear()
         if self.failed is None:
             self.failed = f"a sync failed ({os.strerror(error.errno or errno.EIO)}); check the disk, then restart"
 
