@@ -574,6 +574,7 @@ class Machine(RuleBasedStateMachine):
 
     def exclusive(self, index: int) -> None:
         """What `exclusive` promises is what a copy of the pool gives back."""
+        self.reopen()  # as the copy will be: at load, every layer without a name is pruned anew
         self.merge_all()
         name = self.any_name(index)
         promised = self.pool.show(name).exclusive
