@@ -116,6 +116,14 @@ class Allocator:
         self._bytes[blocks] = FREE
         self.pending -= len(blocks)
 
+    def hold_free(self, first: int, end: int) -> npt.NDArray[np.uint64]:
+        """Make the free ones of blocks `first` to `end` - 1 pending, so that nobody takes them before `release`."""
+        part = self._bytes[first:end]
+        found = np.flatnonzero(part == FREE)
+        part[found] = PENDING
+        self.pending += len(found)
+        return (found + first).astype(np.uint64)
+
     def claim(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """At load: entries point to `blocks`. Returns those that lie outside the pool or are claimed already."""
         bad: npt.NDArray[np.uint64] = blocks[blocks >= self.total]

@@ -121,5 +121,15 @@ class DataFile:
                 raise
             self.punches = False
 
+    def next_data(self, position: int) -> tuple[int, int] | None:
+        """Start and end of the next part of the file, from `position` on, that takes space."""
+        try:
+            start = os.lseek(self.fd, position, os.SEEK_DATA)
+            return start, os.lseek(self.fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # there is none
+                return None
+            raise
+
     def close(self) -> None:
         self._files.close(self.fd)

@@ -27,7 +27,7 @@ from typing import TypeVar
 from nbdthin.errors import InUse, NoSpace, PoolFailed
 from nbdthin.pool import commands, merge
 from nbdthin.pool.commands import Command
-from nbdthin.pool.data import NOWAIT
+from nbdthin.pool.data import NOWAIT, is_device
 from nbdthin.pool.layers import LEAF_SHIFT, Layer
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.records import LEAF_BLOCKS
@@ -41,6 +41,7 @@ IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
+SWEEP = 64 * MiB  # bytes of data file whose free blocks are out of reach while their space is given back
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
 log = logging.getLogger("nbdthin.pool")
@@ -277,6 +278,8 @@ class LivePool:
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
         pool.unsynced.start(pool.journal.sequence + 1)
+        if pool.has_leftovers and not is_device(pool.data.path):
+            self._spawn(self._sweep())
         self._merge_soon()
 
     def open(self, name: str) -> LiveVolume:
@@ -437,6 +440,19 @@ class LivePool:
             await self._loop.run_in_executor(self._upkeep, self.pool.punch, blocks)
             self.pool.allocator.release(blocks)
         self._reclaiming = None
+
+    async def _sweep(self) -> None:
+        """Give back what a crash left in free blocks: of writes that no commit followed, of frees that none punched."""
+        position = 0
+        while not self._closing and (found := await self._next_data(position)) is not None:
+            start, end = found
+            position = min(end, start + SWEEP)
+            self.pool.sweep(start, position)
+            if (reclaiming := self._reclaim_soon()) is not None:
+                await asyncio.shield(reclaiming)
+
+    async def _next_data(self, position: int) -> tuple[int, int] | None:
+        return await self._loop.run_in_executor(self._upkeep, self.pool.data.next_data, position)
 
     # -- merging
 

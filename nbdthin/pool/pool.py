@@ -161,6 +161,7 @@ class Pool:
         self.superblock = superblock
         self.block_size = superblock.block_size
         self.failed: str | None = None  # why nothing can be made durable any more
+        self.has_leftovers = False  # it was not closed: free blocks may take space in the file
         self.state = State()
         self.allocator = Allocator(superblock.size // self.block_size, max(RUN_BYTES // self.block_size, 1))
         self.journal = Journal(path / "journal", files)
@@ -282,7 +283,7 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
-        killed = self.unsynced.left
+        killed = self.has_leftovers = self.unsynced.left
         recovered = [] if inspect else self._recover()
         self.state.find_unnamed()
         if inspect:
@@ -603,6 +604,12 @@ class Pool:
     def take_reclaimable(self) -> Words | None:
         """Freed blocks that are durable so and that no read can still be using: to `punch`, then to release."""
         return self._limbo.popleft()[1] if self.can_reclaim else None
+
+    def sweep(self, start: int, end: int) -> None:
+        """Have the free blocks between two bytes of the data file reclaimed as if they had just been freed."""
+        blocks = self.allocator.hold_free(start // self.block_size, -(-end // self.block_size))
+        if len(blocks):
+            self._limbo.append((self._epoch, blocks))
 
     def punch(self, blocks: Words) -> None:
         """Give the space of `blocks` back to the file system. An error there loses space, not data."""
