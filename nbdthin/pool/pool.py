@@ -291,12 +291,13 @@ class Pool:
     def claim_blocks(self) -> None:
         """Rebuild free space from the entries. Raises Corrupt when they do not add up."""
         for layer in self.state.layers.values():
-            blocks = layer.physical_blocks()
-            layer.blocks = len(blocks)
-            bad = self.allocator.claim(blocks)
-            if len(bad):
-                what = "lies outside the pool" if bad[0] >= self.allocator.total else "has two owners"
-                raise Corrupt(self.path / "journal", None, f"block {bad[0]} of layer {layer.number} {what}")
+            layer.blocks = 0
+            for blocks in layer.physical_parts():
+                layer.blocks += len(blocks)
+                bad = self.allocator.claim(blocks)
+                if len(bad):
+                    what = "lies outside the pool" if bad[0] >= self.allocator.total else "has two owners"
+                    raise Corrupt(self.path / "journal", None, f"block {bad[0]} of layer {layer.number} {what}")
 
     def close(self) -> None:
         """Commit what is not yet durable, and let go of the pool."""
