@@ -11,6 +11,7 @@ parent's, the same object, so a thousand clones share their image's. Rules that 
 
 - leaves of a layer that is not a volume's head never change, but for `merge.py`, which puts new ones in their place;
 - a head's effective leaf is private to it from the moment that it has an own leaf there (`Layer.put`);
+- an own leaf that a checkpoint holds (`captured`) is not changed but replaced, by `put` with a copy;
 - an effective entry whose subblocks lie in several physical blocks is MIXED, and is resolved by walking (`resolve`).
 
 `State.apply` is the only place where names and layers come and go, live and at recovery.
@@ -83,6 +84,7 @@ class Layer:
 
     __slots__ = (
         "blocks",
+        "captured",
         "changes",
         "children",
         "dirty",
@@ -104,6 +106,7 @@ class Layer:
         self.name: str | None = None  # the volume or snapshot whose content this is
         self.head = False  # a volume's, and so writable
         self.own: dict[int, array[int]] = {}
+        self.captured: dict[int, array[int]] | None = None  # own leaves that a checkpoint is being written from
         self.effective_leaves: dict[int, array[int]] = {}  # a cache
         self.mixed: dict[int, tuple[int, ...]] = {}  # a cache: block -> physical block of each subblock
         self.referenced: dict[int, tuple[int, int]] = {}  # a cache of space.py: leaf -> blocks visible, provisioned
@@ -186,6 +189,8 @@ class Layer:
             own = self.own[leaf] = ZERO_LEAF[:]
             if parent is None:
                 self.effective_leaves[leaf] = own
+        elif self.captured is not None and self.captured.get(leaf) is own:
+            own = self._leave_to_capture(leaf, own)
         old = own[index]
         own[index] = entry
         if parent is not None:
@@ -202,6 +207,13 @@ class Layer:
         if self.dirty is None:
             self.dirty = set()
         self.dirty.add(block)
+
+    def _leave_to_capture(self, leaf: int, own: array[int]) -> array[int]:
+        """A copy in the place of an own leaf that must not change any more."""
+        copy = self.own[leaf] = own[:]
+        if self.effective_leaves.get(leaf) is own:
+            self.effective_leaves[leaf] = copy
+        return copy
 
     def put_leaf(self, leaf: int, entries: array[int] | None) -> None:
         """Set a whole own leaf (None: nothing of its own there). Caches of this layer, not of its children, follow."""

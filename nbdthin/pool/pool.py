@@ -41,7 +41,7 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.data import DataFile, device_size, is_device
 from nbdthin.pool.files import FILES, Files
 from nbdthin.pool.journal import Frame, Journal
-from nbdthin.pool.layers import Layer, State, Words, words
+from nbdthin.pool.layers import Layer, State, Words
 from nbdthin.pool.records import (
     LEAF_BYTES,
     BadRecord,
@@ -68,7 +68,8 @@ _LOOK = 128 * KiB  # bytes at the start and the end of a device that tell whethe
 RUN_BYTES = 1 * MiB  # what a volume is given at a time, so that it stays contiguous beside others
 PUNCH_BYTES = 256 * KiB  # at a time: ext4 keeps every write to the file waiting while it punches, 3.7 s for 676 MB
 CHECKPOINT_JOURNAL = 8 * MiB  # journal that may grow before a checkpoint is worth its writing
-_CHECKPOINT_FRAME = 1 * MiB
+_CHECKPOINT_FRAME = 64 * KiB  # encoded at a time, holding the GIL: some 50 us, which the event loop may have to wait
+_EMPTY_LEAF = bytes(LEAF_BYTES)
 
 assert sys.byteorder == "little", "leaves are stored as this machine's u64: little-endian only (FORMAT.md)"
 
@@ -109,15 +110,20 @@ class Batch:
 
 
 class Capture:
-    """The state at one moment: leaves of heads are copied, those of sealed layers, which never change, are shared."""
+    """The state at one moment, by reference: until `release`, layers replace what they would change (`Layer.put`)."""
 
     def __init__(self, state: State) -> None:
         self._records = state.snapshot_records()
-        self._leaves = [
-            (layer.number, leaf, own[:] if layer.head else own)
-            for layer in state.layers.values()
-            for leaf, own in layer.own.items()
-        ]
+        self._layers = list(state.layers.values())
+        self._leaves = []
+        for layer in self._layers:
+            layer.captured = layer.own.copy()
+            self._leaves.append((layer.number, layer.captured))
+
+    def release(self) -> None:
+        """Nothing is read from the leaves any more."""
+        for layer in self._layers:
+            layer.captured = None
 
     def payloads(self) -> Iterator[bytes]:
         """The state as a checkpoint's frames."""
@@ -134,12 +140,14 @@ class Capture:
 
     def _all(self) -> Iterator[Record]:
         yield from self._records
-        leaves = 0
-        for number, leaf, entries in self._leaves:
-            if words(entries).any():
-                leaves += 1
-                yield Leaf(number, leaf, entries.tobytes())
-        yield End(len(self._records) + leaves)
+        count = len(self._records)
+        for number, leaves in self._leaves:
+            for leaf, own in leaves.items():
+                entries = own.tobytes()
+                if entries != _EMPTY_LEAF:
+                    count += 1
+                    yield Leaf(number, leaf, entries)
+        yield End(count)
 
 
 class Pool:
@@ -166,7 +174,7 @@ class Pool:
         self._volumes: weakref.WeakValueDictionary[str, Volume] = weakref.WeakValueDictionary()
         self._batch: list[Command] | None = None
         self._settling: set[int] = set()  # layers that the batch being made durable leaves without a name or a child
-        self._checkpointing = False
+        self._capture: Capture | None = None  # of the checkpoint that is being written
         self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
         self._readers: dict[int, int] = {}  # epoch -> reads under way that began in it
@@ -499,9 +507,10 @@ class Pool:
         journal = self.journal
         payload = encode(records) if records else None
         grown = journal.bytes_since_checkpoint + (len(payload) if payload is not None else 0)
-        due = not self._checkpointing and grown > max(self._checkpoint_at, journal.checkpoint_bytes)
-        self._checkpointing |= due
-        return Batch(self, payload, sync_data, freed, Capture(self.state) if due else None)
+        capture = None
+        if self._capture is None and grown > max(self._checkpoint_at, journal.checkpoint_bytes):
+            self._capture = capture = Capture(self.state)
+        return Batch(self, payload, sync_data, freed, capture)
 
     def finish(self, batch: Batch) -> None:
         """`batch` is durable."""
@@ -512,7 +521,9 @@ class Pool:
 
     def checkpoint_ended(self, error: OSError | None) -> None:
         """The checkpoint of a batch was written, or not: then the next try is some way off."""
-        self._checkpointing = False
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
         grown = self.journal.bytes_since_checkpoint if error is not None else 0
         self._checkpoint_at = grown + CHECKPOINT_JOURNAL
 
