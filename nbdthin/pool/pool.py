@@ -27,7 +27,7 @@ import uuid
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,7 +68,7 @@ _LOOK = 128 * KiB  # bytes at the start and the end of a device that tell whethe
 RUN_BYTES = 1 * MiB  # what a volume is given at a time, so that it stays contiguous beside others
 PUNCH_BYTES = 256 * KiB  # at a time: ext4 keeps every write to the file waiting while it punches, 3.7 s for 676 MB
 CHECKPOINT_JOURNAL = 8 * MiB  # journal that may grow before a checkpoint is worth its writing
-_CHECKPOINT_FRAME = 64 * KiB  # encoded at a time, holding the GIL: some 50 us, which the event loop may have to wait
+_CHECKPOINT_FRAME = 16 * KiB  # encoded at a time, holding the GIL: some 20 us, which the event loop may have to wait
 _EMPTY_LEAF = bytes(LEAF_BYTES)
 
 assert sys.byteorder == "little", "leaves are stored as this machine's u64: little-endian only (FORMAT.md)"
@@ -100,13 +100,23 @@ class Batch:
         if self._capture is not None:
             self._number = self._pool.journal.start_segment()
 
-    def write_checkpoint(self) -> None:
-        """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer."""
+    def write_checkpoint(self, give_way: Callable[[], None] = lambda: None) -> None:
+        """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer.
+
+        `give_way` is called after each frame: other threads may have the GIL while it sleeps.
+        """
         assert self._capture is not None
         journal = self._pool.journal
         journal.prepare_next()  # first: it matters more than a short journal when space is short
-        journal.write_checkpoint(self._number, self._capture.payloads())
+        journal.write_checkpoint(self._number, self._paced(give_way))
         journal.finish_checkpoint(self._number)
+
+
+    def _paced(self, give_way: Callable[[], None]) -> Iterator[bytes]:
+        assert self._capture is not None
+        for payload in self._capture.payloads():
+            yield payload
+            give_way()
 
 
 class Capture:

@@ -22,7 +22,7 @@ from nbdthin.units import KiB
 BLOCK_SIZE = 64 * KiB
 VOLUMES = 16  # that share the blocks; each stands on a snapshot, which owns half of what it reads
 RUN = 16  # blocks that lie together: what a volume is given at a time
-_SPARE = 1 << 16  # blocks left free
+_FREE = 4  # for so many mapped blocks one is free
 _FRAME = 128  # leaves
 
 
@@ -33,7 +33,7 @@ def make(path: Path, blocks: int) -> None:
     """
     leaves = blocks // LEAF_BLOCKS
     assert leaves * LEAF_BLOCKS == blocks and leaves % (2 * VOLUMES) == 0
-    Pool.init(path, size=(1 + blocks + _SPARE) * BLOCK_SIZE, block_size=BLOCK_SIZE)
+    Pool.init(path, size=(1 + blocks + blocks // _FREE) * BLOCK_SIZE, block_size=BLOCK_SIZE)
     journal = Journal(path / "journal")
     journal.load(lambda _: None)
     journal.write_checkpoint(journal.start_segment(), _payloads(blocks))
