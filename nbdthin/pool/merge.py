@@ -28,7 +28,9 @@ from nbdthin.pool.space import shown_by
 if TYPE_CHECKING:
     from nbdthin.pool.pool import Pool
 
-COPIES = 16  # blocks joined by copying in one step; each takes 5 us of the event loop, the rest is for another step
+COPIES = (
+    16  # blocks joined by copying in one step, of 5 us each in the event loop; the rest of the leaf is for the next
+)
 _SIXTEEN, _THIRTY_TWO = np.uint64(16), np.uint64(32)
 
 

@@ -111,7 +111,6 @@ class Batch:
         journal.write_checkpoint(self._number, self._paced(give_way))
         journal.finish_checkpoint(self._number)
 
-
     def _paced(self, give_way: Callable[[], None]) -> Iterator[bytes]:
         assert self._capture is not None
         for payload in self._capture.payloads():
@@ -592,8 +591,11 @@ class Pool:
         """Freed blocks that are durable so and that no read can still be using: to `punch`, then to release."""
         return self._limbo.popleft()[1] if self.can_reclaim else None
 
-    def punch(self, blocks: Words) -> None:
-        """Give the space of `blocks` back to the file system. An error there loses space, not data."""
+    def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> None:
+        """Give the space of `blocks` back to the file system. An error there loses space, not data.
+
+        `give_way` is called after each piece.
+        """
         ordered = np.sort(blocks)
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
         for run in np.split(ordered, breaks):
@@ -601,6 +603,7 @@ class Pool:
             for position in range(start, end, PUNCH_BYTES):
                 with contextlib.suppress(OSError):
                     self.data.punch(position, min(PUNCH_BYTES, end - position))
+                give_way()
 
     # -- merging of layers that lost their name
 
