@@ -22,6 +22,7 @@ from nbdthin.units import KiB
 BLOCK_SIZE = 64 * KiB
 VOLUMES = 16  # that share the blocks; each stands on a snapshot, which owns half of what it reads
 RUN = 16  # blocks that lie together: what a volume is given at a time
+STEP = VOLUMES * 2 * LEAF_BLOCKS  # blocks: a leaf of each volume and one of each snapshot
 _FREE = 4  # for so many mapped blocks one is free
 _FRAME = 128  # leaves
 
@@ -29,10 +30,9 @@ _FRAME = 128  # leaves
 def make(path: Path, blocks: int) -> None:
     """A pool at `path` with `blocks` mapped blocks, in volumes `v0` to `v15` and snapshots `s0` to `s15`.
 
-    `blocks` is a multiple of 16 * 2 * 512. Odd leaves are the volume's, even ones the snapshot's below it.
+    `blocks` is a multiple of STEP. Odd leaves are the volume's, even ones the snapshot's below it.
     """
-    leaves = blocks // LEAF_BLOCKS
-    assert leaves * LEAF_BLOCKS == blocks and leaves % (2 * VOLUMES) == 0
+    assert blocks and blocks % STEP == 0
     Pool.init(path, size=(1 + blocks + blocks // _FREE) * BLOCK_SIZE, block_size=BLOCK_SIZE)
     journal = Journal(path / "journal")
     journal.load(lambda _: None)

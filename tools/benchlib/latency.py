@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,14 @@ from .errors import BenchError
 Times = NDArray[np.float64]
 
 
+class Span(NamedTuple):
+    """What went on beside the reads: moments of time.monotonic."""
+
+    prepared: float
+    begun: float
+    ended: float
+
+
 class Timings:
     """When each read was sent and when its answer was there, by time.monotonic, in seconds."""
 
@@ -23,13 +32,19 @@ class Timings:
         self.sent = sent
         self.answered = answered
 
-    def split(self, spans: list[tuple[float, float]]) -> tuple[Times, Times]:
-        """The durations of reads that fall into one of `spans` at least in part, and those of the others."""
-        inside = np.zeros(len(self.sent), dtype=np.bool_)
-        for begin, end in spans:
-            inside |= (self.sent < end) & (self.answered > begin)
+    def split(self, spans: list[Span]) -> tuple[Times, Times]:
+        """The durations of reads that fall into one of `spans` at least in part, and those of reads far from any.
+
+        Reads beside the preparation of one are in neither, nor those behind the end of the last: the next may have
+        begun.
+        """
+        with_it, beside = np.zeros((2, len(self.sent)), dtype=np.bool_)
+        for span in spans:
+            with_it |= (self.sent < span.ended) & (self.answered > span.begun)
+            beside |= (self.sent < span.begun) & (self.answered > span.prepared)
+        known = self.answered < max((span.ended for span in spans), default=0.0)
         durations = self.answered - self.sent
-        return durations[inside], durations[~inside]
+        return durations[with_it], durations[known & ~with_it & ~beside]
 
 
 def read(path: Path, export: str, size: int, depth: int, seconds: float) -> Timings:

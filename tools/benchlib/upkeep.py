@@ -1,9 +1,9 @@
 """The daemon, with upkeep that goes on all the time: `python -m benchlib.upkeep CONFIG checkpoint|merge LOG`.
 
 It is nbdthin's own daemon, and its own code writes the checkpoints and merges; only the occasion is made here: as if
-the journal had grown, or someone took a snapshot, wrote, and removed it. LOG gets a line for each: the moments when it
-began and ended, as time.monotonic tells them, which is one clock for all processes. Between two of them is a pause of
-the same length, so that a client finds as much time with as without.
+the journal had grown, or someone took a snapshot, wrote, and removed it. LOG gets a line for each: the moments when
+the making of the occasion began, when the work itself began, and when it ended, as time.monotonic tells them, which is
+one clock for all processes. Then comes a pause of the same length, so that a client finds as much time without it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ _OVERWRITTEN = 16  # of the 512 blocks of each leaf, a subblock each: what a mer
 _GROWN = 1 << 60  # bytes of journal
 _LEAST_PAUSE = 0.02  # seconds
 
+Span = tuple[float, float, float]  # prepared, begun, ended
 
-async def _checkpoint(live: LivePool) -> tuple[float, float]:
+
+async def _checkpoint(live: LivePool) -> Span:
     journal = live.pool.journal
     journal.bytes_since_checkpoint = _GROWN
     begin = time.monotonic()
     await live.execute([commands.Label("v1", {"checkpoint": str(begin)})])
     while journal.bytes_since_checkpoint >= _GROWN:  # noqa: ASYNC110 - it ends in a thread, which knows of no event
         await asyncio.sleep(0.005)
-    return begin, time.monotonic()
+    return begin, begin, time.monotonic()
 
 
-async def _merge(live: LivePool) -> tuple[float, float]:
+async def _merge(live: LivePool) -> Span:
     """Of all that `v1` holds, into a head that has written some of it again."""
+    prepared = time.monotonic()
     if "s1" not in live.pool.state.names:
         await live.execute([commands.Snapshot("v1", "s1", {})])
     volume = live.open("v1")
@@ -52,13 +55,13 @@ async def _merge(live: LivePool) -> tuple[float, float]:
     await live.execute([commands.Remove("s1")])
     while live.merging is not None:
         await asyncio.wait([live.merging])
-    return begin, time.monotonic()
+    return prepared, begin, time.monotonic()
 
 
-async def _go_on(live: LivePool, once: Callable[[LivePool], Awaitable[tuple[float, float]]], log: TextIO) -> None:
+async def _go_on(live: LivePool, once: Callable[[LivePool], Awaitable[Span]], log: TextIO) -> None:
     while True:
-        begin, end = await once(live)
-        print(begin, end, file=log, flush=True)
+        prepared, begin, end = await once(live)
+        print(prepared, begin, end, file=log, flush=True)
         await asyncio.sleep(max(end - begin, _LEAST_PAUSE))
 
 
