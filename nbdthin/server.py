@@ -586,7 +586,7 @@ class Connection(asyncio.BufferedProtocol):
         if done and not flags & _FUA:
             self._put(_simple(0, cookie))
         elif done:
-            self._start(_WRITE, cookie, len(payload), self._commit(cookie))
+            self._answer_durable(_WRITE, cookie)
         else:
             if not owned:
                 payload = memoryview(bytes(payload))
@@ -600,8 +600,9 @@ class Connection(asyncio.BufferedProtocol):
         """Everything but READ, WRITE and DISC."""
         work: Coroutine[object, object, None]
         if command == _FLUSH:
-            work = self._commit(cookie)
-        elif command == _TRIM:
+            self._answer_durable(_FLUSH, cookie)
+            return
+        if command == _TRIM:
             work = self._trim(flags, cookie, offset, length)
         elif command == _WRITE_ZEROES:
             work = self._write_zeroes(flags, cookie, offset, length)
@@ -612,9 +613,28 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._start(command, cookie, 0, work)
 
-    async def _commit(self, cookie: int) -> None:
-        await self._live.commit()
-        self._put(_simple(0, cookie))
+    def _answer_durable(self, command: int, cookie: int) -> None:
+        """Answer when all that was written before is durable. No task: it is what a flush costs beside the disk."""
+        try:
+            durable = self._live.durable()
+        except Exception as error:
+            self._fail(command, cookie, error)
+            return
+        if durable is None:
+            self._put(_simple(0, cookie))
+            return
+        self._tasks += 1
+        self._in_flight += REQUEST_COST
+        durable.add_done_callback(partial(self._durable, command, cookie))
+
+    def _durable(self, command: int, cookie: int, durable: asyncio.Future[None]) -> None:
+        error = durable.exception()
+        if error is None:
+            self._put(_simple(0, cookie))
+        else:
+            assert isinstance(error, Exception)
+            self._fail(command, cookie, error)
+        self._ended(REQUEST_COST)
 
     async def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length and not self._device.trim_now(offset, length):
@@ -659,6 +679,9 @@ class Connection(asyncio.BufferedProtocol):
             await work
         except Exception as error:
             self._fail(command, cookie, error)
+        self._ended(cost)
+
+    def _ended(self, cost: int) -> None:
         self._tasks -= 1
         self._in_flight -= cost
         if not self._flush_due:

@@ -164,20 +164,23 @@ def sources(layer: Layer, leaf: int) -> Words:
 
 def _space(pool: Pool) -> Iterator[str]:
     space = pool.allocator
-    owned = [layer.physical_blocks() for layer in pool.state.layers.values()]
-    blocks = np.concatenate(owned) if owned else np.empty(0, dtype=np.uint64)
-    blocks, counts = np.unique(blocks, return_counts=True)
-    for block in blocks[counts > 1].tolist():
-        yield f"physical block {block} has two owners"
+    owned = np.zeros(space.total, dtype=np.bool_)
+    for layer in pool.state.layers.values():
+        for part in layer.physical_parts():
+            blocks, counts = np.unique(part[part < space.total], return_counts=True)
+            for block in blocks[(counts > 1) | owned[blocks]].tolist():
+                yield f"physical block {block} has two owners"
+            owned[blocks] = True
+    owned[: allocator.HEADER_BLOCKS] = True
     states = space.states()
-    used = set(blocks[blocks < space.total].tolist()) | set(range(allocator.HEADER_BLOCKS))
-    marked = set(np.flatnonzero(states == allocator.USED).tolist())
-    for block in sorted(used - marked):
+    marked = states == allocator.USED
+    for block in np.flatnonzero(owned & ~marked).tolist():
         yield f"physical block {block} is in use and not marked so"
-    for block in sorted(marked - used):
+    for block in np.flatnonzero(marked & ~owned).tolist():
         yield f"physical block {block} is marked in use and has no owner"
-    if space.used != len(used) - allocator.HEADER_BLOCKS:
-        yield f"{len(used) - allocator.HEADER_BLOCKS} blocks are in use, {space.used} are counted"
+    used = int(np.count_nonzero(owned)) - allocator.HEADER_BLOCKS
+    if space.used != used:
+        yield f"{used} blocks are in use, {space.used} are counted"
     if space.pending != int(np.count_nonzero(states == allocator.PENDING)):
         yield f"{space.pending} freed blocks are counted as pending"
 

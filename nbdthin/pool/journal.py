@@ -103,6 +103,15 @@ def parse_header(data: bytes | memoryview, offset: int) -> Header | None:
     return Header(version, kind, sequence, length, payload_crc)
 
 
+def _read_frame(fd: int, offset: int, sequence: int) -> bytes | None:
+    """The payload of frame `sequence` at `offset` of a file; None where there is no such frame, whole and sound."""
+    header = parse_header(os.pread(fd, HEADER.size, offset), 0)
+    if header is None or (header.version, header.kind, header.sequence) != (VERSION, FRAME, sequence):
+        return None
+    payload = os.pread(fd, header.length, offset + HEADER.size)
+    return payload if len(payload) == header.length and zlib.crc32(payload) == header.payload_crc else None
+
+
 class Journal:
     """An open journal directory. Not thread-safe: one append at a time, checkpoints may be written beside it."""
 
@@ -171,16 +180,18 @@ class Journal:
         return sorted(found)
 
     def _read_checkpoint(self, number: int, path: Path) -> Iterator[Frame]:
-        data = path.read_bytes()
-        offset = 0
-        while offset < len(data):
-            found = parse_frame(data, offset)
-            if found is None or found[0] != number:
-                raise Corrupt(path, offset, "a checkpoint's frame does not check")
-            yield Frame(number, found[1], path, offset)
-            offset += HEADER.size + len(found[1])
-        if not data:
-            raise Corrupt(path, 0, "an empty checkpoint")
+        """Frame by frame: a checkpoint may be half of the memory that its pool takes."""
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise Corrupt(path, 0, "an empty checkpoint")
+            offset = 0
+            while offset < size:
+                payload = _read_frame(file.fileno(), offset, number)
+                if payload is None:
+                    raise Corrupt(path, offset, "a checkpoint's frame does not check")
+                yield Frame(number, payload, path, offset)
+                offset += HEADER.size + len(payload)
 
     def _replay(self, path: Path, last: bool, apply: Callable[[Frame], None]) -> int:
         """Apply a segment's frames; the offset behind the last one."""

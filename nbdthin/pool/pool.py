@@ -27,7 +27,7 @@ import uuid
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -41,7 +41,7 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.data import DataFile, device_size, is_device
 from nbdthin.pool.files import FILES, Files
 from nbdthin.pool.journal import Frame, Journal
-from nbdthin.pool.layers import Layer, State, Words, words
+from nbdthin.pool.layers import Layer, State, Words
 from nbdthin.pool.records import (
     LEAF_BYTES,
     BadRecord,
@@ -69,7 +69,8 @@ _LOOK = 128 * KiB  # bytes at the start and the end of a device that tell whethe
 RUN_BYTES = 1 * MiB  # what a volume is given at a time, so that it stays contiguous beside others
 PUNCH_BYTES = 256 * KiB  # at a time: ext4 keeps every write to the file waiting while it punches, 3.7 s for 676 MB
 CHECKPOINT_JOURNAL = 8 * MiB  # journal that may grow before a checkpoint is worth its writing
-_CHECKPOINT_FRAME = 1 * MiB
+_CHECKPOINT_FRAME = 16 * KiB  # encoded at a time, holding the GIL: some 20 us, which the event loop may have to wait
+_EMPTY_LEAF = bytes(LEAF_BYTES)
 
 assert sys.byteorder == "little", "leaves are stored as this machine's u64: little-endian only (FORMAT.md)"
 
@@ -107,25 +108,39 @@ class Batch:
         if self._capture is not None:
             self._number = self._pool.journal.start_segment()
 
-    def write_checkpoint(self) -> None:
-        """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer."""
+    def write_checkpoint(self, give_way: Callable[[], None] = lambda: None) -> None:
+        """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer.
+
+        `give_way` is called after each frame: other threads may have the GIL while it sleeps.
+        """
         assert self._capture is not None
         journal = self._pool.journal
         journal.prepare_next()  # first: it matters more than a short journal when space is short
-        journal.write_checkpoint(self._number, self._capture.payloads())
+        journal.write_checkpoint(self._number, self._paced(give_way))
         journal.finish_checkpoint(self._number)
+
+    def _paced(self, give_way: Callable[[], None]) -> Iterator[bytes]:
+        assert self._capture is not None
+        for payload in self._capture.payloads():
+            yield payload
+            give_way()
 
 
 class Capture:
-    """The state at one moment: leaves of heads are copied, those of sealed layers, which never change, are shared."""
+    """The state at one moment, by reference: until `release`, layers replace what they would change (`Layer.put`)."""
 
     def __init__(self, state: State) -> None:
         self._records = state.snapshot_records()
-        self._leaves = [
-            (layer.number, leaf, own[:] if layer.head else own)
-            for layer in state.layers.values()
-            for leaf, own in layer.own.items()
-        ]
+        self._layers = list(state.layers.values())
+        self._leaves = []
+        for layer in self._layers:
+            layer.captured = layer.own.copy()
+            self._leaves.append((layer.number, layer.captured))
+
+    def release(self) -> None:
+        """Nothing is read from the leaves any more."""
+        for layer in self._layers:
+            layer.captured = None
 
     def payloads(self) -> Iterator[bytes]:
         """The state as a checkpoint's frames."""
@@ -142,12 +157,14 @@ class Capture:
 
     def _all(self) -> Iterator[Record]:
         yield from self._records
-        leaves = 0
-        for number, leaf, entries in self._leaves:
-            if words(entries).any():
-                leaves += 1
-                yield Leaf(number, leaf, entries.tobytes())
-        yield End(len(self._records) + leaves)
+        count = len(self._records)
+        for number, leaves in self._leaves:
+            for leaf, own in leaves.items():
+                entries = own.tobytes()
+                if entries != _EMPTY_LEAF:
+                    count += 1
+                    yield Leaf(number, leaf, entries)
+        yield End(count)
 
 
 class Pool:
@@ -176,7 +193,7 @@ class Pool:
         self._volumes: weakref.WeakValueDictionary[str, Volume] = weakref.WeakValueDictionary()
         self._batch: list[Command] | None = None
         self._settling: set[int] = set()  # layers that the batch being made durable leaves without a name or a child
-        self._checkpointing = False
+        self._capture: Capture | None = None  # of the checkpoint that is being written
         self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
         self._readers: dict[int, int] = {}  # epoch -> reads under way that began in it
@@ -319,12 +336,13 @@ class Pool:
     def claim_blocks(self) -> None:
         """Rebuild free space from the entries. Raises Corrupt when they do not add up."""
         for layer in self.state.layers.values():
-            blocks = layer.physical_blocks()
-            layer.blocks = len(blocks)
-            bad = self.allocator.claim(blocks)
-            if len(bad):
-                what = "lies outside the pool" if bad[0] >= self.allocator.total else "has two owners"
-                raise Corrupt(self.path / "journal", None, f"block {bad[0]} of layer {layer.number} {what}")
+            layer.blocks = 0
+            for blocks in layer.physical_parts():
+                layer.blocks += len(blocks)
+                bad = self.allocator.claim(blocks)
+                if len(bad):
+                    what = "lies outside the pool" if bad[0] >= self.allocator.total else "has two owners"
+                    raise Corrupt(self.path / "journal", None, f"block {bad[0]} of layer {layer.number} {what}")
 
     def close(self) -> None:
         """Commit what is not yet durable, and let go of the pool."""
@@ -532,9 +550,10 @@ class Pool:
         if payload is not None:
             self.unsynced.next_batch()
         grown = journal.bytes_since_checkpoint + (len(payload) if payload is not None else 0)
-        due = not self._checkpointing and grown > max(self._checkpoint_at, journal.checkpoint_bytes)
-        self._checkpointing |= due
-        return Batch(self, payload, sync_data, freed, Capture(self.state) if due else None)
+        capture = None
+        if self._capture is None and grown > max(self._checkpoint_at, journal.checkpoint_bytes):
+            self._capture = capture = Capture(self.state)
+        return Batch(self, payload, sync_data, freed, capture)
 
     def finish(self, batch: Batch) -> None:
         """`batch` is durable."""
@@ -545,7 +564,9 @@ class Pool:
 
     def checkpoint_ended(self, error: OSError | None) -> None:
         """The checkpoint of a batch was written, or not: then the next try is some way off."""
-        self._checkpointing = False
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
         grown = self.journal.bytes_since_checkpoint if error is not None else 0
         self._checkpoint_at = grown + CHECKPOINT_JOURNAL
 
@@ -611,8 +632,11 @@ class Pool:
         if len(blocks):
             self._limbo.append((self._epoch, blocks))
 
-    def punch(self, blocks: Words) -> None:
-        """Give the space of `blocks` back to the file system. An error there loses space, not data."""
+    def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> None:
+        """Give the space of `blocks` back to the file system. An error there loses space, not data.
+
+        `give_way` is called after each piece.
+        """
         ordered = np.sort(blocks)
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
         for run in np.split(ordered, breaks):
@@ -620,6 +644,7 @@ class Pool:
             for position in range(start, end, PUNCH_BYTES):
                 with contextlib.suppress(OSError):
                     self.data.punch(position, min(PUNCH_BYTES, end - position))
+                give_way()
 
     # -- merging of layers that lost their name
 
