@@ -18,6 +18,7 @@ from nbdthin.pool.commands import Clone, Create, Remove, Rollback, Snapshot
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.pool import Pool
 from tests.pool.conftest import kill
+from tests.rawclient import REFUSING
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -26,7 +27,7 @@ def run(path: Path, work: Callable[[LivePool], Awaitable[None]], size: str = "64
     """Run `work` on a new pool, then check the pool, live and loaded again."""
 
     async def main() -> None:
-        live = LivePool(Pool.open(path, autocommit=False))
+        live = LivePool(Pool.open(path, autocommit=False, policy=REFUSING))
         try:
             await work(live)
             if live.pool.failed is None:

@@ -49,6 +49,7 @@ class Rule:
     name: str
     read_only: bool = False
     description: str = ""
+    no_space: str | None = None
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from nbdthin.pool.rows import Row
 from nbdthin.pool.volume import Volume
 from nbdthin.units import KiB
 
-from .conftest import chain, kill, walk
+from .conftest import FIXED, chain, kill, walk
 
 LONG = os.environ.get("NBDTHIN_LONG") == "1"
 MOST_NAMES = 7
@@ -396,7 +396,7 @@ class Machine(RuleBasedStateMachine):
 
     def open(self) -> None:
         """As a daemon does: what is answered survives the end of the process."""
-        self.pool = Pool.open(self.path, autocommit=False)
+        self.pool = Pool.open(self.path, autocommit=False, policy=FIXED)
         self.pool.unsynced.start(self.pool.journal.sequence + 1)
 
     def kill(self) -> None:
