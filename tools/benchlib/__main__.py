@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for trial in tried:
             print(trial.name)
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too: a script's background job starts with it ignored
+        signal.signal(number, _interrupt)
     try:
         return _bench(chosen, tried, _plan(arguments), arguments.directory, arguments.json)
     except (BenchError, OSError) as error:
