@@ -79,14 +79,14 @@ def locked(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"no pool at {path}") from error
     try:
-        with _flocked(lock, f"the pool at {path} is open in another process (stop it first)"):
+        with flocked(lock, f"the pool at {path} is open in another process (stop it first)"):
             yield
     finally:
         os.close(lock)
 
 
 @contextlib.contextmanager
-def _flocked(fd: int, message: str) -> Iterator[None]:
+def flocked(fd: int, message: str) -> Iterator[None]:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -188,7 +188,7 @@ def repair(path: Path | str, *, data: Path | str | None = None, dry_run: bool = 
             raise Invalid(f"{identity.data} has {identity.data_bytes} bytes, the pool needs {superblock.size}")
         fd = os.open(identity.data, os.O_RDWR | os.O_CLOEXEC)
         held.callback(os.close, fd)
-        held.enter_context(_flocked(fd, f"{identity.data} is the data of a pool that is open"))
+        held.enter_context(flocked(fd, f"{identity.data} is the data of a pool that is open"))
         directory = _source(path)
         found = survey(directory)
         salvage = examine(found, identity)

@@ -53,20 +53,21 @@ def build(pool: Pool) -> None:
     pool.clone("base@1", "web")
     pool.volume("web").write(BLOCK + SUB, pattern(3 * SUB, 2))
     checkpoint(pool)
-    pool.snapshot("web", "web@1", labels={"comment": "x" * 1500})
+    pool.snapshot("web", "web@1", labels={"comment": "x" * 1200})
     pool.volume("web").write(5 * BLOCK, pattern(2 * BLOCK, 3))
     pool.volume("web").write(BLOCK, pattern(SUB, 4))
-    pool.clone("web@1", "db", labels={"comment": "y" * 1500})
+    pool.clone("web@1", "db", labels={"comment": "y" * 1200})
     pool.volume("db").write(3 * BLOCK, pattern(BLOCK, 5))
     pool.volume("db").discard(0, 2 * SUB)
     pool.commit()
     pool.volume("base").write(8 * BLOCK, pattern(BLOCK, 6))
     pool.commit()
-    pool.snapshot("base", "base@2", labels={"comment": "z" * 1500})
+    pool.snapshot("base", "base@2", labels={"comment": "z" * 800})
     pool.volume("base").write(8 * BLOCK, pattern(SUB, 7))
     pool.rename("db", "data")
     pool.resize("data", 12 * BLOCK)
     pool.volume("data").write(4 * BLOCK, pattern(BLOCK + 5, 8))
+    pool.journal.prepare_next()
     pool.commit()
 
 
@@ -178,13 +179,17 @@ def refused(path: Path) -> bool:
 # -- every byte of every file
 
 
+LONG = os.environ.get("NBDTHIN_LONG") == "1"  # repair after every single flip, not after one in EACH
+EACH = 7
+
+
 def offsets(path: Path) -> Iterator[int]:
-    """Every byte that says something, and a sample of the zeroes."""
+    """Every byte that differs from those before it, and a sample of those that do not: zeroes, long texts."""
     data = path.read_bytes()[: DATA_HEADER if path.name == "data" else None]
-    zeroes = 0
+    alike = 0
     for offset, value in enumerate(data):
-        zeroes = 0 if value else zeroes + 1
-        if zeroes < 24 or zeroes % 151 == 0 or offset == len(data) - 1:
+        alike = alike + 1 if offset and value == data[offset - 1] else 0
+        if alike < 12 or alike % 151 == 0 or offset == len(data) - 1:
             yield offset
 
 
@@ -209,8 +214,9 @@ def test_no_flipped_byte_of_any_metadata_file_passes_silently(sample: Sample) ->
                 count[0] += 1
                 if report.problems:
                     count[1] += 1
-                    done = assert_repaired(sample.copy(), sample.contents)
-                    count[2] += bool(done.lost)
+                    if LONG or count[1] % EACH == 1:
+                        done = assert_repaired(sample.copy(), sample.contents)
+                        count[2] += bool(done.lost)
                 elif offset % 5 == 0:
                     with Pool.open(sample.copy()) as pool:
                         assert_right(sample.contents, pool, ())
