@@ -389,7 +389,7 @@ class Salvage:
         row = self.state.names[name]
         chain = list(_chain(self.state.layers[row.layer]))
         leaves = {leaf for layer in chain for leaf in (*layer.own, *self._clean.get(layer.number, ()))}
-        doubtful = any(layer.number in self._clean for layer in chain)
+        doubtful = any(layer.number in self._clean or layer.number in self._orphans for layer in chain)
         if not doubtful and not any(layer.number in self._gone for layer in chain):
             return
         ranges: list[tuple[int, int, int]] = []
@@ -426,6 +426,8 @@ class Salvage:
             if own is not None:
                 entries = words(own)
                 open_ &= ~(entries | entries >> np.uint64(16))
+        if chain[-1].number in self._orphans:
+            kinds[(open_ != 0) & (kinds == 0)] = 1
         return kinds
 
 
