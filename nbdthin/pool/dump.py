@@ -153,7 +153,7 @@ def load(name: str, text: Iterable[str]) -> Loaded:
 def _parse(text: str) -> Line:
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(line, dict) or not text.endswith("\n"):
         raise ValueError("not a whole line of a dump")

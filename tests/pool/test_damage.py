@@ -56,7 +56,7 @@ def build(pool: Pool) -> None:
     pool.volume("web").write(BLOCK, pattern(SUB, 4))
     pool.clone("web@1", "db", labels={"comment": "y" * 1200})
     pool.volume("db").write(3 * BLOCK, pattern(BLOCK, 5))
-    pool.volume("db").discard(0, 2 * SUB)
+    pool.volume("db").trim(0, 2 * SUB)
     pool.commit()
     pool.volume("base").write(8 * BLOCK, pattern(BLOCK, 6))
     pool.commit()
