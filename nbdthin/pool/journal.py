@@ -141,11 +141,16 @@ class Journal:
 
     @staticmethod
     def create(directory: Path, first_payload: bytes, files: Files = FILES) -> None:
-        """A new journal that starts with the checkpoint `first_payload`."""
+        """A new journal that starts with the checkpoint `first_payload`: number 1 says that nothing was before."""
+        Journal.create_at(directory, 1, [first_payload], files)
+
+    @staticmethod
+    def create_at(directory: Path, number: int, payloads: Iterable[bytes], files: Files = FILES) -> None:
+        """A new journal that starts with `payloads` as checkpoint `number`, whole and durable when this returns."""
         directory.mkdir()
         journal = Journal(directory, files)
-        journal.write_checkpoint(1, [first_payload])
-        journal._prepare(journal._log_path(1))
+        journal.write_checkpoint(number, payloads)
+        journal._prepare(journal._log_path(number))
         journal._prepare(directory / "next")
         files.sync_directory(directory)
 
@@ -179,7 +184,7 @@ class Journal:
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
             self._files.sync(self._fd)
-            self.next_ready = (self.directory / "next").exists()
+            self.next_ready = self._is_blank(self.directory / "next")
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         found = []
@@ -206,6 +211,8 @@ class Journal:
     def _replay(self, path: Path, last: bool, apply: Callable[[Frame], None]) -> int:
         """Apply a segment's frames; the offset behind the last one."""
         data = path.read_bytes()
+        if len(data) < SEGMENT_BYTES:
+            raise Corrupt(path, len(data), f"the segment was cut off here: it was made with {SEGMENT_BYTES} bytes")
         offset = 0
         while (found := parse_frame(data, offset)) is not None:
             sequence, payload = found
@@ -331,17 +338,28 @@ class Journal:
         self.starved = False
 
     def _open_segment(self, path: Path, position: int) -> None:
-        """Append to `path` from `position` on; what stands there is a torn tail, and goes."""
+        """Append to `path` from `position` on; what stands there is a torn tail, and goes.
+
+        It is overwritten, not cut off: a segment that is shorter than it was made has lost something.
+        """
         self._segment = path
         self._fd = self._files.open(path, 0)
         size = os.fstat(self._fd).st_size
         behind = position + HEADER.size if self._is_marked(position) else position
         if behind < size and any(os.pread(self._fd, size - behind, behind)):
-            self._files.truncate(self._fd, position)
+            for start in range(behind, size, len(_ZEROES)):
+                write_all(self._files, self._fd, memoryview(_ZEROES)[: size - start], start)
             self._files.sync(self._fd)
-            size = position
         self._position = position
         self._limit = size
+
+    @staticmethod
+    def _is_blank(path: Path) -> bool:
+        """A whole segment of zeroes is ready there."""
+        if not path.exists():
+            return False
+        data = path.read_bytes()
+        return len(data) >= SEGMENT_BYTES and data.count(0) == len(data)
 
     def _is_marked(self, position: int) -> bool:
         header = parse_header(os.pread(self._fd, HEADER.size, position), 0)

@@ -127,25 +127,56 @@ def test_an_empty_payload_is_a_frame_like_any_other(directory: Path) -> None:
 # -- a torn tail
 
 
-@pytest.mark.parametrize("zeroes", [False, True], ids=["the file ends there", "zeroes follow"])
-def test_a_journal_cut_at_any_byte_of_its_last_frame_reads_as_before_it(directory: Path, zeroes: bool) -> None:
+def test_a_journal_torn_at_any_byte_of_its_last_frame_reads_as_before_it(directory: Path) -> None:
     path = segment(directory)
     data = path.read_bytes()
     start, end = frames(path)[-1]
     for cut in range(start, end):
-        path.write_bytes(data[:cut].ljust(len(data) if zeroes else 0, b"\0"))
+        path.write_bytes(data[:cut].ljust(len(data), b"\0"))
         assert load(directory) == [FIRST, b"one", b"two" * 7], f"cut at byte {cut}"
 
 
-@pytest.mark.parametrize("zeroes", [False, True], ids=["the file ends there", "zeroes follow"])
-def test_what_is_appended_behind_a_torn_tail_is_read_back(directory: Path, zeroes: bool) -> None:
+def test_a_segment_that_was_cut_off_is_refused_with_its_place(directory: Path) -> None:
+    """It has the size it was made with as long as it lives: not even a power cut makes it shorter."""
+    path = segment(directory)
+    data = path.read_bytes()
+    for cut in (0, frames(path)[-1][0], frames(path)[-1][1] - 1, len(data) - 1):
+        path.write_bytes(data[:cut])
+        with pytest.raises(Corrupt, match="cut off") as caught:
+            load(directory, repair_tail=True)
+        assert (caught.value.path, caught.value.offset) == (path, cut)
+
+
+def test_a_torn_tail_is_overwritten_and_the_segment_keeps_its_size(directory: Path) -> None:
+    path = segment(directory)
+    size = path.stat().st_size
+    end = frames(path)[-1][1]
+    with open(path, "r+b") as file:
+        file.seek(end + 100)
+        file.write(b"torn")
+    append(directory)
+    assert path.stat().st_size == size
+    assert path.read_bytes()[end:] == mark(3).ljust(size - end, b"\0")
+
+
+@pytest.mark.parametrize("damage", [b"not blank", b""])
+def test_a_next_segment_that_is_not_blank_is_made_anew(tmp_path: Path, small_segments: int, damage: bytes) -> None:
+    path = tmp_path / "journal"
+    Journal.create(path, FIRST)
+    whole = bytes(small_segments)
+    (path / "next").write_bytes(damage + whole[len(damage) :] if damage else damage)
+    append(path, *(bytes([number]) * KiB for number in range(1, 5)))
+    assert load(path) == [FIRST, *(bytes([number]) * KiB for number in range(1, 5))]
+
+
+def test_what_is_appended_behind_a_torn_tail_is_read_back(directory: Path) -> None:
     path = segment(directory)
     data = path.read_bytes()
     start, end = frames(path)[-1]
     for cut in range(start, end, 5):
         shutil.rmtree(directory)
         Journal.create(directory, FIRST)
-        path.write_bytes(data[:cut].ljust(len(data) if zeroes else 0, b"\0"))
+        path.write_bytes(data[:cut].ljust(len(data), b"\0"))
         append(directory, b"another third", b"fourth")
         assert load(directory) == [FIRST, b"one", b"two" * 7, b"another third", b"fourth"], f"cut at byte {cut}"
 
@@ -470,8 +501,7 @@ def test_a_checkpoint_of_a_journal_without_frames_keeps_its_segment(tmp_path: Pa
 # -- the journal of a pool
 
 
-@pytest.mark.parametrize("zeroes", [False, True], ids=["the file ends there", "zeroes follow"])
-def test_a_pool_cut_at_any_byte_of_its_last_frame_opens_as_before_it(pools: Pools, zeroes: bool) -> None:
+def test_a_pool_torn_at_any_byte_of_its_last_frame_opens_as_before_it(pools: Pools) -> None:
     pool = pools.make()
     pool.create("a", MiB)
     pool.volume("a").write(0, pattern(BLOCK))
@@ -483,7 +513,7 @@ def test_a_pool_cut_at_any_byte_of_its_last_frame_opens_as_before_it(pools: Pool
     whole = path.read_bytes()
     start, end = frames(path)[-1]
     for cut in range(start, start + len(whole[start:end].rstrip(b"\0"))):
-        path.write_bytes(whole[:cut].ljust(len(whole) if zeroes else 0, b"\0"))
+        path.write_bytes(whole[:cut].ljust(len(whole), b"\0"))
         pool = pools.open(pool.path)
         assert (contents(pool), [row.name for row in pool.list()], pool.allocator.used) == before
         pools.crash(pool)
