@@ -35,14 +35,13 @@ from typing import NamedTuple
 
 from nbdthin.errors import Corrupt, NoSpace
 from nbdthin.pool.files import FILES, Files, write_all, write_file
-from nbdthin.units import KiB, MiB
+from nbdthin.units import MiB
 
 MAGIC = b"NBTJ"
 VERSION = 1
 HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload length, payload crc, header crc
 FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
-SEGMENT_BYTES = 4 * MiB
-SMALL_SEGMENT = 64 * KiB  # behind the frame that needs it, where the file system has no room for a whole one
+SEGMENT_BYTES = 4 * MiB  # a part of the format: a shorter segment was cut off
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 MAX_PAYLOAD = 1 << 30
 _HEADER_BODY = struct.Struct("<4sHHQII")
@@ -261,7 +260,7 @@ class Journal:
         data = frame(sequence, payload)
         end = len(data) + HEADER.size
         if self._position and self._position + end > self._limit:
-            self._rotate(end)
+            self._rotate()
         if self._position + end > self._limit:
             self._lengthen(self._position + end)
         write_all(files, self._fd, data, self._position)
@@ -304,15 +303,15 @@ class Journal:
             raise _no_room() from error
         self._limit = end
 
-    def _rotate(self, needed: int) -> None:
-        """Go on in a new segment that has room for `needed` bytes. Raises NoSpace with nothing changed, or OSError."""
+    def _rotate(self) -> None:
+        """Go on in a new segment. Raises NoSpace with nothing changed, or OSError."""
         path = self._log_path(self.sequence + 1)
         following = self.directory / "next"
         try:
             if self.next_ready:
                 self._files.rename(following, path)
             else:
-                self._prepare_somehow(path, needed)
+                self._prepare(path)
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
@@ -368,15 +367,6 @@ class Journal:
     def _prepare(self, path: Path) -> None:
         write_file(self._files, path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
 
-    def _prepare_somehow(self, path: Path, needed: int) -> None:
-        try:
-            self._prepare(path)
-        except OSError as error:
-            if error.errno not in FULL_DISK or needed > SEGMENT_BYTES:
-                raise
-            self.starved = True
-            write_file(self._files, path, (bytes(needed + min(SMALL_SEGMENT, SEGMENT_BYTES - needed)),))
-
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
 
@@ -385,7 +375,7 @@ class Journal:
     def start_segment(self) -> int:
         """End the open segment; the number a checkpoint of everything so far has. Raises NoSpace or OSError."""
         if self._position:
-            self._rotate(0)
+            self._rotate()
         return self.sequence + 1
 
     def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:
