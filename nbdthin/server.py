@@ -219,6 +219,7 @@ class Connection(asyncio.BufferedProtocol):
         self._half_close = False  # at its end, only our direction is closed at first
         self._discarding = False  # what comes in is of no interest any more
         self._lost = False  # the transport is gone
+        self._gone = False  # so it is, or soon will be: what waits for space need not
         self._view = _buffer(SCRATCH)
         self._end = 0  # bytes in scratch
         self._payload: memoryview | None = None  # of a large write, while it comes in
@@ -283,6 +284,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
         self._closing = True
+        self._give_up()
         if self._timer is not None:
             self._timer.cancel()
         self._out.clear()
@@ -298,10 +300,20 @@ class Connection(asyncio.BufferedProtocol):
         self._finish_receiving()
 
     def abort(self) -> None:
-        """Close now; requests in work end by themselves, unanswered."""
+        """Close now; requests in work end by themselves, unanswered, and none waits for space any more."""
         self._closing = True
+        self._give_up()
         if not self._lost:
             self._transport.abort()
+
+    def _give_up(self) -> None:
+        if not self._gone:
+            self._gone = True
+            if self._tasks:
+                self._live.space_came()
+
+    def _is_wanted(self) -> bool:
+        return not self._gone
 
     def _finish_receiving(self) -> None:
         self._draining = True
@@ -602,7 +614,7 @@ class Connection(asyncio.BufferedProtocol):
             self._start(_WRITE, cookie, len(payload), self._write_slowly(flags, cookie, offset, payload))
 
     async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
-        await self._device.write(offset, payload)
+        await self._device.write(offset, payload, self._is_wanted)
         await self._succeed(flags, cookie)
 
     def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
@@ -647,14 +659,14 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length and not self._device.trim_now(offset, length):
-            await self._device.trim(offset, length)
+            await self._device.trim(offset, length, self._is_wanted)
         await self._succeed(flags, cookie)
 
     async def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
         # Always fast: at most two subblocks are written, so FAST_ZERO asks for nothing that is not so anyway.
         allocate = bool(flags & _NO_HOLE)
         if length and (allocate or not self._device.zero_now(offset, length)):
-            await self._device.write_zeroes(offset, length, allocate)
+            await self._device.write_zeroes(offset, length, allocate, self._is_wanted)
         await self._succeed(flags, cookie)
 
     async def _cache(self, cookie: int, offset: int, length: int) -> None:

@@ -79,6 +79,11 @@ class DataFile:
         """Bytes that the file or device has now."""
         return device_size(self.path) if self.is_device else os.fstat(self.fd).st_size
 
+    @property
+    def allocated(self) -> int:
+        """Bytes of the file that have space on disk: a file's, not a device's."""
+        return os.fstat(self.fd).st_blocks * 512
+
     def check_size(self, size: int) -> None:
         """Raises Invalid where there are less than `size` bytes."""
         if (actual := self.size) < size:

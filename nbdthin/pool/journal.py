@@ -281,6 +281,12 @@ class Journal:
         return max(self._limit - self._position, 0)
 
     @property
+    def may_fit(self) -> bool:
+        """Another segment may find its space now."""
+        stat = os.statvfs(self.directory)
+        return stat.f_bavail * stat.f_frsize >= SEGMENT_BYTES
+
+    @property
     def low(self) -> bool:
         """The file system is full, and half of the open segment is used up: the rest is for what frees space."""
         return self.starved and self.room < SEGMENT_BYTES // 2

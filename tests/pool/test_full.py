@@ -17,6 +17,7 @@ from nbdthin.pool.policy import Policy
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import Size, encode
 from nbdthin.units import KiB, MiB
+from tests.conftest import Ballast
 
 from .conftest import BLOCK, Faults, Pools, checkpoints, fill, logs, pattern, run
 
@@ -372,25 +373,6 @@ def test_a_device_that_became_larger_is_taken_into_use_by_hand(loop: Path, pools
 
 
 # -- the file system below is full
-
-
-class Ballast:
-    """Takes all space that a file system has left, and gives it back."""
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "ballast"
-
-    def inflate(self, *, leave: int = 0) -> None:
-        with open(self._path, "ab", buffering=0) as file:
-            for size in (MiB, 4 * KiB):
-                with suppress(OSError):
-                    while file.write(bytes(size)) == size:
-                        pass
-        if leave:
-            os.truncate(self._path, self._path.stat().st_size - leave)
-
-    def deflate(self) -> None:
-        self._path.unlink()
 
 
 @pytest.fixture
