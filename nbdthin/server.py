@@ -169,6 +169,8 @@ class Server:
 
     def remove(self, connection: Connection, name: str | None) -> None:
         self._connections.pop(connection, None)
+        if self.speaker is connection:
+            self.speaker = None
         if name is not None:
             users = self._users[name]
             del users[connection]
