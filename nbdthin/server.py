@@ -36,6 +36,7 @@ from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.volume import ZERO
+from nbdthin.pool.waiting import GivenUp
 from nbdthin.units import KiB, MiB
 from nbdthin.wire import proto, transmission
 from nbdthin.wire.handshake import ExportInfo, Handshake, HandshakeState, Negotiated
@@ -88,6 +89,8 @@ class Rule(Protocol):
     def read_only(self) -> bool: ...
     @property
     def description(self) -> str: ...
+    @property
+    def no_space(self) -> str | None: ...
 
 
 class Server:
@@ -104,6 +107,7 @@ class Server:
         self.speaker: Connection | None = None  # who sent last
         self.flushes_alone = 0  # that it has asked for since someone else sent
         live.users = self.holders
+        live.no_space = self._no_space
 
     # -- exports (wire.handshake.Exports)
 
@@ -119,6 +123,10 @@ class Server:
         rule = self._rule(name)
         read_only = row.snapshot or (rule is not None and rule.read_only)
         return ExportInfo(name, row.size, read_only, rule.description if rule is not None else "")
+
+    def _no_space(self, name: str) -> str | None:
+        rule = self._rule(name)
+        return None if rule is None else rule.no_space
 
     def _rule(self, name: str) -> Rule | None:
         return next((rule for rule in self._rules if fnmatchcase(name, rule.name)), None)
@@ -184,6 +192,7 @@ class Server:
     async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""
         self._stopping = True
+        self._live.stop()
         for listener in self._listeners:
             listener.close()
         await asyncio.sleep(0)  # uvloop announces a connection a turn after it has accepted it
@@ -692,6 +701,8 @@ class Connection(asyncio.BufferedProtocol):
     async def _run(self, command: int, cookie: int, cost: int, work: Coroutine[object, object, None]) -> None:
         try:
             await work
+        except GivenUp:
+            pass  # it gets no answer, so that a client that comes back sends it again
         except Exception as error:
             self._fail(command, cookie, error)
         self._ended(cost)
@@ -735,6 +746,7 @@ class Connection(asyncio.BufferedProtocol):
         self._out = []
         self._out_bytes = 0
         if not self._lost:
+            self._live.publish()
             self._transport.writelines(out)
 
 

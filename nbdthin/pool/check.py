@@ -70,6 +70,10 @@ def _links(state: State) -> Iterator[str]:
             yield f"layer {layer.number} does not know that it is {name!r}"
         elif not row.snapshot and layer.children:
             yield f"volume {name!r} has layers on top of its head"
+        if row.snapshot and (row.quota or row.reservation):
+            yield f"snapshot {name!r} has a quota or a reservation, which only volumes have"
+        if not row.snapshot and row.origin >= row.layer:
+            yield f"volume {name!r} has layer {row.layer} and starts from layer {row.origin}, which is no older"
     nameless = {number for number, layer in state.layers.items() if layer.name is None}
     for layer in state.layers.values():
         if layer.parent is not None and state.layers.get(layer.parent.number) is not layer.parent:
@@ -199,6 +203,8 @@ def _journal(pool: Pool) -> Iterator[str]:
         yield "the journal holds other names"
     if stored.next_layer != state.next_layer:
         yield "the journal holds another counter"
+    if stored.size != state.size:
+        yield "the journal holds another size"
     if stored.layers.keys() != state.layers.keys():
         yield "the journal holds other layers"
         return

@@ -66,15 +66,33 @@ class DataFile:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.nowait = self._knows_nowait()
-            actual = device_size(path) if device else os.fstat(self.fd).st_size
-            if actual < size:
-                raise Invalid(f"{path} has {actual} bytes, the pool needs {size}: it was truncated")
+            self.is_device = device
+            self.check_size(size)
         except BlockingIOError as error:
             os.close(self.fd)
             raise Locked(f"{path} is the data of a pool that is open already") from error
         except BaseException:
             os.close(self.fd)
             raise
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file or device has now."""
+        return device_size(self.path) if self.is_device else os.fstat(self.fd).st_size
+
+    def check_size(self, size: int) -> None:
+        """Raises Invalid where there are less than `size` bytes."""
+        if (actual := self.size) < size:
+            raise Invalid(f"{self.path} has {actual} bytes, the pool needs {size}: it was truncated")
+
+    def grow(self, size: int) -> None:
+        """Have at least `size` bytes, durably with the next sync. Raises Invalid for a smaller device, or OSError."""
+        if self.size >= size:
+            return
+        if self.is_device:
+            raise Invalid(f"{self.path} has {self.size} bytes, less than {size}: make the device larger first")
+        self._files.truncate(self.fd, size)
+        self.dirty = True
 
     def _knows_nowait(self) -> bool:
         """Whether reads can be asked to fail rather than wait for the disk (not on tmpfs, FUSE, NFS)."""
@@ -107,6 +125,10 @@ class DataFile:
         """Make durable what was written. After a failure nobody knows what is: never try again."""
         self._files.sync(self.fd)
 
+    def drop_cache(self) -> None:
+        """A sync failed: what is read from now on is what the disk has."""
+        self._files.drop_cache(self.fd)
+
     def punch(self, position: int, length: int) -> None:
         """Give the space back to the file system or device; what it holds afterwards does not matter."""
         if not self.punches:
@@ -117,6 +139,16 @@ class DataFile:
             if error.errno not in _UNSUPPORTED:
                 raise
             self.punches = False
+
+    def next_data(self, position: int) -> tuple[int, int] | None:
+        """Start and end of the next part of the file, from `position` on, that takes space."""
+        try:
+            start = os.lseek(self.fd, position, os.SEEK_DATA)
+            return start, os.lseek(self.fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # there is none
+                return None
+            raise
 
     def close(self) -> None:
         self._files.close(self.fd)

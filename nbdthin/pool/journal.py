@@ -14,6 +14,8 @@ Rules:
 - a segment that another one follows ends in a mark that says that;
 - segments are filled with zeroes before use: an append changes no file size and no extent, so its sync writes nothing
   but the frame, and goes through even where the file system has no space left;
+- where the file system has no room for another segment, nothing has been written: append raises NoSpace, and may be
+  asked again; `starved` says that the next segment could not be prepared;
 - a checkpoint takes effect by the rename of a complete, synced file; only then are older files removed.
 
 This module gives no meaning to a payload.
@@ -22,6 +24,7 @@ This module gives no meaning to a payload.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import struct
@@ -30,15 +33,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nbdthin.errors import Corrupt
+from nbdthin.errors import Corrupt, NoSpace
 from nbdthin.pool.files import FILES, Files, write_all, write_file
-from nbdthin.units import MiB
+from nbdthin.units import KiB, MiB
 
 MAGIC = b"NBTJ"
 VERSION = 1
 HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload length, payload crc, header crc
 FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
 SEGMENT_BYTES = 4 * MiB
+SMALL_SEGMENT = 64 * KiB  # behind the frame that needs it, where the file system has no room for a whole one
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 MAX_PAYLOAD = 1 << 30
 _HEADER_BODY = struct.Struct("<4sHHQII")
 _LOG = re.compile(r"([0-9a-f]{16})\.log")
@@ -112,6 +117,10 @@ def _read_frame(fd: int, offset: int, sequence: int) -> bytes | None:
     return payload if len(payload) == header.length and zlib.crc32(payload) == header.payload_crc else None
 
 
+def _no_room() -> NoSpace:
+    return NoSpace("the file system has no room for the pool's journal (free space there, or remove something)")
+
+
 class Journal:
     """An open journal directory. Not thread-safe: one append at a time, checkpoints may be written beside it."""
 
@@ -126,6 +135,7 @@ class Journal:
         self._position = 0
         self._limit = 0  # where the prepared zeroes end
         self.next_ready = False  # the next segment's file exists
+        self.starved = False  # the last try to make one found no space
 
     # -- opening
 
@@ -142,7 +152,8 @@ class Journal:
     def load(self, apply: Callable[[Frame], None], *, repair_tail: bool = True) -> None:
         """Hand every frame to `apply`, the checkpoint's first, and make ready to append. Raises Corrupt.
 
-        With `repair_tail` False nothing is written: for checks.
+        With `repair_tail` False nothing is written: for checks. Otherwise all that was read is durable afterwards: a
+        process that was killed may have written it, and renamed files, without having come to the sync.
         """
         checkpoints = self._numbered(_CHECKPOINT)
         if not checkpoints:
@@ -162,10 +173,12 @@ class Journal:
             end = self._replay(log, index == len(segments) - 1, apply)
             self.bytes_since_checkpoint += end
         if repair_tail:
+            self._files.sync_directory(self.directory)  # before anything is removed or appended
             for leaving in self.directory.glob("*.new"):
                 self._files.unlink(leaving)
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
+            self._files.sync(self._fd)
             self.next_ready = (self.directory / "next").exists()
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
@@ -233,15 +246,20 @@ class Journal:
     # -- appending
 
     def append(self, payload: bytes) -> None:
-        """Write the next frame and make it durable. After an error the journal must not be used again."""
+        """Write the next frame and make it durable. After an OSError the journal must not be used again.
+
+        Raises NoSpace, with nothing written, where there is no room for the segment that it takes.
+        """
         files, sequence = self._files, self.sequence + 1
         data = frame(sequence, payload)
-        if self._position and self._position + len(data) + HEADER.size > self._limit:
-            self._rotate()
+        end = len(data) + HEADER.size
+        if self._position and self._position + end > self._limit:
+            self._rotate(end)
+        if self._position + end > self._limit:
+            self._lengthen(self._position + end)
         write_all(files, self._fd, data, self._position)
         files.sync(self._fd)
         self._position += len(data)
-        self._limit = max(self._limit, self._position)
         self.bytes_since_checkpoint += len(data)
         self.sequence = sequence
         self._mark(MARK)
@@ -251,13 +269,48 @@ class Journal:
         with contextlib.suppress(OSError):
             self._files.write(self._fd, (mark(self.sequence, kind),), self._position)
 
-    def _rotate(self) -> None:
+    @property
+    def room(self) -> int:
+        """Bytes that frames can still take before another segment is needed."""
+        return max(self._limit - self._position, 0)
+
+    @property
+    def low(self) -> bool:
+        """The file system is full, and half of the open segment is used up: the rest is for what frees space."""
+        return self.starved and self.room < SEGMENT_BYTES // 2
+
+    @property
+    def last(self) -> bool:
+        """The same, and only a quarter is left: for commands that remove something, and what follows from them."""
+        return self.starved and self.room < SEGMENT_BYTES // 4
+
+    def _lengthen(self, end: int) -> None:
+        """Fill the open segment with zeroes up to `end`. Raises NoSpace with nothing changed, or OSError."""
+        try:
+            for position in range(self._limit, end, len(_ZEROES)):
+                write_all(self._files, self._fd, _ZEROES[: min(len(_ZEROES), end - position)], position)
+            self._files.sync(self._fd)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self._files.truncate(self._fd, self._limit)
+            raise _no_room() from error
+        self._limit = end
+
+    def _rotate(self, needed: int) -> None:
+        """Go on in a new segment that has room for `needed` bytes. Raises NoSpace with nothing changed, or OSError."""
         path = self._log_path(self.sequence + 1)
         following = self.directory / "next"
-        if self.next_ready:
-            self._files.rename(following, path)
-        else:
-            self._prepare(path)
+        try:
+            if self.next_ready:
+                self._files.rename(following, path)
+            else:
+                self._prepare_somehow(path, needed)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self.starved = True
+            raise _no_room() from error
         self._files.sync_directory(self.directory)
         self._mark(LAST_MARK)
         self._files.close(self._fd)
@@ -268,9 +321,14 @@ class Journal:
     def prepare_next(self) -> None:
         """Have the next segment's space ready. To be called when there is time; append does without."""
         if not self.next_ready:
-            self._prepare(self.directory / "next")
+            try:
+                self._prepare(self.directory / "next")
+            except OSError as error:
+                self.starved = error.errno in FULL_DISK
+                raise
             self._files.sync_directory(self.directory)
             self.next_ready = True
+        self.starved = False
 
     def _open_segment(self, path: Path, position: int) -> None:
         """Append to `path` from `position` on; what stands there is a torn tail, and goes."""
@@ -292,15 +350,24 @@ class Journal:
     def _prepare(self, path: Path) -> None:
         write_file(self._files, path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
 
+    def _prepare_somehow(self, path: Path, needed: int) -> None:
+        try:
+            self._prepare(path)
+        except OSError as error:
+            if error.errno not in FULL_DISK or needed > SEGMENT_BYTES:
+                raise
+            self.starved = True
+            write_file(self._files, path, (bytes(needed + min(SMALL_SEGMENT, SEGMENT_BYTES - needed)),))
+
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
 
     # -- checkpoints
 
     def start_segment(self) -> int:
-        """End the open segment; the number a checkpoint of everything so far has."""
+        """End the open segment; the number a checkpoint of everything so far has. Raises NoSpace or OSError."""
         if self._position:
-            self._rotate()
+            self._rotate(0)
         return self.sequence + 1
 
     def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:
@@ -320,6 +387,10 @@ class Journal:
             for first, path in self._numbered(pattern):
                 if first < number:
                     self._files.unlink(path)
+
+    def drop_cache(self) -> None:
+        """A sync failed: what the open segment is read as from now on is what the disk has."""
+        self._files.drop_cache(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:

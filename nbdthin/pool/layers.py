@@ -91,6 +91,7 @@ class Layer:
         "dirty_leaves",
         "effective_leaves",
         "head",
+        "in_flight",
         "mixed",
         "name",
         "number",
@@ -111,6 +112,7 @@ class Layer:
         self.mixed: dict[int, tuple[int, ...]] = {}  # a cache: block -> physical block of each subblock
         self.referenced: dict[int, tuple[int, int]] = {}  # a cache of space.py: leaf -> blocks visible, provisioned
         self.blocks = 0  # physical blocks owned
+        self.in_flight = 0  # physical blocks allocated for writes on their way, in no entry yet
         self.changes = 0  # counts changes of own leaves, for caches elsewhere
         self.dirty: set[int] | None = None  # blocks changed since the last commit was packed
         self.dirty_leaves: set[int] | None = None  # the same for leaves changed as a whole
@@ -312,6 +314,8 @@ class State:
         self.prunable: dict[int, None] = {}  # layers that lost their name, or a child, and have several children
         self.unsettled: set[int] = set()  # those of the two that came there since the last commit was packed
         self.snapshots = 0  # names that are snapshots
+        self.limited: dict[str, None] = {}  # names with a quota or a reservation
+        self.size = 0  # bytes of data that the pool has grown to; 0: what the superblock says
 
     def apply(self, record: Record) -> list[Layer]:
         """Make `record` so. Returns the layers that nothing refers to any more: their blocks are the caller's."""
@@ -327,10 +331,13 @@ class State:
                     return self._set_name(record)
                 case records.Unname():
                     row = self.names.pop(record.name)
+                    self.limited.pop(record.name, None)
                     self.snapshots -= row.snapshot
                     return self._leave(self.layers[row.layer], record.name)
                 case records.Counter():
                     self.next_layer = max(self.next_layer, record.next_layer)
+                case records.Size():
+                    self.size = record.size
                 case records.End():
                     pass
         except KeyError as error:
@@ -359,6 +366,10 @@ class State:
         before = self.names.get(record.name)
         self.names[record.name] = record
         self.snapshots += record.snapshot - (before.snapshot if before is not None else False)
+        if record.quota or record.reservation:
+            self.limited[record.name] = None
+        else:
+            self.limited.pop(record.name, None)
         layer.name = record.name
         layer.head = not record.snapshot
         if before is None or before.layer == record.layer:
@@ -407,6 +418,8 @@ class State:
     def snapshot_records(self) -> list[Record]:
         """Names and layers as records, parents first: what a checkpoint starts with."""
         ordered: list[Record] = [records.Counter(self.next_layer)]
+        if self.size:
+            ordered.append(records.Size(self.size))
         seen: set[int] = set()
         for layer in self.layers.values():
             chain: list[Layer] = []
