@@ -47,6 +47,7 @@ INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for 
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
+ALONE = 8  # flushes that one client has asked for while all others were silent: the loop may sync for it itself
 OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
@@ -103,6 +104,8 @@ class Server:
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
         self._stopping = False
+        self.speaker: Connection | None = None  # who sent last
+        self.flushes_alone = 0  # that it has asked for since someone else sent
         live.users = self.holders
         live.no_space = self._no_space
 
@@ -174,6 +177,8 @@ class Server:
 
     def remove(self, connection: Connection, name: str | None) -> None:
         self._connections.pop(connection, None)
+        if self.speaker is connection:
+            self.speaker = None
         if name is not None:
             users = self._users[name]
             del users[connection]
@@ -439,6 +444,8 @@ class Connection(asyncio.BufferedProtocol):
     def _parse(self) -> None:
         """Handle every whole request in scratch."""
         view, end = self._view, self._end
+        if self._server.speaker is not self:
+            self._server.speaker, self._server.flushes_alone = self, 0
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
         unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
@@ -473,6 +480,8 @@ class Connection(asyncio.BufferedProtocol):
                 try:
                     if command == _READ:
                         self._read(flags, cookie, offset, length)
+                    elif command == _FLUSH:
+                        self._flush_volume(cookie, end - position < _REQUEST_HEADER)
                     else:
                         self._other(command, flags, cookie, offset, length)
                 except Exception as failure:
@@ -618,11 +627,8 @@ class Connection(asyncio.BufferedProtocol):
         await self._succeed(flags, cookie)
 
     def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        """Everything but READ, WRITE and DISC."""
+        """Everything but READ, WRITE, FLUSH and DISC."""
         work: Coroutine[object, object, None]
-        if command == _FLUSH:
-            self._answer_durable(_FLUSH, cookie)
-            return
         if command == _TRIM:
             work = self._trim(flags, cookie, offset, length)
         elif command == _WRITE_ZEROES:
@@ -633,6 +639,15 @@ class Connection(asyncio.BufferedProtocol):
             self._block_status(flags, cookie, offset, length)
             return
         self._start(command, cookie, 0, work)
+
+    def _flush_volume(self, cookie: int, last: bool) -> None:
+        """`last`: nothing has been received behind it."""
+        server = self._server
+        server.flushes_alone += 1
+        if last and not self._tasks and server.flushes_alone > ALONE and self._live.commit_now():
+            self._put(_simple(0, cookie))
+        else:
+            self._answer_durable(_FLUSH, cookie)
 
     def _answer_durable(self, command: int, cookie: int) -> None:
         """Answer when all that was written before is durable. No task: it is what a flush costs beside the disk."""

@@ -48,6 +48,8 @@ COMMIT_INTERVAL = (
 )
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
+QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
+LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
@@ -376,6 +378,7 @@ class LivePool:
         self._served: asyncio.Future[None] | None = None
         self._served_since = 0.0
         self._committing: asyncio.Task[None] | None = None
+        self._sync_took = QUICK_SYNC  # seconds, the last time
         self._reclaiming: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
@@ -498,7 +501,7 @@ class LivePool:
         began: float | None = None
         while True:
             try:
-                return await self._sync.run(batch.sync)
+                return await self._sync.run(partial(self._time_sync, batch))
             except NoSpace as error:
                 self.pool.note_journal()
                 self._watch()
@@ -523,6 +526,34 @@ class LivePool:
         self.pool.check_writable()
         batch = self.pool.unwritten or self.pool.begin()
         await self._sync_batch(batch)
+        self._finish(batch)
+
+    def commit_now(self) -> bool:
+        """Commit an overwrite in place in the loop itself, where that is short; False: ask `durable`.
+
+        For a client that is alone: handing over to the thread and back costs as much as the sync of a quick disk. A
+        disk that is quick no longer holds up the loop once: then the thread is asked until it is quick again. Raises
+        PoolFailed.
+        """
+        if self._committing is not None or self._sync_took >= QUICK_SYNC or not 0 < self.pool.overwritten <= LITTLE:
+            return False
+        batch = self.pool.begin()
+        try:
+            self._time_sync(batch)
+        except NoSpace:
+            return False  # the batch is the pool's to write: `durable` tries again
+        except Exception as error:  # also a defect of ours: what the batch took is not durable
+            self._fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+            raise PoolFailed(f"the pool is read-only: {self.pool.failed}") from error
+        self._finish(batch)
+        return True
+
+    def _time_sync(self, batch: Batch) -> None:
+        begun = time.monotonic()
+        batch.sync()
+        self._sync_took = time.monotonic() - begun
+
+    def _finish(self, batch: Batch) -> None:
         self.pool.finish(batch)
         self.commits += 1
         if self.pool.allocator.used != self._watched:

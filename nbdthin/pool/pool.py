@@ -729,6 +729,11 @@ class Pool:
     def _has_new(self) -> bool:
         return bool(self._records or self._changed or self.data.dirty)
 
+    @property
+    def overwritten(self) -> int:
+        """Bytes of data, about, that are all that a commit would have to sync; 0 where there is more to it."""
+        return 0 if self._records or self._changed or self.unwritten is not None else self.data.dirty
+
     def begin(self) -> Batch:
         """Pack what has changed. Raises PoolFailed. The batch before must be finished."""
         self.check_writable()
@@ -743,7 +748,9 @@ class Pool:
             freed.append(np.array(self._freed_blocks, dtype=np.uint64))
         self._freed_blocks, self._freed_arrays = [], []
         self._settling, self.state.unsettled = self.state.unsettled, set()
-        sync_data, self.data.dirty = self.data.dirty, False
+        sync_data = bool(self.data.dirty)
+        if sync_data:  # only then: what a thread has written since that look must not be forgotten
+            self.data.dirty = 0
         journal = self.journal
         payload = encode(records) if records else None
         if payload is not None:
