@@ -68,6 +68,9 @@ class Client:
 
     def option(self, number: int, data: bytes) -> list[tuple[int, bytes]]:
         self.sock.sendall(b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data)
+        return self.option_replies(number)
+
+    def option_replies(self, number: int) -> list[tuple[int, bytes]]:
         replies: list[tuple[int, bytes]] = []
         while not replies or (replies[-1][0] not in (1,) and not replies[-1][0] >> 31):
             magic, option, kind, length = struct.unpack(">QIII", self.receive(20))
@@ -181,29 +184,30 @@ class Serving:
         self.stop()
 
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
         self.live = LivePool(Pool.open(self.path, autocommit=False))
         self.server = Server(self.live, self._rules)
         self.socket.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(self.socket))
-        listener.listen(64)
-        await self.server.listen([listener])
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.socket))
+        self.listener.listen(64)
+        await self.server.listen([self.listener.dup()])
         self._ready.set()
         await self._end.wait()
         await self.server.shutdown(5)
         await self.live.commit()
         self.problems = check(self.live.pool)
         await self.live.close()
+        self.listener.close()
 
     def run(self, work: Coroutine[object, object, T]) -> T:
         """Run `work` in the server's loop and return what it returns."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def stop(self) -> None:
         """Shut down as the daemon does; the pool must be sound."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._end.set)
+            self.loop.call_soon_threadsafe(self._end.set)
             self._thread.join()
             assert self.problems == []
