@@ -42,11 +42,15 @@ class Client:
 
     def __init__(self, path: Path, name: str = "", *, structured: bool = False, contexts: tuple[str, ...] = ()) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(path))
         self.lengths: dict[int, int] = {}
         self._cookie = 0
-        if name:
-            self.handshake(name, structured, contexts)
+        try:
+            self.sock.connect(str(path))
+            if name:
+                self.handshake(name, structured, contexts)
+        except BaseException:
+            self.sock.close()
+            raise
 
     def handshake(self, name: str, structured: bool, contexts: tuple[str, ...]) -> None:
         assert self.receive(18)[:16] == b"NBDMAGICIHAVEOPT"
