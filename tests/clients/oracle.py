@@ -46,7 +46,8 @@ def offset_of(sector: int) -> int:
 
 
 def _is_zero(numbers: Numbers) -> npt.NDArray[np.bool_]:
-    return np.logical_or(numbers == 0, numbers & 1)
+    result: npt.NDArray[np.bool_] = (numbers == 0) | (numbers & 1 == 1)
+    return result
 
 
 def payload(number: int, first: int, count: int) -> bytes:
