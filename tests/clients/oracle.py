@@ -4,8 +4,9 @@ A volume is looked at in sectors of 512 bytes, in `ISLANDS` places of it that li
 greater one than all before it, of whatever volume; a sector that was written is full of the number of that write and
 its own place, so that a byte of another write, another place or another volume shows. Per sector the oracle knows
 
-    durable     the last write that a FLUSH or a FUA answered for: it, or a later one, must be there
-    answered    the last write that was answered: it, or a later one, is what a snapshot asked for now must hold
+    durable     the last write that a FLUSH or a FUA answered for: it, or a later one, must be there whatever happens
+    answered    the last write that was answered: it, or a later one, must be there when only the process was killed,
+                and in a snapshot that is asked for now
     issued      the last write that was sent: nothing later can be there
 
 A volume is written by many clients at once, but a sector by one at a time (`claim`).
@@ -143,8 +144,7 @@ class Volume:
         with self._lock:
             np.maximum(self.durable, answers, out=self.durable)
 
-    def allowed(self, least: Numbers | None = None) -> Allowed:
-        """What the volume may hold now, or what its snapshot may, that was asked for when `least` was answered."""
+    def allowed(self, least: Numbers) -> Allowed:
+        """What the volume may hold now where `least` is promised, or its snapshot, asked for when that was answered."""
         with self._lock:
-            least = self.durable.copy() if least is None else least
             return Allowed(least, self._issued.copy(), self._zeroed.copy(), self._writes)
