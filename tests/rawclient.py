@@ -172,7 +172,10 @@ class Client:
 class Serving:
     """A pool, served on a unix socket from a thread of this process."""
 
-    def __init__(self, path: Path, socket_path: Path, rules: tuple[Rule, ...] = ()) -> None:
+    def __init__(
+        self, path: Path, socket_path: Path, rules: tuple[Rule, ...] = (), live: type[LivePool] = LivePool
+    ) -> None:
+        self._live_type = live
         self.path = path
         self.socket = socket_path
         self._rules = rules
@@ -190,7 +193,7 @@ class Serving:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
-        self.live = LivePool(Pool.open(self.path, autocommit=False))
+        self.live = self._live_type(Pool.open(self.path, autocommit=False))
         self.server = Server(self.live, self._rules)
         self.socket.unlink(missing_ok=True)
         self.listener = socket.socket(socket.AF_UNIX)

@@ -149,7 +149,7 @@ def test_ext4_on_qemus_client_rides_through_restarts(daemon: Daemon) -> None:
         run("mkfs.ext4", "-q", device)
         with mounted(device) as directory:
             busy = Busy(directory)
-            for number in [signal.SIGTERM] * 3:
+            for number in [*ENDINGS, signal.SIGKILL, *ENDINGS]:
                 busy.goes_on()
                 end(daemon, number)
                 daemon.start()
