@@ -121,7 +121,7 @@ def _open_pool(config: Config) -> Pool:
     if not (wanted.path / "superblock").exists():
         Pool.init(wanted.path, size=wanted.size, block_size=wanted.block_size, data=wanted.data)
         log.info("made the pool %s", wanted.path)
-    pool = Pool.open(wanted.path, autocommit=False, notes=True)
+    pool = Pool.open(wanted.path, autocommit=False)
     if wanted.data is not None and pool.data.path != wanted.data:
         log.warning("the data of this pool is %s, whatever the config says: %s", pool.data.path, wanted.data)
     return pool

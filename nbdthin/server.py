@@ -706,7 +706,6 @@ class Connection(asyncio.BufferedProtocol):
         out = self._out
         if not out:
             return
-        self._live.pool.note()
         self._out = []
         self._out_bytes = 0
         if not self._lost:

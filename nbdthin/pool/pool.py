@@ -41,7 +41,6 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.data import DataFile, device_size, is_device
 from nbdthin.pool.journal import Frame, Journal, sync_directory
 from nbdthin.pool.layers import Layer, State, Words, words
-from nbdthin.pool.recent import SESSION_BYTES, Recent
 from nbdthin.pool.records import (
     LEAF_BYTES,
     BadRecord,
@@ -157,7 +156,6 @@ class Pool:
         self.allocator = Allocator(superblock.size // self.block_size, max(RUN_BYTES // self.block_size, 1))
         self.journal = Journal(path / "journal")
         self.data = DataFile(path / superblock.data, superblock.size)
-        self.recent: Recent | None = None  # notes that outlive this process
         self._lock = lock
         self._autocommit = autocommit
         self._records: list[Record] = []  # structural changes since the last `begin`
@@ -237,11 +235,10 @@ class Pool:
             raise
 
     @classmethod
-    def open(cls, path: Path | str, *, autocommit: bool = True, inspect: bool = False, notes: bool = False) -> Self:
+    def open(cls, path: Path | str, *, autocommit: bool = True, inspect: bool = False) -> Self:
         """Open the pool at `path`: lock it, replay its journal, work out its free space.
 
         `autocommit` False leaves it to the caller to commit; `inspect` opens it to be looked at: nothing is written.
-        `notes` is for daemons (recent.py): what a killed one had answered is there again, and `note` works.
 
         Raises NotFound, Locked, Corrupt, Invalid (its data was truncated) or OSError.
         """
@@ -259,8 +256,6 @@ class Pool:
             os.close(lock)
             raise
         try:
-            if notes:
-                pool.recent = Recent(superblock.uuid)
             pool._load(inspect)
         except BaseException:
             pool._release()
@@ -276,33 +271,10 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
-        if self.recent is not None:
-            self._recover(self.recent)
         self.state.find_unnamed()
         if inspect:
             self.failed = "it was opened to be looked at"
         self.claim_blocks()
-        if not inspect:
-            self._begin_session()
-
-    def _recover(self, recent: Recent) -> None:
-        """Make so what the last daemon had answered, if it was killed; it becomes this one's first commit."""
-        try:
-            self._records = recent.recover(os.pread(self._lock, SESSION_BYTES, 0), self.journal.sequence)
-            for record in self._records:
-                self.state.apply(record)
-        except BadRecord as error:
-            raise Corrupt(recent.path, None, f"{error} (remove it to go on with what was flushed)") from error
-        self.data.dirty = bool(self._records)
-
-    def _begin_session(self) -> None:
-        """From here on the notes of the last session mean nothing."""
-        if self.has_changes:
-            self.commit()
-        session = os.urandom(SESSION_BYTES)
-        os.pwrite(self._lock, session, 0)
-        if self.recent is not None:
-            self.recent.start(session, self.journal.sequence)
 
     def _replay(self, frame: Frame) -> None:
         try:
@@ -333,8 +305,6 @@ class Pool:
             self._release()
 
     def _release(self) -> None:
-        if self.recent is not None:
-            self.recent.stop()
         self.journal.close()
         self.data.close()
         os.close(self._lock)
@@ -445,8 +415,6 @@ class Pool:
             elif isinstance(record, Unname):
                 self._follow(record.name, before)
             self._records.append(record)
-            if self.recent is not None:
-                self.recent.add(record)
 
     def _follow(self, name: str, before: Name | None) -> None:
         """`name` is gone: an open volume of it goes by the new name of its layer, or is cut off."""
@@ -477,15 +445,11 @@ class Pool:
         assert self.state.layers.get(layer.number) is layer
         layer.put(block, entry)
         self._changed[layer.number] = layer
-        if self.recent is not None:
-            self.recent.puts.extend((layer.number, block, entry))
 
     def put_leaf(self, layer: Layer, leaf: int, entries: array[int] | None) -> None:
         assert self.state.layers.get(layer.number) is layer
         layer.put_leaf(leaf, entries)
         self._changed[layer.number] = layer
-        if self.recent is not None:
-            self.recent.add(Leaf(layer.number, leaf, b"" if entries is None else entries.tobytes()))
 
     def discard_block(self, physical: int) -> None:
         """An entry gave `physical` up: free once that is durable and nobody reads it."""
@@ -510,11 +474,6 @@ class Pool:
 
     # -- commit
 
-    def note(self) -> None:
-        """Have all changes outlive this process: to be called before a client is told of them."""
-        if self.recent is not None:
-            self.recent.note()
-
     @property
     def has_changes(self) -> bool:
         """Something is not durable yet."""
@@ -536,8 +495,6 @@ class Pool:
         sync_data, self.data.dirty = self.data.dirty, False
         journal = self.journal
         payload = encode(records) if records else None
-        if payload is not None and self.recent is not None:
-            self.recent.begin(journal.sequence)
         grown = journal.bytes_since_checkpoint + (len(payload) if payload is not None else 0)
         due = not self._checkpointing and grown > max(self._checkpoint_at, journal.checkpoint_bytes)
         self._checkpointing |= due
@@ -558,8 +515,6 @@ class Pool:
 
     def fail(self, error: OSError) -> None:
         """A sync failed: from now on the pool is read-only."""
-        if self.recent is not None:
-            self.recent.stop()  # what was answered may be lost: to bring back its mapping would bring back anything
         if self.failed is None:
             self.failed = f"a sync failed ({os.strerror(error.errno or errno.EIO)}); check the disk, then restart"
 
