@@ -39,6 +39,7 @@ from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.volume import ZERO
+from nbdthin.pool.waiting import GivenUp
 from nbdthin.units import KiB, MiB
 from nbdthin.wire import proto, transmission
 from nbdthin.wire.handshake import ExportInfo, Handshake, HandshakeState, Negotiated
@@ -91,6 +92,8 @@ class Rule(Protocol):
     def read_only(self) -> bool: ...
     @property
     def description(self) -> str: ...
+    @property
+    def no_space(self) -> str | None: ...
 
 
 class Server:
@@ -105,6 +108,7 @@ class Server:
         self._users: dict[str, dict[Connection, None]] = {}
         self.stopping = False
         live.users = self.holders
+        live.no_space = self._no_space
 
     # -- exports (wire.handshake.Exports)
 
@@ -120,6 +124,10 @@ class Server:
         rule = self._rule(name)
         read_only = row.snapshot or (rule is not None and rule.read_only)
         return ExportInfo(name, row.size, read_only, rule.description if rule is not None else "")
+
+    def _no_space(self, name: str) -> str | None:
+        rule = self._rule(name)
+        return None if rule is None else rule.no_space
 
     def _rule(self, name: str) -> Rule | None:
         return next((rule for rule in self._rules if fnmatchcase(name, rule.name)), None)
@@ -185,6 +193,7 @@ class Server:
     async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""
         self.stopping = True
+        self._live.stop()
         for listener in self._listeners:
             listener.close()
         await asyncio.sleep(0)  # uvloop announces a connection a turn after it has accepted it
@@ -598,7 +607,7 @@ class Connection(asyncio.BufferedProtocol):
         if done and not flags & _FUA:
             self._put(_simple(0, cookie))
         elif done:
-            self._start(_WRITE, cookie, len(payload), self._commit(cookie))
+            self._answer_durable(_WRITE, cookie)
         else:
             if not owned:
                 payload = memoryview(bytes(payload))
@@ -612,8 +621,9 @@ class Connection(asyncio.BufferedProtocol):
         """Everything but READ, WRITE and DISC."""
         work: Coroutine[object, object, None]
         if command == _FLUSH:
-            work = self._commit(cookie)
-        elif command == _TRIM:
+            self._answer_durable(_FLUSH, cookie)
+            return
+        if command == _TRIM:
             work = self._trim(flags, cookie, offset, length)
         elif command == _WRITE_ZEROES:
             work = self._write_zeroes(flags, cookie, offset, length)
@@ -624,9 +634,28 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._start(command, cookie, 0, work)
 
-    async def _commit(self, cookie: int) -> None:
-        await self._live.commit()
-        self._put(_simple(0, cookie))
+    def _answer_durable(self, command: int, cookie: int) -> None:
+        """Answer when all that was written before is durable. No task: it is what a flush costs beside the disk."""
+        try:
+            durable = self._live.durable()
+        except Exception as error:
+            self._fail(command, cookie, error)
+            return
+        if durable is None:
+            self._put(_simple(0, cookie))
+            return
+        self._tasks += 1
+        self._in_flight += REQUEST_COST
+        durable.add_done_callback(partial(self._durable, command, cookie))
+
+    def _durable(self, command: int, cookie: int, durable: asyncio.Future[None]) -> None:
+        error = durable.exception()
+        if error is None:
+            self._put(_simple(0, cookie))
+        else:
+            assert isinstance(error, Exception)
+            self._fail(command, cookie, error)
+        self._ended(REQUEST_COST)
 
     async def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length and not self._device.trim_now(offset, length):
@@ -669,8 +698,13 @@ class Connection(asyncio.BufferedProtocol):
     async def _run(self, command: int, cookie: int, cost: int, work: Coroutine[object, object, None]) -> None:
         try:
             await work
+        except GivenUp:
+            pass  # it gets no answer, so that a client that comes back sends it again
         except Exception as error:
             self._fail(command, cookie, error)
+        self._ended(cost)
+
+    def _ended(self, cost: int) -> None:
         self._tasks -= 1
         self._in_flight -= cost
         if not self._flush_due:
@@ -709,6 +743,7 @@ class Connection(asyncio.BufferedProtocol):
         self._out = []
         self._out_bytes = 0
         if not self._lost:
+            self._live.publish()
             self._transport.writelines(out)
 
 

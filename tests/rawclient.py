@@ -17,12 +17,16 @@ import uvloop
 
 from nbdthin.pool.check import check
 from nbdthin.pool.live import LivePool
+from nbdthin.pool.policy import ERROR, Policy
 from nbdthin.pool.pool import Pool
 from nbdthin.server import Rule, Server
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
 EPERM, EIO, EINVAL, ENOSPC = 1, 5, 22, 28
+
+# A pool that can be filled, stays as it is, and lets nobody wait.
+REFUSING = Policy(no_space=ERROR, min_free=0, auto_extend=False)
 
 T = TypeVar("T")
 
@@ -173,12 +177,18 @@ class Serving:
     """A pool, served on a unix socket from a thread of this process."""
 
     def __init__(
-        self, path: Path, socket_path: Path, rules: tuple[Rule, ...] = (), live: type[LivePool] = LivePool
+        self,
+        path: Path,
+        socket_path: Path,
+        rules: tuple[Rule, ...] = (),
+        policy: Policy = REFUSING,
+        live: type[LivePool] = LivePool,
     ) -> None:
         self._live_type = live
         self.path = path
         self.socket = socket_path
         self._rules = rules
+        self._policy = policy
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()))
 
@@ -193,7 +203,7 @@ class Serving:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
-        self.live = self._live_type(Pool.open(self.path, autocommit=False))
+        self.live = self._live_type(Pool.open(self.path, autocommit=False, policy=self._policy))
         self.server = Server(self.live, self._rules)
         self.socket.unlink(missing_ok=True)
         self.listener = socket.socket(socket.AF_UNIX)

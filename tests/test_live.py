@@ -17,6 +17,8 @@ from nbdthin.pool.check import check
 from nbdthin.pool.commands import Clone, Create, Remove, Rollback, Snapshot
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.pool import Pool
+from tests.pool.conftest import kill
+from tests.rawclient import REFUSING
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -25,7 +27,7 @@ def run(path: Path, work: Callable[[LivePool], Awaitable[None]], size: str = "64
     """Run `work` on a new pool, then check the pool, live and loaded again."""
 
     async def main() -> None:
-        live = LivePool(Pool.open(path, autocommit=False))
+        live = LivePool(Pool.open(path, autocommit=False, policy=REFUSING))
         try:
             await work(live)
             if live.pool.failed is None:
@@ -257,3 +259,31 @@ def test_writes_snapshots_removals_and_merges_at_once_stay_apart(
         assert await read(volume, 0, REGION * REGIONS) == expected
 
     run(tmp_path / "pool", work)
+
+
+def test_what_a_crash_left_in_free_blocks_goes_back_to_the_file_system(tmp_path: Path) -> None:
+    """The process ended between a write and the commit that would have made it so."""
+    path = tmp_path / "pool"
+    Pool.init(path, size="256M", block_size="64K")
+    pool = Pool.open(path, autocommit=False)
+    pool.unsynced.start(pool.journal.sequence + 1)
+    pool.create("kept", 8 * MIB)
+    pool.volume("kept").write(0, b"kept" * 64 * KIB)
+    pool.commit()
+    pool.create("lost", 128 * MIB)
+    pool.volume("lost").write(0, b"lost" * 25 * MIB)
+    kill(pool)
+    taken = (path / "data").stat().st_blocks * 512
+    assert taken > 100 * MIB
+
+    async def main() -> None:
+        live = LivePool(Pool.open(path, autocommit=False))
+        while live._tasks:
+            await asyncio.wait(list(live._tasks))
+        assert check(live.pool) == []
+        assert live.pool.allocator.pending == 0
+        assert await read(live.open("kept"), 0, 256 * KIB) == b"kept" * 64 * KIB
+        await live.close()
+
+    uvloop.run(main())
+    assert (path / "data").stat().st_blocks * 512 < 2 * MIB

@@ -53,6 +53,7 @@ class Rule:
     name: str
     read_only: bool = False
     description: str = ""
+    no_space: str | None = None
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from nbdthin.control import codec
 from nbdthin.control.codec import LENGTH, BadFrame
 from nbdthin.control.rows import Export, Info, Node, lineage
 from nbdthin.errors import Error, Invalid, Unreachable
+from nbdthin.pool.events import Event
 from nbdthin.pool.rows import Extent
 from nbdthin.units import parse_size
 
@@ -39,29 +40,43 @@ class _Call(Generic[T]):
     arguments: Mapping[str, object]
     read: Callable[[object], T]
 
+    def request(self) -> bytes:
+        """The frame to send. Raises Invalid."""
+        return codec.pack({"version": codec.VERSION, "command": self.command, "arguments": self.arguments})
+
     def exchange(self) -> Generator[bytes, bytes, T]:
         """Yields what to send, is sent the payload of each reply, returns the answer. Raises Error or BadFrame."""
-        message = {"version": codec.VERSION, "command": self.command, "arguments": self.arguments}
-        payload = yield codec.pack(message)
+        payload = yield self.request()
         items: list[object] = []
-        while True:
-            reply = codec.unpack(payload)
-            if "error" in reply:
-                raise codec.unpack_error(reply["error"])
-            if "result" in reply:
-                result = reply["result"]
-                return self._read([*items, *result] if isinstance(result, list) else result)
-            part = reply.get("part")
-            if not isinstance(part, list):
-                raise BadFrame("neither a part, a result nor an error")
+        while (part := _part(payload)) is not None:
             items.extend(part)
             payload = yield b""
+        result = codec.unpack(payload)["result"]
+        return self._read([*items, *result] if isinstance(result, list) else result)
+
+    def items(self, payload: bytes) -> T | None:
+        """Of a stream: the items of one reply; None at its end. Raises Error or BadFrame."""
+        part = _part(payload)
+        return None if part is None else self._read(part)
 
     def _read(self, answer: object) -> T:
         try:
             return self.read(answer)
         except Invalid as error:
             raise BadFrame(f"something else than was asked for: {error}") from error
+
+
+def _part(payload: bytes) -> list[object] | None:
+    """What one reply brings of a longer answer; None where it is the end. Raises Error or BadFrame."""
+    reply = codec.unpack(payload)
+    if "error" in reply:
+        raise codec.unpack_error(reply["error"])
+    if "result" in reply:
+        return None
+    part = reply.get("part")
+    if not isinstance(part, list):
+        raise BadFrame("neither a part, a result nor an error")
+    return part
 
 
 def _nothing(answer: object) -> None:
@@ -90,6 +105,10 @@ def _diff_call(before: str, after: str) -> _Call[list[Extent]]:
 
 def _info_call() -> _Call[Info]:
     return _Call("info", {}, _row(Info))
+
+
+def _events_call() -> _Call[list[Event]]:
+    return _Call("events", {}, _rows(Event))
 
 
 def _batch_call(collected: list[_Call[None]]) -> _Call[None]:
@@ -148,6 +167,22 @@ class Changes(Generic[Done]):
         """Set labels, remove those whose value is None; others stay. Raises NotFound or Invalid."""
         return self._change(_Call("label", {"name": name, "changes": dict(changes)}, _nothing))
 
+    def quota(self, name: str, size: int | str | None) -> Done:
+        """What volume `name` may be charged with: what it and its snapshots take. Raises NotFound or Invalid."""
+        return self._change(_Call("quota", {"name": name, "size": _limit(size)}, _nothing))
+
+    def reserve(self, name: str, size: int | str | None) -> Done:
+        """Keep space so that volume `name` can be charged with `size`. Raises NotFound, Invalid or NoSpace."""
+        return self._change(_Call("reserve", {"name": name, "size": _limit(size)}, _nothing))
+
+    def extend(self, size: int | str) -> Done:
+        """Make the pool larger: `size` of data file or device. Raises Invalid, also where it would shrink."""
+        return self._change(_Call("extend", {"size": parse_size(size)}, _nothing))
+
+
+def _limit(size: int | str | None) -> int | None:
+    return None if size is None else parse_size(size)
+
 
 class Batch(Changes[None]):
     """Collects changes; nothing is sent before the end of its `with` block."""
@@ -200,6 +235,10 @@ class Client(Changes[None]):
         """The pool, the daemon's process, the disk below the data."""
         return self._call(_info_call())
 
+    def events(self) -> Iterator[Event]:
+        """What happens to the pool from now on, as it happens; the connection is its own until the daemon stops."""
+        return self._stream(_events_call())
+
     @contextlib.contextmanager
     def batch(self) -> Iterator[Self]:
         """Collect the changes called inside: all or nothing, one commit when the block ends."""
@@ -221,21 +260,38 @@ class Client(Changes[None]):
     def _call(self, call: _Call[T]) -> T:
         exchange = call.exchange()
         frame = next(exchange)
+        with self._guarded(call.command):
+            try:
+                while True:
+                    self._socket.sendall(frame)
+                    frame = exchange.send(self._receive_payload())
+            except StopIteration as end:
+                return cast(T, end.value)
+
+    def _stream(self, call: _Call[builtins.list[T]]) -> Iterator[T]:
+        """Item by item as they come. Whoever stops before the end closes the connection."""
+        frame = call.request()
+        with self._guarded(call.command):
+            self._socket.sendall(frame)
+            while (items := call.items(self._receive_payload())) is not None:
+                yield from items
+
+    @contextlib.contextmanager
+    def _guarded(self, command: str) -> Iterator[None]:
+        """After anything but an answer the connection is of no use any more."""
         try:
-            while True:
-                self._socket.sendall(frame)
-                payload = self._receive(codec.frame_length(self._receive(LENGTH.size)))
-                frame = exchange.send(payload)
-        except StopIteration as end:
-            return cast(T, end.value)
+            yield
         except Error:
             raise
         except (OSError, EOFError, BadFrame) as error:
             self.close()
-            raise _lost(self._path, call.command, error) from error
+            raise _lost(self._path, command, error) from error
         except BaseException:
             self.close()
             raise
+
+    def _receive_payload(self) -> bytes:
+        return self._receive(codec.frame_length(self._receive(LENGTH.size)))
 
     def _receive(self, count: int) -> bytes:
         buffer = bytearray(count)
@@ -293,6 +349,10 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
         """As `Client.info`."""
         return await self._call(_info_call())
 
+    def events(self) -> AsyncIterator[Event]:
+        """As `Client.events`."""
+        return self._stream(_events_call())
+
     @contextlib.asynccontextmanager
     async def batch(self) -> AsyncIterator[Batch]:
         """`async with pool.batch() as batch:` collects what is called on `batch`, without `await`; all or nothing, one
@@ -308,22 +368,43 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
         async with self._turn:
             exchange = call.exchange()
             frame = next(exchange)
-            try:
-                while True:
-                    self._writer.write(frame)
-                    await self._writer.drain()
-                    header = await self._reader.readexactly(LENGTH.size)
-                    frame = exchange.send(await self._reader.readexactly(codec.frame_length(header)))
-            except StopIteration as end:
-                return cast(T, end.value)
-            except Error:
-                raise
-            except (OSError, EOFError, BadFrame) as error:
-                self._writer.close()
-                raise _lost(self._path, call.command, error) from error
-            except BaseException:
-                self._writer.close()
-                raise
+            with self._guarded(call.command):
+                try:
+                    while True:
+                        self._writer.write(frame)
+                        await self._writer.drain()
+                        frame = exchange.send(await self._receive_payload())
+                except StopIteration as end:
+                    return cast(T, end.value)
+
+    async def _stream(self, call: _Call[builtins.list[T]]) -> AsyncIterator[T]:
+        """As `Client._stream`; the connection is this stream's until it ends."""
+        async with self._turn:
+            frame = call.request()
+            with self._guarded(call.command):
+                self._writer.write(frame)
+                await self._writer.drain()
+                while (items := call.items(await self._receive_payload())) is not None:
+                    for item in items:
+                        yield item
+
+    @contextlib.contextmanager
+    def _guarded(self, command: str) -> Iterator[None]:
+        """As `Client._guarded`."""
+        try:
+            yield
+        except Error:
+            raise
+        except (OSError, EOFError, BadFrame) as error:
+            self._writer.close()
+            raise _lost(self._path, command, error) from error
+        except BaseException:
+            self._writer.close()
+            raise
+
+    async def _receive_payload(self) -> bytes:
+        header = await self._reader.readexactly(LENGTH.size)
+        return await self._reader.readexactly(codec.frame_length(header))
 
 
 def connect(path: SocketPath) -> Client:

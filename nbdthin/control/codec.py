@@ -2,7 +2,7 @@
 
     frame      u32, big-endian: length of the payload; the payload, one msgpack map
     request    {version, command, arguments}
-    reply      {part: [...]} any number of times, for lists of any length; then
+    reply      {part: [...]} any number of times, for lists of any length and for streams; then
                {result: value}, which ends a list that came in parts, or {error: {code, message, holders}}
 
 Pure: no sockets, no asyncio. `load` is the border: what it has let through has the types that the dataclass says.

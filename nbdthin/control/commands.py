@@ -1,6 +1,7 @@
 """What can be asked over the control socket: one table, a row a command.
 
-A change becomes commands of the pool, is durable when it is answered, and may be part of a batch. A query only looks.
+A change becomes commands of the pool, is durable when it is answered, and may be part of a batch. A query only looks. A
+stream answers item by item for as long as it takes, or until the client goes away.
 The arguments of a row are a dataclass, and what comes in is checked against it before anything else happens. Who may
 ask is the socket's business (mode 0600), how it crosses is the codec's.
 
@@ -9,7 +10,7 @@ To add a command: a dataclass, a row, a method of the client; the documentation'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,8 +19,21 @@ from nbdthin.addresses import Address
 from nbdthin.control import codec
 from nbdthin.control.rows import Export, Info
 from nbdthin.errors import InUse, Invalid
-from nbdthin.pool.commands import Clone, Command, Create, Label, Rename, Resize, Rollback, Snapshot
+from nbdthin.pool.commands import (
+    Clone,
+    Command,
+    Create,
+    Extend,
+    Label,
+    Quota,
+    Rename,
+    Reserve,
+    Resize,
+    Rollback,
+    Snapshot,
+)
 from nbdthin.pool.commands import Remove as RemoveOne
+from nbdthin.pool.events import Event
 from nbdthin.pool.rows import Extent, Row
 
 if TYPE_CHECKING:
@@ -64,6 +78,9 @@ class Daemon:
             parent=row.parent,
             created=row.created,
             labels=row.labels,
+            quota=row.quota,
+            reservation=row.reservation,
+            charged=row.charged,
             read_only=described is None or described.read_only,
             connections=self.exports.holders(row.name),
             uri=self.listen[0].uri(row.name) if self.listen else None,
@@ -194,6 +211,13 @@ def _info(daemon: Daemon, _: Nothing) -> Info:
     )
 
 
+# -- streams
+
+
+def _events(daemon: Daemon, _: Nothing) -> AsyncIterator[Event]:
+    return daemon.live.listen()
+
+
 # -- the table
 
 
@@ -211,7 +235,14 @@ class Query:
     answer: Callable[..., object]
 
 
-COMMANDS: dict[str, Change | Query] = {
+@dataclass(frozen=True, slots=True)
+class Stream:
+    doc: str
+    arguments: type
+    items: Callable[..., AsyncIterator[object]]
+
+
+COMMANDS: dict[str, Change | Query | Stream] = {
     "create": Change("a new volume that reads as zeroes", Create),
     "snapshot": Change("keep what a volume holds now under a name", Snapshot),
     "clone": Change("a new volume that starts as a snapshot", Clone),
@@ -220,15 +251,19 @@ COMMANDS: dict[str, Change | Query] = {
     "remove": Change("remove volumes and snapshots", Remove, _remove),
     "resize": Change("give a volume another size", Resize),
     "label": Change("set and remove labels", Label),
+    "quota": Change("what a volume may take of the pool", Quota),
+    "reserve": Change("keep space for a volume", Reserve),
+    "extend": Change("make the pool larger", Extend),
     "batch": Change("several changes: all or nothing, one commit", Batch, _batch),
     "list": Query("every volume and snapshot, or those with some labels", List, _list),
     "show": Query("one volume or snapshot", Show, _show),
     "diff": Query("where two snapshots differ", Diff, _diff),
     "info": Query("the pool, the process, the disk", Nothing, _info),
+    "events": Stream("what happens to the pool, from now on", Nothing, _events),
 }
 
 
-def find(command: str) -> Change | Query:
+def find(command: str) -> Change | Query | Stream:
     """Raises Invalid."""
     row = COMMANDS.get(command)
     if row is None:
@@ -236,7 +271,7 @@ def find(command: str) -> Change | Query:
     return row
 
 
-def _arguments(command: str, row: Change | Query, arguments: Mapping[str, object]) -> object:
+def _arguments(command: str, row: Change | Query | Stream, arguments: Mapping[str, object]) -> object:
     try:
         return codec.load(row.arguments, arguments)
     except Invalid as error:
@@ -244,7 +279,7 @@ def _arguments(command: str, row: Change | Query, arguments: Mapping[str, object
 
 
 async def run(daemon: Daemon, message: object) -> object:
-    """Carry out one request. Raises errors.Error."""
+    """Carry out one request; an AsyncIterator where the answer is a stream. Raises errors.Error."""
     request = codec.load(Request, message)
     if request.version != codec.VERSION:
         raise Invalid(
@@ -255,5 +290,7 @@ async def run(daemon: Daemon, message: object) -> object:
     arguments = _arguments(request.command, row, request.arguments)
     if isinstance(row, Query):
         return row.answer(daemon, arguments)
+    if isinstance(row, Stream):
+        return row.items(daemon, arguments)
     await _change(daemon, row, arguments)
     return None

@@ -1,8 +1,9 @@
 """The control socket: frames in, commands run, replies out. One request at a time for each connection.
 
 A command that is refused is answered; bytes that are no frame close that connection and nothing else. A list of any
-length leaves in parts, so that neither memory nor the frame's limit bounds it. Streams are fast enough here: this is
-no data path.
+length leaves in parts, so that neither memory nor the frame's limit bounds it; so does a stream, whose end may never
+come: it is given up when the client goes away or the daemon stops. asyncio's streams are fast enough here: this is no
+data path.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import AsyncIterator
 
 from nbdthin.addresses import KEEP_FILE
 from nbdthin.control import codec, commands
@@ -56,8 +58,10 @@ class ControlServer:
                 if payload is None:
                     break
                 self._connections[task] = True
-                await self._answer(writer, payload)
+                stream = await self._answer(writer, payload)
                 self._connections[task] = False
+                if stream is not None:
+                    await self._answer_stream(reader, writer, stream)
         except BadFrame as error:
             log.warning("a control connection sent %s", error)
         except (ConnectionError, asyncio.CancelledError):
@@ -66,16 +70,16 @@ class ControlServer:
             del self._connections[task]
             writer.close()
 
-    async def _answer(self, writer: asyncio.StreamWriter, payload: bytes) -> None:
+    async def _answer(self, writer: asyncio.StreamWriter, payload: bytes) -> AsyncIterator[object] | None:
+        """Carry out a request and answer it; a stream is the caller's to answer."""
         message = codec.unpack(payload)
         try:
             result = await commands.run(self._daemon, message)
-        except Error as error:
-            writer.write(codec.pack_error(error))
         except Exception as error:
-            log.exception("a command failed: %s", codec.printable(str(message.get("command"))))
-            writer.write(codec.pack_error(Error(f"the daemon met {error!r}; its log has more")))
+            writer.write(_error_frame(error, str(message.get("command"))))
         else:
+            if isinstance(result, AsyncIterator):
+                return result
             if isinstance(result, list):
                 for frame in codec.pack_parts(result):
                     writer.write(frame)
@@ -84,6 +88,43 @@ class ControlServer:
             else:
                 writer.write(codec.pack({"result": result}))
         await writer.drain()
+        return None
+
+    async def _answer_stream(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: AsyncIterator[object]
+    ) -> None:
+        """Send what comes until it ends. The client sends nothing meanwhile: whatever arrives means that it is gone."""
+        gone = asyncio.ensure_future(reader.read(1))
+        sending = asyncio.ensure_future(self._send_items(writer, stream))
+        try:
+            await asyncio.wait((gone, sending), return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                raise ConnectionAbortedError
+            await sending
+        finally:
+            for task in (gone, sending):
+                task.cancel()
+            await asyncio.gather(gone, sending, return_exceptions=True)
+
+    async def _send_items(self, writer: asyncio.StreamWriter, stream: AsyncIterator[object]) -> None:
+        try:
+            async for item in stream:
+                writer.write(codec.pack({"part": [item]}))
+                await writer.drain()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            writer.write(_error_frame(error, "a stream"))
+        else:
+            writer.write(codec.pack({"result": []}))
+        await writer.drain()
+
+
+def _error_frame(error: Exception, command: str) -> bytes:
+    if isinstance(error, Error):
+        return codec.pack_error(error)
+    log.error("a command failed: %s", codec.printable(command), exc_info=error)
+    return codec.pack_error(Error(f"the daemon met {error!r}; its log has more"))
 
 
 async def _receive(reader: asyncio.StreamReader) -> bytes | None:

@@ -6,7 +6,6 @@ an I/O error.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -15,13 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbdthin.errors import Invalid, Locked, NotFound
+from nbdthin.pool.files import FILES, Files, write_all
 
 NOWAIT = os.RWF_NOWAIT
 BLKGETSIZE64 = 0x80081272
-_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 # What file systems and devices without hole punching answer.
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
@@ -49,16 +45,17 @@ class DataFile:
     cleared by the pool just before a sync begins: so a write that ends during a sync stays for the next one.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, files: Files = FILES) -> None:
         """Opens and locks. Raises NotFound, Locked, or Invalid when it holds less than `size` bytes."""
         self.path = path
+        self._files = files
+        self._pwritev = files.write
         self.dirty = False
         self.punches = True  # until the file system refuses
-        flags = os.O_RDWR | os.O_CLOEXEC
         try:
             device = is_device(path)
             # O_EXCL on a device without O_CREAT: EBUSY while it is mounted or otherwise claimed (open(2)).
-            self.fd = os.open(path, flags | os.O_EXCL if device else flags)
+            self.fd = files.open(path, os.O_EXCL if device else 0)
         except FileNotFoundError as error:
             raise NotFound(f"the pool's data is missing: {path}") from error
         except OSError as error:
@@ -68,15 +65,33 @@ class DataFile:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.nowait = self._knows_nowait()
-            actual = device_size(path) if device else os.fstat(self.fd).st_size
-            if actual < size:
-                raise Invalid(f"{path} has {actual} bytes, the pool needs {size}: it was truncated")
+            self.is_device = device
+            self.check_size(size)
         except BlockingIOError as error:
             os.close(self.fd)
             raise Locked(f"{path} is the data of a pool that is open already") from error
         except BaseException:
             os.close(self.fd)
             raise
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file or device has now."""
+        return device_size(self.path) if self.is_device else os.fstat(self.fd).st_size
+
+    def check_size(self, size: int) -> None:
+        """Raises Invalid where there are less than `size` bytes."""
+        if (actual := self.size) < size:
+            raise Invalid(f"{self.path} has {actual} bytes, the pool needs {size}: it was truncated")
+
+    def grow(self, size: int) -> None:
+        """Have at least `size` bytes, durably with the next sync. Raises Invalid for a smaller device, or OSError."""
+        if self.size >= size:
+            return
+        if self.is_device:
+            raise Invalid(f"{self.path} has {self.size} bytes, less than {size}: make the device larger first")
+        self._files.truncate(self.fd, size)
+        self.dirty = True
 
     def _knows_nowait(self) -> bool:
         """Whether reads can be asked to fail rather than wait for the disk (not on tmpfs, FUSE, NFS)."""
@@ -96,12 +111,10 @@ class DataFile:
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview], position: int, length: int) -> None:
         """Write `buffers`, `length` bytes together."""
-        count = os.pwritev(self.fd, buffers, position)
+        count = self._pwritev(self.fd, buffers, position)
         if count != length:
             # A full disk shows as a short write first: ask for the rest to learn the reason.
-            joined = memoryview(b"".join(buffers))
-            while count < length:
-                count += os.pwrite(self.fd, joined[count:], position + count)
+            write_all(self._files, self.fd, memoryview(b"".join(buffers))[count:], position + count)
         self.dirty = True
 
     def prefetch(self, position: int, length: int) -> None:
@@ -109,16 +122,32 @@ class DataFile:
 
     def sync(self) -> None:
         """Make durable what was written. After a failure nobody knows what is: never try again."""
-        os.fdatasync(self.fd)
+        self._files.sync(self.fd)
+
+    def drop_cache(self) -> None:
+        """A sync failed: what is read from now on is what the disk has."""
+        self._files.drop_cache(self.fd)
 
     def punch(self, position: int, length: int) -> None:
         """Give the space back to the file system or device; what it holds afterwards does not matter."""
-        if self.punches and _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, position, length) != 0:
-            code = ctypes.get_errno()
-            if code in _UNSUPPORTED:
-                self.punches = False
-            else:
-                raise OSError(code, os.strerror(code))
+        if not self.punches:
+            return
+        try:
+            self._files.punch(self.fd, position, length)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            self.punches = False
+
+    def next_data(self, position: int) -> tuple[int, int] | None:
+        """Start and end of the next part of the file, from `position` on, that takes space."""
+        try:
+            start = os.lseek(self.fd, position, os.SEEK_DATA)
+            return start, os.lseek(self.fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # there is none
+                return None
+            raise
 
     def close(self) -> None:
-        os.close(self.fd)
+        self._files.close(self.fd)

@@ -9,8 +9,13 @@ Rules:
 - behind a frame that does not check, any later frame that does means damage (`Corrupt`); at the very end it is what a
   power cut left of a write that nobody was told about, and is cut off;
 - sequence numbers run without a gap over all segments;
+- behind a frame that has been synced stands a mark, which says so and is not synced itself: damage to the very last
+  frame is told from a torn one, once the kernel has written the mark back, and at once where only the process died;
+- a segment that another one follows ends in a mark that says that;
 - segments are filled with zeroes before use: an append changes no file size and no extent, so its sync writes nothing
   but the frame, and goes through even where the file system has no space left;
+- where the file system has no room for another segment, nothing has been written: append raises NoSpace, and may be
+  asked again; `starved` says that the next segment could not be prepared;
 - a checkpoint takes effect by the rename of a complete, synced file; only then are older files removed.
 
 This module gives no meaning to a payload.
@@ -18,6 +23,8 @@ This module gives no meaning to a payload.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import struct
@@ -26,13 +33,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nbdthin.errors import Corrupt
-from nbdthin.units import MiB
+from nbdthin.errors import Corrupt, NoSpace
+from nbdthin.pool.files import FILES, Files, write_all, write_file
+from nbdthin.units import KiB, MiB
 
 MAGIC = b"NBTJ"
 VERSION = 1
-HEADER = struct.Struct("<4sHHQIII")  # magic, version, 0, sequence, payload length, payload crc, header crc
+HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload length, payload crc, header crc
+FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
 SEGMENT_BYTES = 4 * MiB
+SMALL_SEGMENT = 64 * KiB  # behind the frame that needs it, where the file system has no room for a whole one
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 MAX_PAYLOAD = 1 << 30
 _HEADER_BODY = struct.Struct("<4sHHQII")
 _LOG = re.compile(r"([0-9a-f]{16})\.log")
@@ -50,65 +61,72 @@ class Frame(NamedTuple):
 def frame(sequence: int, payload: bytes) -> bytes:
     """`payload` with its header."""
     assert len(payload) <= MAX_PAYLOAD
-    body = _HEADER_BODY.pack(MAGIC, VERSION, 0, sequence, len(payload), zlib.crc32(payload))
-    return body + zlib.crc32(body).to_bytes(4, "little") + payload
+    return _header(FRAME, sequence, payload) + payload
+
+
+def mark(sequence: int, kind: int = MARK) -> bytes:
+    """What says that frame `sequence` is durable; as LAST_MARK, that another segment follows, too."""
+    return _header(kind, sequence, b"")
+
+
+def _header(kind: int, sequence: int, payload: bytes) -> bytes:
+    body = _HEADER_BODY.pack(MAGIC, VERSION, kind, sequence, len(payload), zlib.crc32(payload))
+    return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def parse_frame(data: bytes | memoryview, offset: int) -> tuple[int, bytes] | None:
     """Sequence number and payload of the frame at `offset`, or None where there is no whole, sound frame."""
-    header = _parse_header(data, offset)
-    if header is None:
-        return None
-    version, reserved, sequence, length, payload_crc = header
-    if version != VERSION or reserved:
+    header = parse_header(data, offset)
+    if header is None or header.version != VERSION or header.kind != FRAME:
         return None
     start = offset + HEADER.size
-    payload = bytes(data[start : start + length])
-    if len(payload) != length or zlib.crc32(payload) != payload_crc:
+    payload = bytes(data[start : start + header.length])
+    if len(payload) != header.length or zlib.crc32(payload) != header.payload_crc:
         return None
-    return sequence, payload
+    return header.sequence, payload
 
 
-def _parse_header(data: bytes | memoryview, offset: int) -> tuple[int, int, int, int, int] | None:
-    """Version, reserved bits, sequence number, payload length and checksum, where a header is whole and sound."""
+class Header(NamedTuple):
+    version: int
+    kind: int
+    sequence: int
+    length: int  # bytes of payload
+    payload_crc: int
+
+    @property
+    def is_mark(self) -> bool:
+        return self.version == VERSION and self.kind in (MARK, LAST_MARK) and self.length == 0
+
+
+def parse_header(data: bytes | memoryview, offset: int) -> Header | None:
+    """The header at `offset`, where one is whole and sound."""
     if len(data) - offset < HEADER.size:
         return None
-    magic, version, reserved, sequence, length, payload_crc, header_crc = HEADER.unpack_from(data, offset)
+    magic, version, kind, sequence, length, payload_crc, header_crc = HEADER.unpack_from(data, offset)
     if magic != MAGIC or zlib.crc32(data[offset : offset + _HEADER_BODY.size]) != header_crc:
         return None
-    return version, reserved, sequence, length, payload_crc
+    return Header(version, kind, sequence, length, payload_crc)
 
 
-def sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _read_frame(fd: int, offset: int, sequence: int) -> bytes | None:
+    """The payload of frame `sequence` at `offset` of a file; None where there is no such frame, whole and sound."""
+    header = parse_header(os.pread(fd, HEADER.size, offset), 0)
+    if header is None or (header.version, header.kind, header.sequence) != (VERSION, FRAME, sequence):
+        return None
+    payload = os.pread(fd, header.length, offset + HEADER.size)
+    return payload if len(payload) == header.length and zlib.crc32(payload) == header.payload_crc else None
 
 
-def _write_file(path: Path, parts: Iterable[bytes]) -> int:
-    """A new file that is whole and synced before it has its name, or does not exist. Returns its size."""
-    partial = path.with_name(path.name + ".new")
-    size = 0
-    try:
-        with open(partial, "wb") as file:
-            for part in parts:
-                size += file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return size
+def _no_room() -> NoSpace:
+    return NoSpace("the file system has no room for the pool's journal (free space there, or remove something)")
 
 
 class Journal:
     """An open journal directory. Not thread-safe: one append at a time, checkpoints may be written beside it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Files = FILES) -> None:
         self.directory = directory
+        self._files = files
         self.sequence = 0  # of the last frame appended
         self.bytes_since_checkpoint = 0
         self.checkpoint_bytes = 0
@@ -117,23 +135,30 @@ class Journal:
         self._position = 0
         self._limit = 0  # where the prepared zeroes end
         self.next_ready = False  # the next segment's file exists
+        self.starved = False  # the last try to make one found no space
 
     # -- opening
 
     @staticmethod
-    def create(directory: Path, first_payload: bytes) -> None:
-        """A new journal that starts with the checkpoint `first_payload`."""
+    def create(directory: Path, first_payload: bytes, files: Files = FILES) -> None:
+        """A new journal that starts with the checkpoint `first_payload`: number 1 says that nothing was before."""
+        Journal.create_at(directory, 1, [first_payload], files)
+
+    @staticmethod
+    def create_at(directory: Path, number: int, payloads: Iterable[bytes], files: Files = FILES) -> None:
+        """A new journal that starts with `payloads` as checkpoint `number`, whole and durable when this returns."""
         directory.mkdir()
-        journal = Journal(directory)
-        journal.write_checkpoint(1, [first_payload])
-        journal._prepare(journal._log_path(1))
+        journal = Journal(directory, files)
+        journal.write_checkpoint(number, payloads)
+        journal._prepare(journal._log_path(number))
         journal._prepare(directory / "next")
-        sync_directory(directory)
+        files.sync_directory(directory)
 
     def load(self, apply: Callable[[Frame], None], *, repair_tail: bool = True) -> None:
         """Hand every frame to `apply`, the checkpoint's first, and make ready to append. Raises Corrupt.
 
-        With `repair_tail` False nothing is written: for checks.
+        With `repair_tail` False nothing is written: for checks. Otherwise all that was read is durable afterwards: a
+        process that was killed may have written it, and renamed files, without having come to the sync.
         """
         checkpoints = self._numbered(_CHECKPOINT)
         if not checkpoints:
@@ -153,11 +178,13 @@ class Journal:
             end = self._replay(log, index == len(segments) - 1, apply)
             self.bytes_since_checkpoint += end
         if repair_tail:
+            self._files.sync_directory(self.directory)  # before anything is removed or appended
             for leaving in self.directory.glob("*.new"):
-                leaving.unlink()
+                self._files.unlink(leaving)
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
-            self.next_ready = (self.directory / "next").exists()
+            self._files.sync(self._fd)
+            self.next_ready = self._is_blank(self.directory / "next")
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         found = []
@@ -168,20 +195,24 @@ class Journal:
         return sorted(found)
 
     def _read_checkpoint(self, number: int, path: Path) -> Iterator[Frame]:
-        data = path.read_bytes()
-        offset = 0
-        while offset < len(data):
-            found = parse_frame(data, offset)
-            if found is None or found[0] != number:
-                raise Corrupt(path, offset, "a checkpoint's frame does not check")
-            yield Frame(number, found[1], path, offset)
-            offset += HEADER.size + len(found[1])
-        if not data:
-            raise Corrupt(path, 0, "an empty checkpoint")
+        """Frame by frame: a checkpoint may be half of the memory that its pool takes."""
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise Corrupt(path, 0, "an empty checkpoint")
+            offset = 0
+            while offset < size:
+                payload = _read_frame(file.fileno(), offset, number)
+                if payload is None:
+                    raise Corrupt(path, offset, "a checkpoint's frame does not check")
+                yield Frame(number, payload, path, offset)
+                offset += HEADER.size + len(payload)
 
     def _replay(self, path: Path, last: bool, apply: Callable[[Frame], None]) -> int:
         """Apply a segment's frames; the offset behind the last one."""
         data = path.read_bytes()
+        if len(data) < SEGMENT_BYTES:
+            raise Corrupt(path, len(data), f"the segment was cut off here: it was made with {SEGMENT_BYTES} bytes")
         offset = 0
         while (found := parse_frame(data, offset)) is not None:
             sequence, payload = found
@@ -190,20 +221,31 @@ class Journal:
             apply(Frame(sequence, payload, path, offset))
             self.sequence = sequence
             offset += HEADER.size + len(payload)
-        rest = data[offset:]
+        end = offset
+        header = parse_header(data, offset)
+        if header is not None and header.is_mark:
+            if header.sequence != self.sequence:
+                raise Corrupt(path, offset, f"a mark of frame {header.sequence} behind frame {self.sequence}")
+            if last and header.kind == LAST_MARK:
+                raise Corrupt(self.directory, None, f"segment {self.sequence + 1:016x}.log is missing")
+            end += HEADER.size
+        rest = data[end:]
         if rest.count(0) != len(rest):
-            self._refuse_damage(path, offset, data, last)
+            self._refuse_damage(path, end, data, last)
         return offset
 
     def _refuse_damage(self, path: Path, offset: int, data: bytes, last: bool) -> None:
         """Something follows the last sound frame: a torn tail may be cut, anything else is damage."""
-        header = _parse_header(data, offset)
-        if header is not None and (header[0] != VERSION or header[1]):
-            raise Corrupt(path, offset, f"a frame of version {header[0]}, made by a later nbdthin")
+        header = parse_header(data, offset)
+        if header is not None and (header.version != VERSION or header.kind > LAST_MARK):
+            raise Corrupt(path, offset, f"a frame of version {header.version}, made by a later nbdthin")
         later = data.find(MAGIC, offset + 1)
         while later >= 0:
             if parse_frame(data, later) is not None:
                 raise Corrupt(path, offset, f"a damaged frame before a sound one at byte {later}")
+            header = parse_header(data, later)
+            if header is not None and header.is_mark:
+                raise Corrupt(path, offset, f"a damaged frame, which was durable: byte {later} says so")
             later = data.find(MAGIC, later + 1)
         if not last:
             raise Corrupt(path, offset, "a damaged frame, and a later segment exists")
@@ -211,29 +253,74 @@ class Journal:
     # -- appending
 
     def append(self, payload: bytes) -> None:
-        """Write the next frame and make it durable. After an error the journal must not be used again."""
-        data = frame(self.sequence + 1, payload)
-        if self._position and self._position + len(data) > self._limit:
-            self._rotate()
-        os.lseek(self._fd, self._position, os.SEEK_SET)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
-        os.fdatasync(self._fd)
-        self._position += len(data)
-        self._limit = max(self._limit, self._position)
-        self.bytes_since_checkpoint += len(data)
-        self.sequence += 1
+        """Write the next frame and make it durable. After an OSError the journal must not be used again.
 
-    def _rotate(self) -> None:
+        Raises NoSpace, with nothing written, where there is no room for the segment that it takes.
+        """
+        files, sequence = self._files, self.sequence + 1
+        data = frame(sequence, payload)
+        end = len(data) + HEADER.size
+        if self._position and self._position + end > self._limit:
+            self._rotate(end)
+        if self._position + end > self._limit:
+            self._lengthen(self._position + end)
+        write_all(files, self._fd, data, self._position)
+        files.sync(self._fd)
+        self._position += len(data)
+        self.bytes_since_checkpoint += len(data)
+        self.sequence = sequence
+        self._mark(MARK)
+
+    def _mark(self, kind: int) -> None:
+        """Say behind the last frame that it is durable. An error is for the next sync to meet."""
+        with contextlib.suppress(OSError):
+            self._files.write(self._fd, (mark(self.sequence, kind),), self._position)
+
+    @property
+    def room(self) -> int:
+        """Bytes that frames can still take before another segment is needed."""
+        return max(self._limit - self._position, 0)
+
+    @property
+    def low(self) -> bool:
+        """The file system is full, and half of the open segment is used up: the rest is for what frees space."""
+        return self.starved and self.room < SEGMENT_BYTES // 2
+
+    @property
+    def last(self) -> bool:
+        """The same, and only a quarter is left: for commands that remove something, and what follows from them."""
+        return self.starved and self.room < SEGMENT_BYTES // 4
+
+    def _lengthen(self, end: int) -> None:
+        """Fill the open segment with zeroes up to `end`. Raises NoSpace with nothing changed, or OSError."""
+        try:
+            for position in range(self._limit, end, len(_ZEROES)):
+                write_all(self._files, self._fd, _ZEROES[: min(len(_ZEROES), end - position)], position)
+            self._files.sync(self._fd)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self._files.truncate(self._fd, self._limit)
+            raise _no_room() from error
+        self._limit = end
+
+    def _rotate(self, needed: int) -> None:
+        """Go on in a new segment that has room for `needed` bytes. Raises NoSpace with nothing changed, or OSError."""
         path = self._log_path(self.sequence + 1)
         following = self.directory / "next"
-        if self.next_ready:
-            os.rename(following, path)
-        else:
-            self._prepare(path)
-        sync_directory(self.directory)
-        os.close(self._fd)
+        try:
+            if self.next_ready:
+                self._files.rename(following, path)
+            else:
+                self._prepare_somehow(path, needed)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self.starved = True
+            raise _no_room() from error
+        self._files.sync_directory(self.directory)
+        self._mark(LAST_MARK)
+        self._files.close(self._fd)
         self._fd = -1
         self._open_segment(path, 0)
         self.next_ready = False
@@ -241,25 +328,54 @@ class Journal:
     def prepare_next(self) -> None:
         """Have the next segment's space ready. To be called when there is time; append does without."""
         if not self.next_ready:
-            self._prepare(self.directory / "next")
-            sync_directory(self.directory)
+            try:
+                self._prepare(self.directory / "next")
+            except OSError as error:
+                self.starved = error.errno in FULL_DISK
+                raise
+            self._files.sync_directory(self.directory)
             self.next_ready = True
+        self.starved = False
 
     def _open_segment(self, path: Path, position: int) -> None:
-        """Append to `path` from `position` on; what stands there is a torn tail, and goes."""
+        """Append to `path` from `position` on; what stands there is a torn tail, and goes.
+
+        It is overwritten, not cut off: a segment that is shorter than it was made has lost something.
+        """
         self._segment = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._fd = self._files.open(path, 0)
         size = os.fstat(self._fd).st_size
-        if position < size and any(os.pread(self._fd, size - position, position)):
-            os.ftruncate(self._fd, position)
-            os.fsync(self._fd)
-            size = position
+        behind = position + HEADER.size if self._is_marked(position) else position
+        if behind < size and any(os.pread(self._fd, size - behind, behind)):
+            for start in range(behind, size, len(_ZEROES)):
+                write_all(self._files, self._fd, memoryview(_ZEROES)[: size - start], start)
+            self._files.sync(self._fd)
         self._position = position
         self._limit = size
 
     @staticmethod
-    def _prepare(path: Path) -> None:
-        _write_file(path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
+    def _is_blank(path: Path) -> bool:
+        """A whole segment of zeroes is ready there."""
+        if not path.exists():
+            return False
+        data = path.read_bytes()
+        return len(data) >= SEGMENT_BYTES and data.count(0) == len(data)
+
+    def _is_marked(self, position: int) -> bool:
+        header = parse_header(os.pread(self._fd, HEADER.size, position), 0)
+        return header is not None and header.is_mark
+
+    def _prepare(self, path: Path) -> None:
+        write_file(self._files, path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
+
+    def _prepare_somehow(self, path: Path, needed: int) -> None:
+        try:
+            self._prepare(path)
+        except OSError as error:
+            if error.errno not in FULL_DISK or needed > SEGMENT_BYTES:
+                raise
+            self.starved = True
+            write_file(self._files, path, (bytes(needed + min(SMALL_SEGMENT, SEGMENT_BYTES - needed)),))
 
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
@@ -267,16 +383,16 @@ class Journal:
     # -- checkpoints
 
     def start_segment(self) -> int:
-        """End the open segment; the number a checkpoint of everything so far has."""
+        """End the open segment; the number a checkpoint of everything so far has. Raises NoSpace or OSError."""
         if self._position:
-            self._rotate()
+            self._rotate(0)
         return self.sequence + 1
 
     def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:
         """Make `payloads` what frames up to `number` - 1 amount to. May run in a thread beside appends."""
         path = self.directory / f"{number:016x}.checkpoint"
-        size = _write_file(path, (frame(number, payload) for payload in payloads))
-        sync_directory(self.directory)
+        size = write_file(self._files, path, (frame(number, payload) for payload in payloads))
+        self._files.sync_directory(self.directory)
         self.checkpoint_bytes = size
 
     def finish_checkpoint(self, number: int) -> None:
@@ -288,11 +404,15 @@ class Journal:
         for pattern in (_LOG, _CHECKPOINT):
             for first, path in self._numbered(pattern):
                 if first < number:
-                    path.unlink()
+                    self._files.unlink(path)
+
+    def drop_cache(self) -> None:
+        """A sync failed: what the open segment is read as from now on is what the disk has."""
+        self._files.drop_cache(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            self._files.close(self._fd)
             self._fd = -1
 
     @property

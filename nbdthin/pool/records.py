@@ -28,7 +28,11 @@ class Layer(NamedTuple):
 
 
 class Name(NamedTuple):
-    """`name` is a snapshot or volume of `size` bytes whose content is `layer`. A volume's layer is its head."""
+    """`name` is a snapshot or volume of `size` bytes whose content is `layer`. A volume's layer is its head.
+
+    `quota` and `reservation` are bytes of blocks, 0 for none; what counts against them is what the layers above
+    `origin` own (limits.py).
+    """
 
     name: str
     snapshot: bool
@@ -36,6 +40,9 @@ class Name(NamedTuple):
     size: int
     created: float
     labels: Mapping[str, str]
+    quota: int = 0
+    reservation: int = 0
+    origin: int = 0
 
 
 class Unname(NamedTuple):
@@ -70,17 +77,24 @@ class End(NamedTuple):
     records: int
 
 
-Record = Layer | Name | Unname | Entries | Leaf | Counter | End
+class Size(NamedTuple):
+    """The pool has grown to `size` bytes of data file or device, the header's block included."""
 
-_TYPES: dict[int, type[Record]] = {1: Layer, 2: Name, 3: Unname, 4: Entries, 5: Leaf, 6: Counter, 7: End}
+    size: int
+
+
+Record = Layer | Name | Unname | Entries | Leaf | Counter | End | Size
+
+_TYPES: dict[int, type[Record]] = {1: Layer, 2: Name, 3: Unname, 4: Entries, 5: Leaf, 6: Counter, 7: End, 8: Size}
 _FIELDS: dict[type[Record], tuple[type, ...]] = {
     Layer: (int, int),
-    Name: (str, bool, int, int, float, dict),
+    Name: (str, bool, int, int, float, dict, int, int, int),
     Unname: (str,),
     Entries: (int, bytes, bytes),
     Leaf: (int, int, bytes),
     Counter: (int,),
     End: (int,),
+    Size: (int,),
 }
 _TAGS = {kind: tag for tag, kind in _TYPES.items()}
 
@@ -108,6 +122,16 @@ def _typed(kind: type[Record], fields: list[object]) -> Record:
     if any(isinstance(field, int) and field < 0 for field in fields):
         raise BadRecord(f"a {kind.__name__} with a number below 0")
     return kind(*fields)  # type: ignore[arg-type]
+
+
+def kinds() -> Mapping[int, type[Record]]:
+    """Every kind of record by its tag."""
+    return _TYPES
+
+
+def make(kind: type[Record], fields: list[object]) -> Record:
+    """A record of `kind`, its fields in order. Raises BadRecord for what is not of their types."""
+    return _typed(kind, fields)
 
 
 def u64(values: Iterable[int]) -> bytes:

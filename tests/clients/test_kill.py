@@ -2,8 +2,8 @@
 
 In each round fio verifies what it writes, clients of our own write, trim and flush with an oracle beside them, and
 someone takes snapshots, clones them and removes both, until the daemon is killed at a random moment, now and then also
-while it starts. Then everything that was answered is there, even if nobody flushed it, thanks to the notes of
-recent.py. In half of the rounds they are taken away: then everything that was flushed is there.
+while it starts. Then everything that was answered is there, even if nobody flushed it: see pool/unsynced.py. In half of
+the rounds those files are taken away, and everything that was flushed is there.
 
 NBDTHIN_SEED=N replays the random choices; when exactly the kill comes is the machine's.
 """
@@ -28,9 +28,7 @@ import numpy as np
 import pytest
 
 import nbdthin
-from nbdthin.pool import recent
 from nbdthin.pool.check import check_path
-from nbdthin.pool.superblock import read_superblock
 from nbdthin.units import MiB
 from tests import rawclient
 from tests.clients import oracle
@@ -280,8 +278,8 @@ class Load:
         return sum(map(int, re.findall(r"issued rwts: total=\d+,(\d+)", said)))
 
 
-def take_notes_away(pool: Path) -> None:
-    for path in recent.DIRECTORY.glob(f"nbdthin-{read_superblock(pool / 'superblock').uuid}.*"):
+def forget_the_unsynced(pool: Path) -> None:
+    for path in (pool / "journal").glob("unsynced.*"):
         path.unlink()
 
 
@@ -313,7 +311,7 @@ def test_fifty_kills_under_load_lose_nothing_that_was_promised(daemon: Daemon, t
         verified += load.end()
         killed_only = choice.random() < 0.5
         if not killed_only:
-            take_notes_away(daemon.pool)
+            forget_the_unsynced(daemon.pool)
         answered.update(sum((writer.done for writer in load.writers), Counter()))
         if choice.random() < 0.2:
             kill_while_it_starts(daemon, choice.uniform(0, 2 * statistics.mean(starts or [0.3])))

@@ -1,0 +1,111 @@
+"""What the engine asks of the file system: every call that changes what a disk holds, in one place.
+
+`Files` is the real thing, and nothing else is ever used outside of tests: what wraps it there can note each call, or
+have one fail (tools/simulatelib). Reads, locks and looks at sizes are not here: they change nothing.
+
+Every call may be made from any thread. A write may be short, as pwritev(2) says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class Files:
+    """The operating system's own calls. OSError from each."""
+
+    # (fd, buffers, position) -> bytes written: on the data path, so there is not even a frame in between.
+    write = staticmethod(os.pwritev)
+
+    def open(self, path: Path, flags: int) -> int:
+        """A file for reading and writing; with O_CREAT it may be new."""
+        return os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def sync(self, fd: int) -> None:
+        """The file's bytes, and the size that reading them takes, are durable afterwards."""
+        os.fdatasync(fd)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def punch(self, fd: int, position: int, length: int) -> None:
+        """Give the space of a range back; it reads as zeroes afterwards, or as it did."""
+        if _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, position, length) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def rename(self, old: Path, new: Path) -> None:
+        os.rename(old, new)
+
+    def exchange(self, one: Path, two: Path) -> None:
+        """Each of two names gets what the other had, at one moment. OSError where the file system cannot."""
+        if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(two))
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def boot_id(self) -> str:
+        """Which boot of which machine this is: as long as it stays the same, the page cache has everything."""
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+    def drop_cache(self, fd: int) -> None:
+        """Forget what the page cache has of a file and the disk may not: the next read asks the disk."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def sync_directory(self, path: Path) -> None:
+        """Names made, changed and removed in `path` are so durably."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+FILES = Files()
+
+
+def write_all(files: Files, fd: int, data: bytes | memoryview, position: int) -> None:
+    """Write all of `data` at `position`."""
+    view = memoryview(data)
+    while view:
+        written = files.write(fd, (view,), position)
+        view = view[written:]
+        position += written
+
+
+def write_file(files: Files, path: Path, parts: Iterable[bytes]) -> int:
+    """A new file that is whole and synced before it has its name, or does not exist. Returns its size.
+
+    The name itself is durable when the directory is synced, which is the caller's.
+    """
+    partial = path.with_name(path.name + ".new")
+    size = 0
+    try:
+        fd = files.open(partial, os.O_CREAT | os.O_TRUNC)
+        try:
+            for part in parts:
+                write_all(files, fd, part, size)
+                size += len(part)
+            files.sync(fd)
+        finally:
+            files.close(fd)
+        files.rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return size
