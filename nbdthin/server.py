@@ -10,7 +10,9 @@ write into it), and the replies leave with one gathered write. What may block be
   replies, also in the middle of a batch;
 - a connection uses its export until its last request has ended, even when the peer is gone by then;
 - a stopping server parses what it has received, answers it, and closes. It never answers ESHUTDOWN: the kernel's
-  client makes an I/O error of that, whereas it sends again what was not answered.
+  client makes an I/O error of that, whereas it sends again what was not answered;
+- and it lets who is in the handshake finish it first: a client that comes back after a lost connection takes one that
+  is closed before it was given its export for a refusal, and gives up for good.
 
 What is legal is decided in wire/, what happens to data in pool/.
 """
@@ -31,6 +33,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
+from nbdthin import addresses
 from nbdthin.errors import Error, NoSpace, ReadOnly
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
@@ -50,6 +53,7 @@ REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 12
 ALONE = 8  # flushes that one client has asked for while all others were silent: the loop may sync for it itself
 OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
+LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
 GOODBYE = 1.0  # seconds that a client has to close its side when the server stops
 KEEPALIVE = 60  # seconds of silence after which TCP asks whether the other machine still lives
@@ -103,7 +107,7 @@ class Server:
         self._listeners: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
-        self._stopping = False
+        self.stopping = False
         self.speaker: Connection | None = None  # who sent last
         self.flushes_alone = 0  # that it has asked for since someone else sent
         live.users = self.holders
@@ -138,7 +142,11 @@ class Server:
         loop = asyncio.get_running_loop()
         for each in sockets:
             if each.family == socket.AF_UNIX:
-                listener: asyncio.AbstractServer = await loop.create_unix_server(lambda: Connection(self), sock=each)
+                listener: asyncio.AbstractServer = await loop.create_unix_server(
+                    lambda: Connection(self),
+                    sock=each,
+                    **addresses.KEEP_FILE,  # type: ignore[arg-type]  # keywords
+                )
             else:
                 # Inherited by what is accepted: a volume must not stay in use because its client's machine died.
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -163,8 +171,6 @@ class Server:
         await asyncio.gather(*(connection.closed for connection in connections))
 
     def add(self, connection: Connection) -> bool:
-        if self._stopping:
-            return False
         if len(self._connections) >= self._max_connections:
             log.warning("refused a connection: there are %d already", len(self._connections))
             return False
@@ -191,7 +197,7 @@ class Server:
 
     async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""
-        self._stopping = True
+        self.stopping = True
         self._live.stop()
         for listener in self._listeners:
             listener.close()
@@ -298,11 +304,14 @@ class Connection(asyncio.BufferedProtocol):
     # -- closing
 
     def stop(self) -> None:
-        """Parse no more than was received; answer it, then close."""
+        """Parse no more than was received; answer it, then close. A handshake is finished first."""
+        if self._closing:
+            return
         if self._handshake is not None:
-            self._handshake.shut_down()
-        self._half_close = True
-        self._finish_receiving()
+            self._restart_timer(LAST_HANDSHAKES, self.abort)
+        else:
+            self._half_close = True
+            self._finish_receiving()
 
     def abort(self) -> None:
         """Close now; requests in work end by themselves, unanswered, and none waits for space any more."""
@@ -402,7 +411,8 @@ class Connection(asyncio.BufferedProtocol):
         handshake.receive(self._view[: self._end])
         self._end = 0
         while not self._peer_slow and (reply := handshake.step()) is not None:
-            self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
+            if not self._server.stopping:
+                self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
             if reply:
                 self._transport.write(reply)
         if handshake.state is HandshakeState.OPEN:
@@ -411,6 +421,8 @@ class Connection(asyncio.BufferedProtocol):
             assert self._timer is not None
             self._timer.cancel()
             self._begin_transmission(handshake.result, handshake.rest())
+            if self._server.stopping:
+                self.stop()
         else:
             if handshake.reason:
                 log.info("%s: handshake failed: %s", self.peer, handshake.reason)
