@@ -1,6 +1,6 @@
 """The command `nbdthin`: one table of verbs.
 
-A verb takes its arguments, asks the daemon (init, serve and check ask none) and returns what `--json` prints; without
+A verb takes its arguments, asks the daemon (those marked `offline` ask none) and returns what `--json` prints; without
 `--json` its `show` writes the same for people. Everything that goes wrong is one line on stderr and exit status 1,
 wrong usage is 2. What only some verbs need (numpy, uvloop, rich) they import themselves, so that the others start fast.
 How things look is display.py's.
@@ -18,6 +18,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdthin import __version__, display
@@ -30,6 +31,7 @@ from nbdthin.pool.rows import Extent, PoolInfo
 if TYPE_CHECKING:
     from nbdthin.control.commands import Daemon
     from nbdthin.pool.check import Report
+    from nbdthin.pool.repair import Repair
 
 DEFAULT_SOCKET = "var/control.sock"
 DEFAULT_CONFIG = "exports.toml"
@@ -91,6 +93,27 @@ def _ls_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--label", action="append", default=[], metavar="KEY=VALUE", help="only what has it; may be repeated"
     )
+
+
+def _check_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("pool", metavar="POOL")
+    parser.add_argument("--data", metavar="FILE_OR_DEVICE", help="where the data is, if the superblock cannot say")
+
+
+def _repair_arguments(parser: ArgumentParser) -> None:
+    _check_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
+
+
+def _dump_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("pool", metavar="POOL")
+    parser.add_argument("--output", metavar="FILE", help="instead of stdout; takes its name when it is whole")
+
+
+def _restore_arguments(parser: ArgumentParser) -> None:
+    _names("FILE", "POOL")(parser)
+    parser.add_argument("--data", metavar="FILE_OR_DEVICE", help="where the data is (default: where POOL has it)")
+    parser.add_argument("--force", action="store_true", help="even if POOL is sound, or its data's header is not")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -249,7 +272,7 @@ def _diff(arguments: Namespace) -> list[Extent]:
 def _check(arguments: Namespace) -> Report:
     from nbdthin.pool.check import check_path
 
-    return check_path(arguments.pool)
+    return check_path(arguments.pool, data=arguments.data)
 
 
 def _show_report(report: Report) -> None:
@@ -257,10 +280,64 @@ def _show_report(report: Report) -> None:
         print(f"{report.path} is sound: {report.names} names, {report.layers} layers, {report.blocks} blocks in use")
     for problem in report.problems:
         print(printable(problem))
+    for note in report.notes:
+        print(f"harmless: {printable(note)}")
 
 
 def _report_failed(report: Report) -> str:
     return f"{report.path} does not add up (problems: {len(report.problems)})" if report.problems else ""
+
+
+def _repair(arguments: Namespace) -> Repair:
+    from nbdthin.pool.repair import repair
+
+    return repair(arguments.pool, data=arguments.data, dry_run=arguments.dry_run)
+
+
+def _show_repair(done: Repair) -> None:
+    if not done.damage:
+        print(f"{printable(str(done.path))} is not damaged: nothing was changed")
+    for damage in done.damage:
+        print(f"damaged: {printable(damage)}")
+    for loss in done.lost:
+        print(f"lost: {printable(str(loss))}")
+    if done.damage and not done.lost:
+        print("lost: nothing")
+    for note in done.notes:
+        print(f"harmless: {printable(note)}")
+    for path in done.kept:
+        print(f"kept: {printable(str(path))}")
+
+
+def _dump(arguments: Namespace) -> dict[str, str] | None:
+    from nbdthin.pool.dump import dump
+    from nbdthin.pool.files import FILES, write_file
+
+    lines = dump(arguments.pool)
+    if arguments.output is None:
+        sys.stdout.writelines(lines)
+        return None
+    write_file(FILES, Path(arguments.output), (line.encode() for line in lines))
+    return {"output": arguments.output}
+
+
+def _restore(arguments: Namespace) -> dict[str, str | None]:
+    from nbdthin.pool.dump import restore
+
+    kept = restore(arguments.file, arguments.pool, data=arguments.data, force=arguments.force)
+    return {"restored": arguments.pool, "kept": None if kept is None else str(kept)}
+
+
+def _show_restored(result: dict[str, str | None]) -> None:
+    if result["kept"] is not None:
+        print(f"kept: {printable(result['kept'])}")
+
+
+def _delta(arguments: Namespace) -> list[Extent]:
+    from nbdthin.pool.pool import Pool
+
+    with Pool.open(arguments.pool, inspect=True) as pool:
+        return pool.delta(arguments.before, arguments.after)
 
 
 # -- the table
@@ -298,10 +375,20 @@ VERBS: dict[str, Verb] = {
     "diff": Verb("where two snapshots differ", _names("BEFORE", "AFTER"), _diff, display.show_extents),
     "check": Verb(
         "does a pool add up? Offline, writes nothing",
-        _names("POOL"),
+        _check_arguments,
         _check,
         _show_report,
         _report_failed,
+        offline=True,
+    ),
+    "repair": Verb("salvage a damaged pool, say what is gone", _repair_arguments, _repair, _show_repair, offline=True),
+    "dump": Verb("a pool's metadata as lines of JSON", _dump_arguments, _dump, offline=True),
+    "restore": Verb("a pool's metadata from a dump", _restore_arguments, _restore, _show_restored, offline=True),
+    "delta": Verb(
+        "where two volumes or snapshots differ; offline",
+        _names("POOL", "BEFORE", "AFTER"),
+        _delta,
+        display.show_extents,
         offline=True,
     ),
 }

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from nbdthin.cli import VERBS, main
+from nbdthin.pool.pool import Pool
 from nbdthin.units import GiB
 from tests import rawclient
 from tests.clients.daemon import Daemon, nbdthin_command, run, running
@@ -163,6 +164,7 @@ def test_init_and_check_need_no_daemon(tmp_path: Path) -> None:
         "blocks": 0,
         "frames": 0,
         "problems": [],
+        "notes": [],
     }
 
 
@@ -177,6 +179,64 @@ def test_check_finds_damage_and_says_so_with_its_exit_status(tmp_path: Path) -> 
         f"{pool}/superblock at byte 8: the superblock is damaged: its checksum does not match\n",
         f"nbdthin: {pool} does not add up (problems: 1)\n",
     )
+
+
+def with_names(path: Path) -> None:
+    """A pool with volume a, its snapshot a@1, and more in a."""
+    Pool.init(path, size="16M")
+    with Pool.open(path) as pool:
+        pool.create("a", "1M")
+        pool.snapshot("a", "a@1")
+        pool.volume("a").write(8192, bytes([1]) * 4096)
+
+
+def test_repair_says_what_was_damaged_what_is_lost_and_what_was_kept(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+    with_names(path)
+    assert said(None, "repair", path) == f"{path} is not damaged: nothing was changed\n"
+    with (path / "superblock").open("r+b") as file:
+        file.seek(20)
+        file.write(b"\xff")
+    damage = f"damaged: {path}/superblock at byte 8: the superblock is damaged: its checksum does not match\n"
+    assert said(None, "repair", "--dry-run", path) == f"{damage}lost: nothing\n"
+    assert said(None, "repair", path) == f"{damage}lost: nothing\nkept: {path}/superblock.damaged-1\n"
+    assert said(None, "check", path) == f"{path} is sound: 2 names, 2 layers, 1 blocks in use\n"
+
+
+def test_what_is_dumped_can_be_restored(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+    with_names(path)
+    text = said(None, "dump", path)
+    assert [json.loads(line)["type"] for line in text.splitlines()][::6] == ["pool", "range"]
+    assert said(None, "dump", path, "--output", tmp_path / "dump") == ""
+    assert (tmp_path / "dump").read_text() == text
+    assert "is sound" in refused(None, "restore", tmp_path / "dump", path)
+    kept = path / "journal.damaged-1"
+    assert said(None, "restore", tmp_path / "dump", path, "--force") == f"kept: {kept}\n"
+    assert said(None, "dump", path) == text
+
+
+def test_delta_shows_where_a_volume_differs_from_a_snapshot(tmp_path: Path) -> None:
+    with_names(tmp_path / "pool")
+    assert said(None, "delta", tmp_path / "pool", "a@1", "a") == "8192 4096 data\n"
+    assert said(None, "delta", tmp_path / "pool", "a", "a@1") == "8192 4096 zero\n"
+    assert "no volume or snapshot 'b'" in refused(None, "delta", tmp_path / "pool", "a", "b")
+
+
+def test_verbs_without_a_daemon_refuse_a_pool_in_use(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+    with_names(path)
+    said(None, "dump", path, "--output", tmp_path / "dump")
+    uses: list[tuple[str | Path, ...]] = [
+        ("check", path),
+        ("repair", path),
+        ("dump", path),
+        ("restore", tmp_path / "dump", path, "--force"),
+        ("delta", path, "a", "a"),
+    ]
+    with Pool.open(path):
+        for arguments in uses:
+            assert "is open in another process" in refused(None, *arguments), arguments
 
 
 def test_init_can_put_the_data_elsewhere(tmp_path: Path) -> None:
@@ -210,11 +270,16 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
         "diff": ["a@1", "a@1"],
         "rm": ["c"],
         "check": [tmp_path / "pool"],
+        "repair": [tmp_path / "pool"],
+        "dump": [tmp_path / "pool", "--output", tmp_path / "dump"],
+        "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
+        "delta": [tmp_path / "filled", "a", "a"],
     }
+    with_names(tmp_path / "filled")
     assert uses.keys() == VERBS.keys() - {"serve", "events"}  # these two end with the daemon
     for verb, arguments in uses.items():
         value = json.loads(said(daemon, "--json", verb, *arguments))
-        assert isinstance(value, list if verb in ("ls", "tree", "diff") else dict), verb
+        assert isinstance(value, list if verb in ("ls", "tree", "diff", "delta") else dict), verb
     assert as_json(daemon, "show", "a") == json.loads(said(daemon, "--json", "show", "a"))
     assert as_json(daemon, "rm", "a", "a@1") == {"removed": ["a", "a@1"]}
 

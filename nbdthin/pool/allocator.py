@@ -173,18 +173,46 @@ class Allocator:
         self._bytes[blocks] = FREE
         self.pending -= len(blocks)
 
+    def hold(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Make the free ones among `blocks` pending: they are freed, but not durably so. Returns them."""
+        found: npt.NDArray[np.uint64] = blocks[self._bytes[blocks] == FREE]
+        self._bytes[found] = PENDING
+        self.pending += len(found)
+        return found
+
+    def hold_free(self, first: int, end: int) -> npt.NDArray[np.uint64]:
+        """Make the free ones of blocks `first` to `end` - 1 pending, so that nobody takes them before `release`."""
+        part = self._bytes[first:end]
+        found = np.flatnonzero(part == FREE)
+        part[found] = PENDING
+        self.pending += len(found)
+        return (found + first).astype(np.uint64)
+
     def claim(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """At load: entries point to `blocks`. Returns those that lie outside the pool or are claimed already."""
         bad: npt.NDArray[np.uint64] = blocks[blocks >= self.total]
         if not len(bad):
             bad = blocks[self._bytes[blocks] != FREE]
         if not len(bad):
+            bad = blocks[self._come_again(blocks)]
             self._bytes[blocks] = USED
             self.used += len(blocks)
-            if np.count_nonzero(self._bytes == USED) != self.used + HEADER_BLOCKS:
-                values, counts = np.unique(blocks, return_counts=True)
-                bad = values[counts > 1]
         return bad
+
+    def _come_again(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Which of `blocks` come again later in it; what the map says of them is lost.
+
+        The map itself is the memory: each block is given a digit of its place in `blocks`, and asked for it again. Of
+        two, the later one's stays. Places differ in some digit, so all are found, in time that grows with `blocks`
+        alone: sorting them, or counting the whole map for each layer, took most of a load.
+        """
+        places = np.arange(len(blocks), dtype=np.uint64)
+        again = np.zeros(len(blocks), dtype=np.bool_)
+        for shift in range(0, len(blocks).bit_length(), 8):
+            digits = (places >> np.uint64(shift)).astype(np.uint8)
+            self._bytes[blocks] = digits
+            again |= self._bytes[blocks] != digits
+        return again
 
     def states(self) -> npt.NDArray[np.uint8]:
         """What each block is, runs counted as free; a copy."""

@@ -6,6 +6,7 @@ what its journal would bring back.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, Words, words
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import LEAF_BLOCKS, decode
+from nbdthin.pool.repair import Identity, examine, identify, locked
+from nbdthin.pool.survey import Finding, Survey, survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +33,51 @@ class Report:
     blocks: int  # mapped
     frames: int  # sequence number of the last journal frame
     problems: tuple[str, ...]
+    notes: tuple[str, ...]  # what is odd and harms nothing
 
 
-def check_path(path: Path | str) -> Report:
-    """Check the pool at `path`, which must not be in use; writes nothing. Raises NotFound, Locked or OSError."""
+def check_path(path: Path | str, *, data: Path | str | None = None) -> Report:
+    """Check the pool at `path`, which must not be in use; writes nothing. Raises NotFound, Locked or OSError.
+
+    All that is wrong is found in one run, as far as one thing does not hide another. `data`: where the data is, when
+    the superblock cannot say.
+    """
     path = Path(path)
+    with locked(path):
+        try:
+            identity = identify(path, None if data is None else Path(data))
+        except Corrupt as error:
+            return Report(path, 0, 0, 0, 0, (str(error),), ())
+        found = survey(path / "journal")
+        notes = tuple(str(finding) for finding in found.findings if finding.harmless)
+        if identity.findings or found.damage:
+            return _report_damage(path, identity, found, notes)
     try:
         pool = Pool.open(path, inspect=True)
     except Corrupt as error:
-        return Report(path, 0, 0, 0, 0, (str(error),))
-    try:
-        state = pool.state
-        return Report(
-            path,
-            len(state.names),
-            len(state.layers),
-            pool.allocator.used,
-            pool.journal.sequence,
-            tuple(check(pool)),
-        )
-    finally:
-        pool.close()
+        with locked(path):
+            return _report_damage(path, identity, found, notes, str(error))
+    with closing(pool):
+        state, sequence = pool.state, pool.journal.sequence
+        wrong = tuple(check(pool))
+        used = pool.allocator.used
+    if wrong:
+        with locked(path):
+            return _report_damage(path, identity, found, notes, *wrong)
+    return Report(path, len(state.names), len(state.layers), used, sequence, (), notes)
+
+
+def _report_damage(path: Path, identity: Identity, found: Survey, notes: tuple[str, ...], *more: str) -> Report:
+    """Everything that is wrong. `more`, what the strict reader says, counts where nothing else says where it is."""
+    names = layers = blocks = 0
+    defects: list[Finding] = []
+    if identity.superblock is not None and not found.empty and found.later is None:
+        salvage = examine(found, identity)
+        defects, state = salvage.defects, salvage.state
+        names, layers = len(state.names), len(state.layers)
+        blocks = sum(len(layer.physical_blocks()) for layer in state.layers.values())
+    problems = tuple(dict.fromkeys(str(finding) for finding in (*identity.findings, *found.damage, *defects)))
+    return Report(path, names, layers, blocks, found.last, problems or more, notes)
 
 
 def check(pool: Pool) -> list[str]:
@@ -168,20 +195,23 @@ def sources(layer: Layer, leaf: int) -> Words:
 
 def _space(pool: Pool) -> Iterator[str]:
     space = pool.allocator
-    owned = [layer.physical_blocks() for layer in pool.state.layers.values()]
-    blocks = np.concatenate(owned) if owned else np.empty(0, dtype=np.uint64)
-    blocks, counts = np.unique(blocks, return_counts=True)
-    for block in blocks[counts > 1].tolist():
-        yield f"physical block {block} has two owners"
+    owned = np.zeros(space.total, dtype=np.bool_)
+    for layer in pool.state.layers.values():
+        for part in layer.physical_parts():
+            blocks, counts = np.unique(part[part < space.total], return_counts=True)
+            for block in blocks[(counts > 1) | owned[blocks]].tolist():
+                yield f"physical block {block} has two owners"
+            owned[blocks] = True
+    owned[: allocator.HEADER_BLOCKS] = True
     states = space.states()
-    used = set(blocks[blocks < space.total].tolist()) | set(range(allocator.HEADER_BLOCKS))
-    marked = set(np.flatnonzero(states == allocator.USED).tolist())
-    for block in sorted(used - marked):
+    marked = states == allocator.USED
+    for block in np.flatnonzero(owned & ~marked).tolist():
         yield f"physical block {block} is in use and not marked so"
-    for block in sorted(marked - used):
+    for block in np.flatnonzero(marked & ~owned).tolist():
         yield f"physical block {block} is marked in use and has no owner"
-    if space.used != len(used) - allocator.HEADER_BLOCKS:
-        yield f"{len(used) - allocator.HEADER_BLOCKS} blocks are in use, {space.used} are counted"
+    used = int(np.count_nonzero(owned)) - allocator.HEADER_BLOCKS
+    if space.used != used:
+        yield f"{used} blocks are in use, {space.used} are counted"
     if space.pending != int(np.count_nonzero(states == allocator.PENDING)):
         yield f"{space.pending} freed blocks are counted as pending"
 

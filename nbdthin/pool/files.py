@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -48,8 +50,22 @@ class Files:
     def rename(self, old: Path, new: Path) -> None:
         os.rename(old, new)
 
+    def exchange(self, one: Path, two: Path) -> None:
+        """Each of two names gets what the other had, at one moment. OSError where the file system cannot."""
+        if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(two))
+
     def unlink(self, path: Path) -> None:
         os.unlink(path)
+
+    def boot_id(self) -> str:
+        """Which boot of which machine this is: as long as it stays the same, the page cache has everything."""
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+    def drop_cache(self, fd: int) -> None:
+        """Forget what the page cache has of a file and the disk may not: the next read asks the disk."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync_directory(self, path: Path) -> None:
         """Names made, changed and removed in `path` are so durably."""

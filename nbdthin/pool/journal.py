@@ -35,14 +35,13 @@ from typing import NamedTuple
 
 from nbdthin.errors import Corrupt, NoSpace
 from nbdthin.pool.files import FILES, Files, write_all, write_file
-from nbdthin.units import KiB, MiB
+from nbdthin.units import MiB
 
 MAGIC = b"NBTJ"
 VERSION = 1
 HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload length, payload crc, header crc
 FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
-SEGMENT_BYTES = 4 * MiB
-SMALL_SEGMENT = 64 * KiB  # behind the frame that needs it, where the file system has no room for a whole one
+SEGMENT_BYTES = 4 * MiB  # a part of the format: a shorter segment was cut off
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 MAX_PAYLOAD = 1 << 30
 _HEADER_BODY = struct.Struct("<4sHHQII")
@@ -108,6 +107,15 @@ def parse_header(data: bytes | memoryview, offset: int) -> Header | None:
     return Header(version, kind, sequence, length, payload_crc)
 
 
+def _read_frame(fd: int, offset: int, sequence: int) -> bytes | None:
+    """The payload of frame `sequence` at `offset` of a file; None where there is no such frame, whole and sound."""
+    header = parse_header(os.pread(fd, HEADER.size, offset), 0)
+    if header is None or (header.version, header.kind, header.sequence) != (VERSION, FRAME, sequence):
+        return None
+    payload = os.pread(fd, header.length, offset + HEADER.size)
+    return payload if len(payload) == header.length and zlib.crc32(payload) == header.payload_crc else None
+
+
 def _no_room() -> NoSpace:
     return NoSpace("the file system has no room for the pool's journal (free space there, or remove something)")
 
@@ -132,18 +140,24 @@ class Journal:
 
     @staticmethod
     def create(directory: Path, first_payload: bytes, files: Files = FILES) -> None:
-        """A new journal that starts with the checkpoint `first_payload`."""
+        """A new journal that starts with the checkpoint `first_payload`: number 1 says that nothing was before."""
+        Journal.create_at(directory, 1, [first_payload], files)
+
+    @staticmethod
+    def create_at(directory: Path, number: int, payloads: Iterable[bytes], files: Files = FILES) -> None:
+        """A new journal that starts with `payloads` as checkpoint `number`, whole and durable when this returns."""
         directory.mkdir()
         journal = Journal(directory, files)
-        journal.write_checkpoint(1, [first_payload])
-        journal._prepare(journal._log_path(1))
+        journal.write_checkpoint(number, payloads)
+        journal._prepare(journal._log_path(number))
         journal._prepare(directory / "next")
         files.sync_directory(directory)
 
     def load(self, apply: Callable[[Frame], None], *, repair_tail: bool = True) -> None:
         """Hand every frame to `apply`, the checkpoint's first, and make ready to append. Raises Corrupt.
 
-        With `repair_tail` False nothing is written: for checks.
+        With `repair_tail` False nothing is written: for checks. Otherwise all that was read is durable afterwards: a
+        process that was killed may have written it, and renamed files, without having come to the sync.
         """
         checkpoints = self._numbered(_CHECKPOINT)
         if not checkpoints:
@@ -163,11 +177,13 @@ class Journal:
             end = self._replay(log, index == len(segments) - 1, apply)
             self.bytes_since_checkpoint += end
         if repair_tail:
+            self._files.sync_directory(self.directory)  # before anything is removed or appended
             for leaving in self.directory.glob("*.new"):
                 self._files.unlink(leaving)
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
-            self.next_ready = (self.directory / "next").exists()
+            self._files.sync(self._fd)
+            self.next_ready = self._is_blank(self.directory / "next")
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         found = []
@@ -178,20 +194,24 @@ class Journal:
         return sorted(found)
 
     def _read_checkpoint(self, number: int, path: Path) -> Iterator[Frame]:
-        data = path.read_bytes()
-        offset = 0
-        while offset < len(data):
-            found = parse_frame(data, offset)
-            if found is None or found[0] != number:
-                raise Corrupt(path, offset, "a checkpoint's frame does not check")
-            yield Frame(number, found[1], path, offset)
-            offset += HEADER.size + len(found[1])
-        if not data:
-            raise Corrupt(path, 0, "an empty checkpoint")
+        """Frame by frame: a checkpoint may be half of the memory that its pool takes."""
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise Corrupt(path, 0, "an empty checkpoint")
+            offset = 0
+            while offset < size:
+                payload = _read_frame(file.fileno(), offset, number)
+                if payload is None:
+                    raise Corrupt(path, offset, "a checkpoint's frame does not check")
+                yield Frame(number, payload, path, offset)
+                offset += HEADER.size + len(payload)
 
     def _replay(self, path: Path, last: bool, apply: Callable[[Frame], None]) -> int:
         """Apply a segment's frames; the offset behind the last one."""
         data = path.read_bytes()
+        if len(data) < SEGMENT_BYTES:
+            raise Corrupt(path, len(data), f"the segment was cut off here: it was made with {SEGMENT_BYTES} bytes")
         offset = 0
         while (found := parse_frame(data, offset)) is not None:
             sequence, payload = found
@@ -240,7 +260,7 @@ class Journal:
         data = frame(sequence, payload)
         end = len(data) + HEADER.size
         if self._position and self._position + end > self._limit:
-            self._rotate(end)
+            self._rotate()
         if self._position + end > self._limit:
             self._lengthen(self._position + end)
         write_all(files, self._fd, data, self._position)
@@ -289,15 +309,15 @@ class Journal:
             raise _no_room() from error
         self._limit = end
 
-    def _rotate(self, needed: int) -> None:
-        """Go on in a new segment that has room for `needed` bytes. Raises NoSpace with nothing changed, or OSError."""
+    def _rotate(self) -> None:
+        """Go on in a new segment. Raises NoSpace with nothing changed, or OSError."""
         path = self._log_path(self.sequence + 1)
         following = self.directory / "next"
         try:
             if self.next_ready:
                 self._files.rename(following, path)
             else:
-                self._prepare_somehow(path, needed)
+                self._prepare(path)
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
@@ -323,17 +343,28 @@ class Journal:
         self.starved = False
 
     def _open_segment(self, path: Path, position: int) -> None:
-        """Append to `path` from `position` on; what stands there is a torn tail, and goes."""
+        """Append to `path` from `position` on; what stands there is a torn tail, and goes.
+
+        It is overwritten, not cut off: a segment that is shorter than it was made has lost something.
+        """
         self._segment = path
         self._fd = self._files.open(path, 0)
         size = os.fstat(self._fd).st_size
         behind = position + HEADER.size if self._is_marked(position) else position
         if behind < size and any(os.pread(self._fd, size - behind, behind)):
-            self._files.truncate(self._fd, position)
+            for start in range(behind, size, len(_ZEROES)):
+                write_all(self._files, self._fd, memoryview(_ZEROES)[: size - start], start)
             self._files.sync(self._fd)
-            size = position
         self._position = position
         self._limit = size
+
+    @staticmethod
+    def _is_blank(path: Path) -> bool:
+        """A whole segment of zeroes is ready there."""
+        if not path.exists():
+            return False
+        data = path.read_bytes()
+        return len(data) >= SEGMENT_BYTES and data.count(0) == len(data)
 
     def _is_marked(self, position: int) -> bool:
         header = parse_header(os.pread(self._fd, HEADER.size, position), 0)
@@ -341,15 +372,6 @@ class Journal:
 
     def _prepare(self, path: Path) -> None:
         write_file(self._files, path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
-
-    def _prepare_somehow(self, path: Path, needed: int) -> None:
-        try:
-            self._prepare(path)
-        except OSError as error:
-            if error.errno not in FULL_DISK or needed > SEGMENT_BYTES:
-                raise
-            self.starved = True
-            write_file(self._files, path, (bytes(needed + min(SMALL_SEGMENT, SEGMENT_BYTES - needed)),))
 
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
@@ -359,7 +381,7 @@ class Journal:
     def start_segment(self) -> int:
         """End the open segment; the number a checkpoint of everything so far has. Raises NoSpace or OSError."""
         if self._position:
-            self._rotate(0)
+            self._rotate()
         return self.sequence + 1
 
     def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:
@@ -379,6 +401,10 @@ class Journal:
             for first, path in self._numbered(pattern):
                 if first < number:
                     self._files.unlink(path)
+
+    def drop_cache(self) -> None:
+        """A sync failed: what the open segment is read as from now on is what the disk has."""
+        self._files.drop_cache(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:

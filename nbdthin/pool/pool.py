@@ -27,7 +27,7 @@ import uuid
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,7 +42,7 @@ from nbdthin.pool.data import DataFile, device_size, is_device
 from nbdthin.pool.events import Notify
 from nbdthin.pool.files import FILES, Files
 from nbdthin.pool.journal import FULL_DISK, Frame, Journal
-from nbdthin.pool.layers import Layer, State, Words, words
+from nbdthin.pool.layers import Layer, State, Words
 from nbdthin.pool.limits import Limits, charged
 from nbdthin.pool.policy import Policy
 from nbdthin.pool.records import (
@@ -60,6 +60,7 @@ from nbdthin.pool.records import (
 )
 from nbdthin.pool.rows import Extent, PoolInfo, Row, Usage
 from nbdthin.pool.superblock import DATA_HEADER, Superblock, read_superblock
+from nbdthin.pool.unsynced import Unsynced
 from nbdthin.pool.volume import JOURNAL_LOW, Shrink, Volume
 from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
 
@@ -72,7 +73,8 @@ _LOOK = 128 * KiB  # bytes at the start and the end of a device that tell whethe
 RUN_BYTES = 1 * MiB  # what a volume is given at a time, so that it stays contiguous beside others
 PUNCH_BYTES = 256 * KiB  # at a time: ext4 keeps every write to the file waiting while it punches, 3.7 s for 676 MB
 CHECKPOINT_JOURNAL = 8 * MiB  # journal that may grow before a checkpoint is worth its writing
-_CHECKPOINT_FRAME = 1 * MiB
+_CHECKPOINT_FRAME = 16 * KiB  # encoded at a time, holding the GIL: some 20 us, which the event loop may have to wait
+_EMPTY_LEAF = bytes(LEAF_BYTES)
 DEFAULT_POLICY = Policy()
 _GROWING = (commands.Create, commands.Clone, commands.Snapshot, commands.Label)  # add to the metadata
 
@@ -102,12 +104,19 @@ class Batch:
 
         Raises NoSpace where the journal finds no room: nothing of the batch is durable, and `sync` may be called again.
         """
-        if self._sync_data:
-            self._pool.data.sync()
-            self._sync_data = False
-        if self._payload is not None:
-            self._pool.journal.append(self._payload)
-            self._payload = None
+        try:
+            if self._sync_data:
+                self._pool.data.sync()
+                self._sync_data = False
+            if self._payload is not None:
+                self._pool.journal.append(self._payload)
+                self._payload = None
+        except OSError:
+            # The kernel now calls pages clean that never reached the disk: who reads them, this process or the next,
+            # must not take them for what is stored.
+            self._pool.data.drop_cache()
+            self._pool.journal.drop_cache()
+            raise
         if self._capture is not None:
             try:
                 self._number = self._pool.journal.start_segment()
@@ -115,27 +124,41 @@ class Batch:
                 self._capture = None
                 self.checkpoint_lost = True
 
-    def write_checkpoint(self) -> None:
-        """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer."""
+    def write_checkpoint(self, give_way: Callable[[], None] = lambda: None) -> None:
+        """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer.
+
+        `give_way` is called after each frame: other threads may have the GIL while it sleeps.
+        """
         assert self._capture is not None
         journal = self._pool.journal
         with contextlib.suppress(OSError):
             journal.prepare_next()  # first: it matters more than a short journal when space is short
-        journal.write_checkpoint(self._number, self._capture.payloads())
+        journal.write_checkpoint(self._number, self._paced(give_way))
         journal.finish_checkpoint(self._number)
         journal.prepare_next()  # what the checkpoint replaced may have made the room
 
+    def _paced(self, give_way: Callable[[], None]) -> Iterator[bytes]:
+        assert self._capture is not None
+        for payload in self._capture.payloads():
+            yield payload
+            give_way()
+
 
 class Capture:
-    """The state at one moment: leaves of heads are copied, those of sealed layers, which never change, are shared."""
+    """The state at one moment, by reference: until `release`, layers replace what they would change (`Layer.put`)."""
 
     def __init__(self, state: State) -> None:
         self._records = state.snapshot_records()
-        self._leaves = [
-            (layer.number, leaf, own[:] if layer.head else own)
-            for layer in state.layers.values()
-            for leaf, own in layer.own.items()
-        ]
+        self._layers = list(state.layers.values())
+        self._leaves = []
+        for layer in self._layers:
+            layer.captured = layer.own.copy()
+            self._leaves.append((layer.number, layer.captured))
+
+    def release(self) -> None:
+        """Nothing is read from the leaves any more."""
+        for layer in self._layers:
+            layer.captured = None
 
     def payloads(self) -> Iterator[bytes]:
         """The state as a checkpoint's frames."""
@@ -152,12 +175,14 @@ class Capture:
 
     def _all(self) -> Iterator[Record]:
         yield from self._records
-        leaves = 0
-        for number, leaf, entries in self._leaves:
-            if words(entries).any():
-                leaves += 1
-                yield Leaf(number, leaf, entries.tobytes())
-        yield End(len(self._records) + leaves)
+        count = len(self._records)
+        for number, leaves in self._leaves:
+            for leaf, own in leaves.items():
+                entries = own.tobytes()
+                if entries != _EMPTY_LEAF:
+                    count += 1
+                    yield Leaf(number, leaf, entries)
+        yield End(count)
 
 
 class Pool:
@@ -174,6 +199,7 @@ class Pool:
         self.superblock = superblock
         self.block_size = superblock.block_size
         self.failed: str | None = None  # why nothing can be made durable any more
+        self.has_leftovers = False  # it was not closed: free blocks may take space in the file
         self.state = State()
         self.allocator = Allocator(superblock.size // self.block_size, max(RUN_BYTES // self.block_size, 1))
         self.limits = Limits(self.state, self.block_size)
@@ -183,6 +209,7 @@ class Pool:
         self._refused_size = 0  # bytes that the file system did not let it grow to, as was told
         self.journal_low = False  # the file system is full: what is left of the journal is for what frees space
         self.journal = Journal(path / "journal", files)
+        self.unsynced = Unsynced(path / "journal", files)
         self.data = DataFile(path / superblock.data, superblock.size, files)
         self._lock = lock
         self._autocommit = autocommit
@@ -194,7 +221,7 @@ class Pool:
         self._batch: list[Command] | None = None
         self.unwritten: Batch | None = None  # packed, and not yet durable
         self._settling: set[int] = set()  # layers that the batch being made durable leaves without a name or a child
-        self._checkpointing = False
+        self._capture: Capture | None = None  # of the checkpoint that is being written
         self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
         self._readers: dict[int, int] = {}  # epoch -> reads under way that began in it
@@ -310,14 +337,49 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
-        self.state.find_unnamed()
+        killed = self.has_leftovers = self.unsynced.left
+        recovered = [] if inspect else self._read_unsynced()
+        before = self._owned_blocks() if recovered else None
+        self._apply_recovered(recovered)
         if self.state.size:
             self._check_grown(self.state.size)
             self.allocator.extend(self.state.size // self.block_size)
+        self.state.find_unnamed()
         if inspect:
             self.failed = "it was opened to be looked at"
         self.claim_blocks()
+        # What was written in place may still wait in the page cache: the next flush has to reach it, too.
+        self.data.dirty = killed and not inspect
+        if before is not None:
+            self._records = recovered
+            freed = self.allocator.hold(before)
+            self._freed_arrays = [freed] if len(freed) else []
+            self.state.unsettled = {*self.state.mergeable, *self.state.prunable}
+            with contextlib.suppress(NoSpace):  # of the journal's file system: a later commit makes it durable
+                self.commit()
         self.arm_growth()
+
+    def _read_unsynced(self) -> builtins.list[Record]:
+        """What a process that was killed had answered beyond the journal."""
+        try:
+            return self.unsynced.recover(self.journal.sequence)
+        except BadRecord as error:
+            raise self._bad_unsynced(error) from error
+
+    def _apply_recovered(self, records: builtins.list[Record]) -> None:
+        try:
+            for record in records:
+                self.state.apply(record)
+        except BadRecord as error:
+            raise self._bad_unsynced(error) from error
+
+    def _bad_unsynced(self, error: BadRecord) -> Corrupt:
+        what = f"unflushed writes of a killed process cannot be read: {error} (remove unsynced.* to go on without)"
+        return Corrupt(self.path / "journal", None, what)
+
+    def _owned_blocks(self) -> Words:
+        owned = [layer.physical_blocks() for layer in self.state.layers.values()]
+        return np.concatenate(owned) if owned else np.empty(0, dtype=np.uint64)
 
     def _check_grown(self, size: int) -> None:
         if size % self.block_size or not self.superblock.size <= size <= MAX_BLOCKS * self.block_size:
@@ -337,12 +399,13 @@ class Pool:
     def claim_blocks(self) -> None:
         """Rebuild free space from the entries. Raises Corrupt when they do not add up."""
         for layer in self.state.layers.values():
-            blocks = layer.physical_blocks()
-            layer.blocks = len(blocks)
-            bad = self.allocator.claim(blocks)
-            if len(bad):
-                what = "lies outside the pool" if bad[0] >= self.allocator.total else "has two owners"
-                raise Corrupt(self.path / "journal", None, f"block {bad[0]} of layer {layer.number} {what}")
+            layer.blocks = 0
+            for blocks in layer.physical_parts():
+                layer.blocks += len(blocks)
+                bad = self.allocator.claim(blocks)
+                if len(bad):
+                    what = "lies outside the pool" if bad[0] >= self.allocator.total else "has two owners"
+                    raise Corrupt(self.path / "journal", None, f"block {bad[0]} of layer {layer.number} {what}")
 
     def close(self) -> None:
         """Commit what is not yet durable, and let go of the pool."""
@@ -353,6 +416,7 @@ class Pool:
             self._release()
 
     def _release(self) -> None:
+        self.unsynced.close(clean=self.failed is None and not self.has_changes)
         self.journal.close()
         self.data.close()
         os.close(self._lock)
@@ -524,6 +588,7 @@ class Pool:
             elif isinstance(record, Unname):
                 self._follow(record.name, before)
             self._records.append(record)
+            self.unsynced.add(record)
 
     # -- size
 
@@ -615,11 +680,13 @@ class Pool:
         assert self.state.layers.get(layer.number) is layer
         layer.put(block, entry)
         self._changed[layer.number] = layer
+        self.unsynced.put(layer.number, block, entry)
 
     def put_leaf(self, layer: Layer, leaf: int, entries: array[int] | None) -> None:
         assert self.state.layers.get(layer.number) is layer
         layer.put_leaf(leaf, entries)
         self._changed[layer.number] = layer
+        self.unsynced.add(Leaf(layer.number, leaf, b"" if entries is None else entries.tobytes()))
 
     def discard_block(self, physical: int) -> None:
         """An entry gave `physical` up: free once that is durable and nobody reads it."""
@@ -662,6 +729,11 @@ class Pool:
     def _has_new(self) -> bool:
         return bool(self._records or self._changed or self.data.dirty)
 
+    @property
+    def overwritten(self) -> int:
+        """Bytes of data, about, that are all that a commit would have to sync; 0 where there is more to it."""
+        return 0 if self._records or self._changed or self.unwritten is not None else self.data.dirty
+
     def begin(self) -> Batch:
         """Pack what has changed. Raises PoolFailed. The batch before must be finished."""
         self.check_writable()
@@ -676,13 +748,18 @@ class Pool:
             freed.append(np.array(self._freed_blocks, dtype=np.uint64))
         self._freed_blocks, self._freed_arrays = [], []
         self._settling, self.state.unsettled = self.state.unsettled, set()
-        sync_data, self.data.dirty = self.data.dirty, False
+        sync_data = bool(self.data.dirty)
+        if sync_data:  # only then: what a thread has written since that look must not be forgotten
+            self.data.dirty = 0
         journal = self.journal
         payload = encode(records) if records else None
+        if payload is not None:
+            self.unsynced.next_batch()
         grown = journal.bytes_since_checkpoint + (len(payload) if payload is not None else 0)
-        due = not self._checkpointing and grown > max(self._checkpoint_at, journal.checkpoint_bytes)
-        self._checkpointing |= due
-        self.unwritten = Batch(self, payload, sync_data, freed, Capture(self.state) if due else None)
+        capture = None
+        if self._capture is None and grown > max(self._checkpoint_at, journal.checkpoint_bytes):
+            self._capture = capture = Capture(self.state)
+        self.unwritten = Batch(self, payload, sync_data, freed, capture)
         return self.unwritten
 
     def finish(self, batch: Batch) -> None:
@@ -698,12 +775,15 @@ class Pool:
 
     def checkpoint_ended(self, error: OSError | None) -> None:
         """The checkpoint of a batch was written, or not: then the next try is some way off."""
-        self._checkpointing = False
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
         grown = self.journal.bytes_since_checkpoint if error is not None else 0
         self._checkpoint_at = grown + CHECKPOINT_JOURNAL
 
     def fail(self, error: OSError) -> None:
         """A sync failed: from now on the pool is read-only."""
+        self.unsynced.clear()
         self.unwritten = None  # never again
         if self.failed is None:
             self.failed = f"a sync failed ({os.strerror(error.errno or errno.EIO)}); check the disk, then restart"
@@ -770,8 +850,17 @@ class Pool:
         """Freed blocks that are durable so and that no read can still be using: to `punch`, then to release."""
         return self._limbo.popleft()[1] if self.can_reclaim else None
 
-    def punch(self, blocks: Words) -> None:
-        """Give the space of `blocks` back to the file system. An error there loses space, not data."""
+    def sweep(self, start: int, end: int) -> None:
+        """Have the free blocks between two bytes of the data file reclaimed as if they had just been freed."""
+        blocks = self.allocator.hold_free(start // self.block_size, -(-end // self.block_size))
+        if len(blocks):
+            self._limbo.append((self._epoch, blocks))
+
+    def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> None:
+        """Give the space of `blocks` back to the file system. An error there loses space, not data.
+
+        `give_way` is called after each piece.
+        """
         ordered = np.sort(blocks)
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
         for run in np.split(ordered, breaks):
@@ -779,6 +868,7 @@ class Pool:
             for position in range(start, end, PUNCH_BYTES):
                 with contextlib.suppress(OSError):
                     self.data.punch(position, min(PUNCH_BYTES, end - position))
+                give_way()
 
     # -- merging of layers that lost their name
 
@@ -846,17 +936,24 @@ class Pool:
 
         Costs what changed, not the size. Raises NotFound, or Invalid for a volume.
         """
-        rows = []
         for name in (before, after):
             row = self.state.names.get(name)
             if row is None:
                 raise NotFound(f"no snapshot {name!r} (`nbdthin ls` lists what there is)")
             if not row.snapshot:
                 raise Invalid(f"{name!r} is a volume, which changes: take a snapshot of it first")
+        return self.delta(before, after)
+
+    def delta(self, before: str, after: str) -> builtins.list[Extent]:
+        """The same for volumes too, as they are at this moment: for a pool that nobody writes to. Raises NotFound."""
+        layers, rows = [], []
+        for name in (before, after):
+            row = self.state.names.get(name)
+            if row is None:
+                raise NotFound(f"no volume or snapshot {name!r}")
+            layers.append(self.state.layers[row.layer])
             rows.append(row)
-        first, second = rows
-        layers = self.state.layers
-        return extents.diff(layers[first.layer], first.size, layers[second.layer], second.size, self.block_size // 16)
+        return extents.diff(layers[0], rows[0].size, layers[1], rows[1].size, self.block_size // 16)
 
     def info(self) -> PoolInfo:
         """Facts about the whole pool."""

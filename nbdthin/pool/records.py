@@ -124,5 +124,15 @@ def _typed(kind: type[Record], fields: list[object]) -> Record:
     return kind(*fields)  # type: ignore[arg-type]
 
 
+def kinds() -> Mapping[int, type[Record]]:
+    """Every kind of record by its tag."""
+    return _TYPES
+
+
+def make(kind: type[Record], fields: list[object]) -> Record:
+    """A record of `kind`, its fields in order. Raises BadRecord for what is not of their types."""
+    return _typed(kind, fields)
+
+
 def u64(values: Iterable[int]) -> bytes:
     return array("Q", values).tobytes()

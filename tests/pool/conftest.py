@@ -63,6 +63,10 @@ class Pools:
         self._open.pop(pool.path).close()
         return pool.path
 
+    def kill(self, pool: Pool) -> Path:
+        """End `pool` as SIGKILL ends its process."""
+        return kill(self._open.pop(pool.path))
+
     def crash(self, pool: Pool) -> Path:
         """End `pool` without a commit: what was not durable is gone, but for data written in place."""
         pool.fail(OSError(errno.EIO, "the test crashed it"))
@@ -230,6 +234,15 @@ def walk(layer: Layer, block: int) -> tuple[int, ...]:
 def used(pool: Pool) -> int:
     """Blocks of the pool in use."""
     return pool.allocator.used
+
+
+def kill(pool: Pool) -> Path:
+    """End `pool` as SIGKILL ends its process: no commit, nothing tidied up; the page cache keeps what it has."""
+    pool.unsynced.close(clean=False)
+    pool.journal.close()
+    pool.data.close()
+    os.close(pool._lock)
+    return pool.path
 
 
 def fill(pool: Pool, name: str = "filler") -> None:

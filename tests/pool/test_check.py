@@ -63,16 +63,23 @@ def entry(physical: int, zero: int, data: int) -> int:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (Entries(1, u64([9]), u64([entry(1, 0, 1)])), "block 1 of layer 1 has two owners"),
+        (
+            Entries(1, u64([9]), u64([entry(1, 0, 1)])),
+            "block 0 of layer 1 shares physical block 1 with block 9 of layer 1: it has two owners",
+        ),
         (Entries(4, u64([9]), u64([entry(1, 0, 1)])), "has two owners"),
-        (Entries(1, u64([9]), u64([entry(1 << 20, 0, 1)])), "block 1048576 of layer 1 lies outside the pool"),
+        (
+            Entries(1, u64([9]), u64([entry(1 << 20, 0, 1)])),
+            r"byte \d+: block 9 of layer 1 lies outside the pool; it concerns c, v, v@1, v@2",
+        ),
         (Entries(1, u64([9]), u64([entry(500, 1, 1)])), "block 9 of layer 1 is data and zero at once"),
         (Entries(1, u64([9]), u64([entry(0, 0, 1)])), "block 9 of layer 1 has data in no block"),
         (Layer(9, 1), "layer 9 is reached by no name"),
         (Layer(1, 2), "layer . is its own ancestor"),
         (Name("x", False, 1, MiB, 0.0, {}), "layer 1 does not know that it is 'v@1'|volume 'x' has layers on top"),
         (Name("v", True, 3, MiB, 0.0, {}), ""),
-        (Leaf(1, 1 << 60, u64([0] * 511 + [entry(1, 0, 1)])), "two owners"),
+        (Leaf(1, 1 << 60, u64([0] * 511 + [entry(1, 0, 1)])), "a leaf of 4096 bytes, number 1152921504606846976"),
+        (Leaf(1, 1 << 40, u64([0] * 511 + [entry(1, 0, 1)])), "two owners"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, tuple) else None,
 )

@@ -33,7 +33,7 @@ from nbdthin.pool.rows import Row
 from nbdthin.pool.volume import Volume
 from nbdthin.units import KiB
 
-from .conftest import FIXED, chain, walk
+from .conftest import FIXED, chain, kill, walk
 
 LONG = os.environ.get("NBDTHIN_LONG") == "1"
 MOST_NAMES = 7
@@ -172,7 +172,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(block_size=st.sampled_from([16 * KiB, 64 * KiB]), size=st.sampled_from([16, 24, 64, 64]))
     def start(self, block_size: int, size: int) -> None:
         Pool.init(self.path, size=size * block_size, block_size=block_size)
-        self.pool = Pool.open(self.path, autocommit=False, policy=FIXED)
+        self.open()
         self.oracle = Oracle(block_size // SUBBLOCKS)
         self.create((5, 3, 512))
         self.io(0, [("write", (0, 0, 0), (2, 7, 0)), ("write", (3, 0, 5), (0, 0, 512))])
@@ -389,7 +389,10 @@ class Machine(RuleBasedStateMachine):
 
     # -- time
 
-    @rule(what=st.sampled_from(["commit"] * 5 + ["reopen", "crash", "merge_all", "exclusive"]), index=which)
+    @rule(
+        what=st.sampled_from(["commit"] * 5 + ["reopen", "crash", "kill", "kill", "merge_all", "exclusive"]),
+        index=which,
+    )
     def time(self, what: str, index: int) -> None:
         match what:
             case "commit":
@@ -398,6 +401,8 @@ class Machine(RuleBasedStateMachine):
                 self.reopen()
             case "crash":
                 self.crash()
+            case "kill":
+                self.kill()
             case "merge_all":
                 self.merge_all()
             case "exclusive" if self.oracle.images and not self.pool.state.mergeable:
@@ -413,7 +418,21 @@ class Machine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.reader = None
         self.pool.close()
+        self.open()
+        self.durable = {name: image.copy() for name, image in self.oracle.images.items()}
+        self.oracle.seen = {}
+
+    def open(self) -> None:
+        """As a daemon does: what is answered survives the end of the process."""
         self.pool = Pool.open(self.path, autocommit=False, policy=FIXED)
+        self.pool.unsynced.start(self.pool.journal.sequence + 1)
+
+    def kill(self) -> None:
+        """The process ends and the machine goes on: everything that was answered is there."""
+        self.reader = None
+        self.pool.unsynced.publish()
+        kill(self.pool)
+        self.open()
         self.durable = {name: image.copy() for name, image in self.oracle.images.items()}
         self.oracle.seen = {}
 
@@ -422,7 +441,7 @@ class Machine(RuleBasedStateMachine):
         self.reader = None
         self.pool.fail(OSError(5, "crashed"))
         self.pool.close()
-        self.pool = Pool.open(self.path, autocommit=False, policy=FIXED)
+        self.open()
         later, self.oracle.seen = self.oracle.seen, {}
         self.oracle.images = {name: image.copy() for name, image in self.durable.items()}
         for name, image in self.oracle.images.items():
@@ -583,6 +602,7 @@ class Machine(RuleBasedStateMachine):
 
     def exclusive(self, index: int) -> None:
         """What `exclusive` promises is what a copy of the pool gives back."""
+        self.reopen()  # as the copy will be: at load, every layer without a name is pruned anew
         self.merge_all()
         name = self.any_name(index)
         promised = self.pool.show(name).exclusive

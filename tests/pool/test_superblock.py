@@ -12,7 +12,7 @@ import pytest
 
 from nbdthin.errors import Corrupt, Error, Invalid, NotFound
 from nbdthin.pool.pool import Pool
-from nbdthin.pool.superblock import Superblock, read_superblock
+from nbdthin.pool.superblock import Superblock, parse_data_header, read_superblock
 from nbdthin.units import KiB, MiB
 
 from .conftest import Pools, flip
@@ -50,11 +50,25 @@ def test_a_superblock_is_these_bytes(tmp_path: Path) -> None:
 
 def test_a_data_header_is_these_bytes() -> None:
     header = EXAMPLE.data_header()
-    magic, identity, checksum = struct.unpack_from("<16s16sI", header)
+    magic, identity, length, checksum = struct.unpack_from("<16s16sII", header)
     assert magic == b"nbdthin data\0\0\0\0"
     assert identity == uuid.UUID(EXAMPLE.uuid).bytes == bytes.fromhex("00112233445566778899aabbccddeeff")
-    assert checksum == zlib.crc32(header[:32])
-    assert header[36:] == bytes(4 * KiB - 36)
+    copy = (
+        b"\x86\xa4uuid\xd9\x2400112233-4455-6677-8899-aabbccddeeff\xaablock_size\xce\x00\x01\x00\x00\xa4size\xce\x00\x10\x00\x00"
+        b"\xa7created\xcb\x3f\xf8\x00\x00\x00\x00\x00\x00\xa7version\x01\xa8features\x90"
+    )
+    assert checksum == zlib.crc32(header[:36] + copy)
+    assert header[40:] == copy.ljust(4 * KiB - 40, b"\0") and length == len(copy)
+
+
+def test_a_superblock_is_read_back_from_a_data_header_and_from_no_other_bytes() -> None:
+    header = EXAMPLE.data_header()
+    assert parse_data_header(Path("disk"), header, "data") == EXAMPLE
+    for offset in range(len(header)):
+        damaged = bytearray(header)
+        damaged[offset] ^= 0x10
+        with pytest.raises(Corrupt):
+            parse_data_header(Path("disk"), bytes(damaged), "data")
 
 
 def test_a_new_pool_has_the_files_that_format_md_lists(pools: Pools) -> None:

@@ -1,0 +1,320 @@
+"""Bring a damaged pool back to what is left of it, and say exactly what is gone.
+
+The superblock and the header of the data are made from each other, the journal from what `survey` and `salvage` find.
+Rules:
+
+- where nothing is damaged, nothing is changed;
+- what was there is kept beside it, under its name and `.damaged-N`: nothing is destroyed;
+- the new journal is written whole and synced under another name, read back as recovery would, and takes the old one's
+  place in one step: a crash at any moment leaves one or the other;
+- nothing is guessed about whose data it is: a sound header of another pool, or a file that is no pool's, is refused.
+
+Asks nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nbdthin.errors import Corrupt, Invalid, Locked, NotFound
+from nbdthin.pool.allocator import Allocator
+from nbdthin.pool.data import device_size, is_device
+from nbdthin.pool.files import FILES, Files, write_all, write_file
+from nbdthin.pool.journal import Frame, Journal
+from nbdthin.pool.layers import State
+from nbdthin.pool.pool import Capture
+from nbdthin.pool.records import BadRecord, decode
+from nbdthin.pool.salvage import Loss, Salvage
+from nbdthin.pool.superblock import (
+    DATA_HEADER,
+    DATA_MAGIC,
+    LaterVersion,
+    Superblock,
+    parse_data_header,
+    read_superblock,
+)
+from nbdthin.pool.survey import Finding, Survey, survey
+
+_SECTOR = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What a repair found and did. Without `damage` nothing was changed."""
+
+    path: Path
+    dry_run: bool
+    damage: tuple[str, ...]
+    notes: tuple[str, ...]  # what is odd and harmless
+    lost: tuple[Loss, ...]
+    kept: tuple[Path, ...]  # what was there, put aside
+
+
+@dataclass(slots=True)
+class Identity:
+    """What a pool's superblock and its data say of it. `superblock` is None where neither can be read."""
+
+    path: Path
+    data: Path
+    superblock: Superblock | None = None
+    write_superblock: bool = False
+    page: bytes | None = None  # the first bytes of the data, None where there is none
+    write_header: bool = False
+    data_bytes: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep everyone else off the pool in the directory `path`. Raises NotFound or Locked."""
+    try:
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"no pool at {path}") from error
+    try:
+        with flocked(lock, f"the pool at {path} is open in another process (stop it first)"):
+            yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def flocked(fd: int, message: str) -> Iterator[None]:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Locked(message) from error
+    yield
+
+
+# -- whose it is
+
+
+def identify(path: Path, data: Path | None = None) -> Identity:
+    """Read the superblock and the data's header. Raises NotFound where there is no pool, LaterVersion, or Corrupt where
+    the data is another pool's."""
+    identity = Identity(path, path / "data")
+    try:
+        identity.superblock = read_superblock(path / "superblock")
+        identity.data = path / identity.superblock.data
+    except LaterVersion:
+        raise
+    except NotFound:
+        if not path.is_dir() or not ((path / "journal").exists() or data is not None):
+            raise
+        identity.findings.append(Finding(path / "superblock", None, "the superblock is missing"))
+        identity.write_superblock = True
+    except Corrupt as error:
+        identity.findings.append(Finding(error.path, error.offset, error.what))
+        identity.write_superblock = True
+    if data is not None and data.absolute() != identity.data.absolute():
+        identity.data = data.absolute()
+        identity.write_superblock = True
+    _read_header(identity, data is not None)
+    return identity
+
+
+def _read_header(identity: Identity, named: bool) -> None:
+    path = identity.data
+    try:
+        with open(path, "rb") as file:
+            identity.page = file.read(DATA_HEADER)
+        identity.data_bytes = device_size(path) if is_device(path) else path.stat().st_size
+    except FileNotFoundError:
+        identity.findings.append(Finding(path, None, "the pool's data is missing"))
+        return
+    place = "data" if path == identity.path / "data" else str(path)
+    copy, problem = _header_copy(path, identity.page, place)
+    superblock = identity.superblock
+    if superblock is None:
+        identity.superblock = copy
+    elif copy is not None and copy.uuid != superblock.uuid:
+        raise Corrupt(path, 0, f"this is the data of another pool: its uuid is {copy.uuid}, not {superblock.uuid}")
+    elif identity.write_superblock:
+        identity.superblock = replace(superblock, data=place)
+        identity.findings.append(Finding(identity.path / "superblock", None, f"it names other data than {path}"))
+    if identity.superblock is None or identity.page != identity.superblock.data_header():
+        identity.findings.append(Finding(path, 0, problem or "the data's header is not that of this pool's superblock"))
+        identity.write_header = True
+        if superblock is not None and not named:
+            _refuse_foreign(path, identity.page, superblock)
+    if identity.superblock is not None and identity.data_bytes < identity.superblock.size:
+        what = f"it has {identity.data_bytes} bytes, the pool needs {identity.superblock.size}: it was truncated"
+        identity.findings.append(Finding(path, identity.data_bytes, what))
+
+
+def _header_copy(path: Path, page: bytes, place: str) -> tuple[Superblock | None, str]:
+    try:
+        return parse_data_header(path, page, place), ""
+    except LaterVersion:
+        raise
+    except Corrupt as error:
+        return None, error.what
+
+
+def _refuse_foreign(path: Path, page: bytes, superblock: Superblock) -> None:
+    """A header is written again only over what shows that it was one, or over a sector of zeroes."""
+    expected = superblock.data_header()
+    known = page[: len(DATA_MAGIC)] == DATA_MAGIC or page[16:32] == expected[16:32]
+    if not known and any(page[:_SECTOR]):
+        raise Corrupt(path, 0, f"not the data of a pool, or its header is gone (`--data {path}` says that it is)")
+
+
+# -- the verb
+
+
+def repair(path: Path | str, *, data: Path | str | None = None, dry_run: bool = False, files: Files = FILES) -> Repair:
+    """Repair the pool at `path`, which must not be in use; `dry_run` only says what that would do.
+
+    `data`: where its data is, when the superblock does not say so rightly. Raises NotFound, Locked, OSError, or Corrupt
+    for what cannot be repaired; then nothing was changed.
+    """
+    path = Path(path)
+    with locked(path), contextlib.ExitStack() as held:
+        identity = identify(path, None if data is None else Path(data))
+        superblock = identity.superblock
+        if superblock is None:
+            raise Corrupt(path / "superblock", None, f"it cannot be read, nor its copy in {identity.data} (--data?)")
+        if identity.page is None:
+            raise NotFound(f"the pool's data is missing: {identity.data} (`--data FILE` says where it is)")
+        if is_device(identity.data) and identity.data_bytes < superblock.size:
+            raise Invalid(f"{identity.data} has {identity.data_bytes} bytes, the pool needs {superblock.size}")
+        fd = os.open(identity.data, os.O_RDWR | os.O_CLOEXEC)
+        held.callback(os.close, fd)
+        held.enter_context(flocked(fd, f"{identity.data} is the data of a pool that is open"))
+        directory = _source(path)
+        found = survey(directory)
+        salvage = examine(found, identity)
+        damage = (*identity.findings, *found.damage, *salvage.defects)
+        kept: list[Path] = []
+        if damage and not dry_run:
+            kept = _write(identity, superblock, fd, files)
+            if found.damage or salvage.defects:
+                kept += replace_journal(path, directory, salvage.state, superblock, found.last + 1, files)
+    notes = tuple(str(finding) for finding in found.findings if finding.harmless)
+    return Repair(path, dry_run, tuple(map(str, damage)), notes, tuple(salvage.losses) if damage else (), tuple(kept))
+
+
+def _source(path: Path) -> Path:
+    """The journal; or the last one put aside, where a crash came between two renames of `_put_in_place`."""
+    aside = sorted(path.glob("journal.damaged-*"), key=lambda item: int(item.suffix.rpartition("-")[2]))
+    return aside[-1] if aside and not (path / "journal").exists() else path / "journal"
+
+
+def examine(found: Survey, identity: Identity) -> Salvage:
+    """What can be had of a journal. Raises Corrupt where that is nothing, or where it is a later version's."""
+    if found.later is not None:
+        raise LaterVersion(found.later.path, found.later.offset, found.later.what)
+    if found.empty:
+        raise Corrupt(found.directory, None, "nothing of the journal is left (`nbdthin restore` takes a dump)")
+    superblock = identity.superblock
+    assert superblock is not None
+    blocks = superblock.size // superblock.block_size
+    salvage = Salvage(found, superblock.block_size, blocks, None if identity.page is None else identity.data_bytes)
+    if not found.damage and not salvage.defects:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_noting(found))
+            replay(found.directory, blocks)
+    return salvage
+
+
+@contextlib.contextmanager
+def _noting(found: Survey) -> Iterator[None]:
+    """Recovery has the last word: what it would refuse is damage, whatever the survey thinks."""
+    try:
+        yield
+    except Corrupt as error:
+        found.findings.append(Finding(error.path, error.offset, error.what))
+
+
+def replay(directory: Path, blocks: int) -> State:
+    """The state that recovery gets from a journal. Raises Corrupt."""
+    state = State()
+
+    def apply(frame: Frame) -> None:
+        try:
+            for record in decode(frame.payload):
+                state.apply(record)
+        except BadRecord as error:
+            raise Corrupt(frame.path, frame.offset, str(error)) from error
+
+    Journal(directory).load(apply, repair_tail=False)
+    space = Allocator(blocks, 1)
+    for layer in state.layers.values():
+        if len(space.claim(layer.physical_blocks())):
+            raise Corrupt(directory, None, f"the blocks of layer {layer.number} are not all its own")
+    return state
+
+
+# -- writing
+
+
+def _free_number(path: Path) -> int:
+    taken = {item.name.rpartition("-")[2] for item in path.glob("*.damaged-*")}
+    return next(number for number in range(1, len(taken) + 2) if str(number) not in taken)
+
+
+def _write(identity: Identity, superblock: Superblock, fd: int, files: Files) -> list[Path]:
+    """The superblock, the data's header and its size, where they are wrong; what was put aside."""
+    path, kept = identity.path, []
+    number = _free_number(path)
+    if identity.write_header:
+        assert identity.page is not None
+        kept.append(path / f"data-header.damaged-{number}")
+        write_file(files, kept[-1], [identity.page])
+        files.sync_directory(path)
+    if identity.data_bytes < superblock.size:
+        files.truncate(fd, superblock.size)
+    if identity.write_header:
+        write_all(files, fd, superblock.data_header(), 0)
+    os.fsync(fd)
+    if identity.write_superblock:
+        if (path / "superblock").exists():
+            kept.append(path / f"superblock.damaged-{number}")
+            write_file(files, kept[-1], [(path / "superblock").read_bytes()])
+        superblock.write(path / "superblock", files)
+    files.sync_directory(path)
+    return kept
+
+
+def replace_journal(
+    path: Path, old: Path, state: State, superblock: Superblock, number: int, files: Files = FILES
+) -> list[Path]:
+    """Make `state` the journal of the pool at `path`, from checkpoint `number` on; where `old` is kept."""
+    made = path / "journal.repaired"
+    shutil.rmtree(made, ignore_errors=True)
+    Journal.create_at(made, max(number, 2), Capture(state).payloads(), files)  # 1 would say that nothing was before
+    again = replay(made, superblock.size // superblock.block_size)
+    assert again.names == state.names and again.layers.keys() == state.layers.keys()
+    return [_put_in_place(path, made, old, files)] if old.exists() else _put(path, made, files)
+
+
+def _put(path: Path, made: Path, files: Files) -> list[Path]:
+    files.rename(made, path / "journal")
+    files.sync_directory(path)
+    return []
+
+
+def _put_in_place(path: Path, made: Path, old: Path, files: Files) -> Path:
+    if old != path / "journal":  # it is aside already
+        _put(path, made, files)
+        return old
+    aside = path / f"journal.damaged-{_free_number(path)}"
+    files.rename(made, aside)  # first, so that the exchange is the last step and the old one is never `made`
+    try:
+        files.exchange(aside, old)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        files.rename(aside, made)
+        files.rename(old, aside)  # not in one step: `_source` knows what a crash here leaves
+        files.rename(made, old)
+    files.sync_directory(path)
+    return aside
