@@ -48,6 +48,7 @@ _HEADER_BODY = struct.Struct("<4sHHQII")
 _LOG = re.compile(r"([0-9a-f]{16})\.log")
 _CHECKPOINT = re.compile(r"([0-9a-f]{16})\.checkpoint")
 _ZEROES = bytes(1 * MiB)
+_SECTOR = 512  # what a disk writes whole, or not at all
 
 
 class Frame(NamedTuple):
@@ -118,6 +119,20 @@ def _read_frame(fd: int, offset: int, sequence: int) -> bytes | None:
 
 def _no_room() -> NoSpace:
     return NoSpace("the file system has no room for the pool's journal (free space there, or remove something)")
+
+
+def may_be_torn(data: bytes | memoryview, offset: int) -> bool:
+    """Whether a power cut can have left what stands at `offset`, with nothing sound behind it, of an append.
+
+    Sectors are written whole. So the header is there, or what it was written over (a mark or zeroes), unless it spans
+    two; and behind the frame's end nothing was written. 28 bytes alone are a damaged mark, which matters to nobody.
+    """
+    header = parse_header(data, offset)
+    end = offset + HEADER.size
+    if header is not None:
+        return header.is_mark or not any(data[end + header.length :])
+    spans = offset // _SECTOR != (end - 1) // _SECTOR
+    return spans or not any(data[offset:end]) or not any(data[end:])
 
 
 class Journal:
@@ -231,6 +246,8 @@ class Journal:
         rest = data[end:]
         if rest.count(0) != len(rest):
             self._refuse_damage(path, end, data, last)
+            if not may_be_torn(data, offset):
+                raise Corrupt(path, offset, "a damaged frame: this is not what a torn append leaves")
         return offset
 
     def _refuse_damage(self, path: Path, offset: int, data: bytes, last: bool) -> None:
