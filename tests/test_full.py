@@ -40,7 +40,7 @@ from nbdthin.pool.pool import Pool
 from tests.clients.daemon import Daemon
 from tests.conftest import Ballast, need_root
 from tests.pool.conftest import Faults
-from tests.rawclient import EIO, ENOSPC, FLUSH, FUA, NO_HOLE, TRIM, WRITE, WRITE_ZEROES, Client, Serving
+from tests.rawclient import EIO, ENOSPC, FLUSH, FUA, NO_HOLE, READ, TRIM, WRITE, WRITE_ZEROES, Client, Serving
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = 16 * KIB
@@ -218,6 +218,20 @@ def test_everything_that_needs_no_space_goes_on_beside_a_write_that_waits(full: 
     other.close()
 
 
+def test_however_much_waits_the_same_connection_can_make_the_space(full: Full) -> None:
+    full.do(Resize("big", 40 * MIB))
+    client = full.connect("big")
+    for _ in range(2):
+        client.send(WRITE, 4 * MIB, 32 * MIB, bytes(32 * MIB))
+    full.until_waiting(2)
+    read = client.send(READ, 0, BLOCK)
+    trimmed = client.send(TRIM, 0, BLOCK)
+    client.lengths[read] = BLOCK
+    replies = {reply.cookie: reply.error for reply in (client.reply(), client.reply())}
+    assert replies == {read: 0, trimmed: 0}
+    client.close()
+
+
 def test_a_snapshot_passes_a_write_that_waits_and_does_not_hold_it(full: Full) -> None:
     other = full.connect("small")
     other.send(WRITE, 0, BLOCK, b"a" * BLOCK)
@@ -296,7 +310,7 @@ def test_a_stopping_server_waits_for_nobody_and_answers_the_others(full: Full) -
     other = full.connect("small")
     other.send(WRITE, 0, BLOCK, b"a" * BLOCK)
     full.until_waiting(1)
-    read = other.send(0, 0, 4)  # READ
+    read = other.send(READ, 0, 4)
     other.lengths[read] = 4
     stopping = threading.Thread(target=full.stop)
     stopping.start()

@@ -40,7 +40,7 @@ from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.volume import Volume
-from nbdthin.pool.waiting import GivenUp, Waiting
+from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
 
 COMMIT_INTERVAL = (
@@ -64,11 +64,6 @@ MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so c
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
-Wanted = Callable[[], bool]
-
-
-def _always() -> bool:
-    return True
 
 
 class SyncThread:
@@ -175,24 +170,31 @@ class LiveVolume:
         volume.finish(write)
         return True
 
-    async def write(self, offset: int, payload: memoryview, wanted: Wanted = _always) -> None:
+    async def write(self, offset: int, payload: memoryview, asker: Asker = PATIENT) -> None:
         """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace, GivenUp or OSError.
 
-        `wanted` says whether anyone is still interested; it is asked while the write waits for space (`space_came`).
+        `asker` is told when the write waits for space, and gives it up by being gone when `space_came` is called.
         """
-        await self._holding(offset, len(payload), partial(self._write_held, offset, payload), wanted)
+        work = partial(self._write_held, offset, payload)
+        await self._holding(offset, len(payload), work, asker, len(payload))
 
     async def _holding(
-        self, offset: int, length: int, work: Callable[[], Coroutine[object, object, None]], wanted: Wanted
+        self,
+        offset: int,
+        length: int,
+        work: Callable[[], Coroutine[object, object, None]],
+        asker: Asker,
+        payload: int = 0,
     ) -> None:
         """Do `work` while holding a range; where it finds no space, let go and try again when there may be some."""
         deadline: float | None = None
-        while wanted():
+        while not asker.gone:
             try:
                 async with self._hold(offset, length):
                     return await work()
             except NoSpace as error:
-                deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
+                with asker.waiting(payload):
+                    deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
         raise GivenUp
 
     async def _write_held(self, offset: int, payload: memoryview) -> None:
@@ -215,9 +217,9 @@ class LiveVolume:
         self._live.blocks_freed()
         return True
 
-    async def trim(self, offset: int, length: int, wanted: Wanted = _always) -> None:
+    async def trim(self, offset: int, length: int, asker: Asker = PATIENT) -> None:
         """Raises NoSpace, where what is left of the journal is for other things, or GivenUp."""
-        await self._holding(offset, length, partial(self._trim_held, offset, length), wanted)
+        await self._holding(offset, length, partial(self._trim_held, offset, length), asker)
 
     async def _trim_held(self, offset: int, length: int) -> None:
         for start, count in _pieces(offset, length):
@@ -235,9 +237,9 @@ class LiveVolume:
         self._live.blocks_freed()
         return True
 
-    async def write_zeroes(self, offset: int, length: int, allocate: bool, wanted: Wanted = _always) -> None:
+    async def write_zeroes(self, offset: int, length: int, allocate: bool, asker: Asker = PATIENT) -> None:
         """Raises NoSpace, GivenUp or OSError."""
-        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate), wanted)
+        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate), asker)
 
     async def _zero_held(self, offset: int, length: int, allocate: bool) -> None:
         self._pool.check_writable()
