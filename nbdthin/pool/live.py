@@ -628,15 +628,17 @@ class LivePool:
         `deadline` is None the first time and what this returned before, later. Raises `error` where waiting is of no
         use, not wanted, or was long enough; GivenUp when the pool is being closed.
         """
+        first = deadline is None
         if deadline is None:
             deadline = self._loop.time() + self._patience(name)
         if isinstance(error, OverQuota):
             self._tell_over_quota(name, error)
             raise error
-        if self.pool.allocator.pending:  # it is coming, whatever the policy says
+        waits = self._loop.time() < deadline
+        # Space is coming, whatever the policy says; on a full disk perhaps not enough: then not for ever.
+        if self.pool.allocator.pending and (first or waits or not isinstance(error, _DiskFull)):
             await self._freed_space()
             return deadline
-        waits = self._loop.time() < deadline
         self._tell_no_space(name, error, waits)
         if isinstance(error, _DiskFull) or self.pool.journal_low:
             self._space.wake_in(POLL)
