@@ -50,6 +50,7 @@ INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for 
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
+ALONE = 8  # flushes that one client has asked for while all others were silent: the loop may sync for it itself
 OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
@@ -107,6 +108,8 @@ class Server:
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
         self.stopping = False
+        self.speaker: Connection | None = None  # who sent last
+        self.flushes_alone = 0  # that it has asked for since someone else sent
         live.users = self.holders
         live.no_space = self._no_space
 
@@ -180,6 +183,8 @@ class Server:
 
     def remove(self, connection: Connection, name: str | None) -> None:
         self._connections.pop(connection, None)
+        if self.speaker is connection:
+            self.speaker = None
         if name is not None:
             users = self._users[name]
             del users[connection]
@@ -225,6 +230,7 @@ class Connection(asyncio.BufferedProtocol):
         self._half_close = False  # at its end, only our direction is closed at first
         self._discarding = False  # what comes in is of no interest any more
         self._lost = False  # the transport is gone
+        self._gone = False  # so it is, or soon will be: what waits for space need not
         self._view = _buffer(SCRATCH)
         self._end = 0  # bytes in scratch
         self._payload: memoryview | None = None  # of a large write, while it comes in
@@ -289,6 +295,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
         self._closing = True
+        self._give_up()
         if self._timer is not None:
             self._timer.cancel()
         self._out.clear()
@@ -307,10 +314,20 @@ class Connection(asyncio.BufferedProtocol):
             self._finish_receiving()
 
     def abort(self) -> None:
-        """Close now; requests in work end by themselves, unanswered."""
+        """Close now; requests in work end by themselves, unanswered, and none waits for space any more."""
         self._closing = True
+        self._give_up()
         if not self._lost:
             self._transport.abort()
+
+    def _give_up(self) -> None:
+        if not self._gone:
+            self._gone = True
+            if self._tasks:
+                self._live.space_came()
+
+    def _is_wanted(self) -> bool:
+        return not self._gone
 
     def _finish_receiving(self) -> None:
         self._draining = True
@@ -439,6 +456,8 @@ class Connection(asyncio.BufferedProtocol):
     def _parse(self) -> None:
         """Handle every whole request in scratch."""
         view, end = self._view, self._end
+        if self._server.speaker is not self:
+            self._server.speaker, self._server.flushes_alone = self, 0
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
         unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
@@ -473,6 +492,8 @@ class Connection(asyncio.BufferedProtocol):
                 try:
                     if command == _READ:
                         self._read(flags, cookie, offset, length)
+                    elif command == _FLUSH:
+                        self._flush_volume(cookie, end - position < _REQUEST_HEADER)
                     else:
                         self._other(command, flags, cookie, offset, length)
                 except Exception as failure:
@@ -614,15 +635,12 @@ class Connection(asyncio.BufferedProtocol):
             self._start(_WRITE, cookie, len(payload), self._write_slowly(flags, cookie, offset, payload))
 
     async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
-        await self._device.write(offset, payload)
+        await self._device.write(offset, payload, self._is_wanted)
         await self._succeed(flags, cookie)
 
     def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        """Everything but READ, WRITE and DISC."""
+        """Everything but READ, WRITE, FLUSH and DISC."""
         work: Coroutine[object, object, None]
-        if command == _FLUSH:
-            self._answer_durable(_FLUSH, cookie)
-            return
         if command == _TRIM:
             work = self._trim(flags, cookie, offset, length)
         elif command == _WRITE_ZEROES:
@@ -633,6 +651,15 @@ class Connection(asyncio.BufferedProtocol):
             self._block_status(flags, cookie, offset, length)
             return
         self._start(command, cookie, 0, work)
+
+    def _flush_volume(self, cookie: int, last: bool) -> None:
+        """`last`: nothing has been received behind it."""
+        server = self._server
+        server.flushes_alone += 1
+        if last and not self._tasks and server.flushes_alone > ALONE and self._live.commit_now():
+            self._put(_simple(0, cookie))
+        else:
+            self._answer_durable(_FLUSH, cookie)
 
     def _answer_durable(self, command: int, cookie: int) -> None:
         """Answer when all that was written before is durable. No task: it is what a flush costs beside the disk."""
@@ -659,14 +686,14 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length and not self._device.trim_now(offset, length):
-            await self._device.trim(offset, length)
+            await self._device.trim(offset, length, self._is_wanted)
         await self._succeed(flags, cookie)
 
     async def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
         # Always fast: at most two subblocks are written, so FAST_ZERO asks for nothing that is not so anyway.
         allocate = bool(flags & _NO_HOLE)
         if length and (allocate or not self._device.zero_now(offset, length)):
-            await self._device.write_zeroes(offset, length, allocate)
+            await self._device.write_zeroes(offset, length, allocate, self._is_wanted)
         await self._succeed(flags, cookie)
 
     async def _cache(self, cookie: int, offset: int, length: int) -> None:

@@ -11,7 +11,7 @@ import struct
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import uvloop
 
@@ -192,7 +192,7 @@ class Serving:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()))
 
-    def __enter__(self) -> Serving:
+    def __enter__(self) -> Self:
         self._thread.start()
         self._ready.wait()
         return self

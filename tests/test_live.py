@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -160,6 +161,72 @@ def test_a_failed_sync_is_final_and_reads_go_on(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(PoolFailed):
             await live.execute([Create("new", MIB)])
         assert await read(volume, 0, 4096) == b"a" * 4096
+
+    run(tmp_path / "pool", work)
+
+
+def test_an_overwrite_is_synced_at_once_where_that_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And left to the thread when there is metadata, or much data, or the disk was slow, or a commit is under way."""
+
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        syncs: list[str] = []
+        real = live.pool.data.sync
+
+        def sync() -> None:
+            syncs.append(threading.current_thread().name)
+            real()
+
+        monkeypatch.setattr(live.pool.data, "sync", sync)
+        monkeypatch.setattr(live, "_sync_took", 0.0001)
+        assert not live.commit_now(), "nothing has changed"
+        await write(volume, 0, b"a" * 4096)
+        assert not live.commit_now(), "a new block"
+        await live.commit()
+        assert syncs == ["nbdthin-sync"]
+        await write(volume, 0, b"b" * 4096)
+        monkeypatch.setattr(live, "_sync_took", 0.002)
+        assert not live.commit_now(), "a slow disk"
+        monkeypatch.setattr(live, "_sync_took", 0.0001)
+        assert live.commit_now()
+        assert syncs == ["nbdthin-sync", "MainThread"]
+        assert not live.pool.has_changes
+        await write(volume, 0, b"c" * 4096)
+        under_way = live.durable()
+        assert not live.commit_now(), "a commit is under way"
+        assert under_way is not None
+        await under_way
+        for _ in range(65):
+            await write(volume, 0, b"d" * 4096)
+        monkeypatch.setattr(live, "_sync_took", 0.0001)
+        assert not live.commit_now(), "more than a little"
+        await live.commit()
+        assert syncs == ["nbdthin-sync", "MainThread", "nbdthin-sync", "nbdthin-sync"]
+
+    run(tmp_path / "pool", work)
+
+
+def test_a_sync_that_fails_in_the_loop_is_as_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        await write(volume, 0, b"a" * 4096)
+        await live.commit()
+        await write(volume, 0, b"b" * 4096)
+
+        def fail() -> None:
+            raise OSError(5, "injected")
+
+        monkeypatch.setattr(live.pool.data, "sync", fail)
+        monkeypatch.setattr(live, "_sync_took", 0.0001)
+        with pytest.raises(PoolFailed):
+            live.commit_now()
+        monkeypatch.undo()
+        with pytest.raises(PoolFailed):
+            await live.commit()
+        with pytest.raises(PoolFailed):
+            await write(volume, 0, b"c" * 4096)
 
     run(tmp_path / "pool", work)
 

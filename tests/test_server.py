@@ -21,7 +21,7 @@ import pytest
 from nbdthin.errors import InUse
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.pool import Pool
-from nbdthin.server import Server
+from nbdthin.server import ALONE, Server
 from tests.rawclient import (
     BLOCK_STATUS,
     CACHE,
@@ -106,6 +106,38 @@ def test_a_payload_that_comes_in_small_pieces_is_put_together(client: Client) ->
             client.sock.sendall(message[start : start + 997])
         assert client.reply().error == 0
         assert client.read(777, length) == data
+
+
+def test_a_client_alone_is_synced_for_by_the_loop_and_one_beside_others_is_not(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdthin.pool.live.QUICK_SYNC", 60.0)  # this disk is
+    data = serving.live.pool.data
+    assert (client.write(0, bytes(4096)), client.call(FLUSH, 0, 0)) == (0, 0)
+    by_the_loop: list[bool] = []
+    real = data.sync
+
+    def sync() -> None:
+        by_the_loop.append(threading.current_thread().name != "nbdthin-sync")
+        real()
+
+    def overwrite_and_flush() -> None:
+        assert (client.write(0, bytes(4096)), client.call(FLUSH, 0, 0)) == (0, 0)
+        assert not data.dirty
+
+    monkeypatch.setattr(data, "sync", sync)
+    for _ in range(ALONE + 2):
+        overwrite_and_flush()
+    assert by_the_loop == [False] * (ALONE - 1) + [True] * 3
+    pipelined = client.request(WRITE, 0, 4096, bytes(4096))[1] + 3 * client.request(FLUSH, 0, 0)[1]
+    client.sock.sendall(pipelined)
+    assert [client.reply().error for _ in range(4)] == [0] * 4
+    assert by_the_loop[ALONE + 2 :] in ([False], [True]), "one for all of them"
+    other = Client(serving.socket, "web")
+    assert other.read(0, 4096) == bytes(4096)
+    overwrite_and_flush()
+    assert not by_the_loop[-1]
+    other.close()
 
 
 def test_a_payload_of_64_mib_is_taken_and_one_of_more_closes(serving: Serving, client: Client) -> None:

@@ -41,8 +41,9 @@ def is_device(path: Path) -> bool:
 class DataFile:
     """An open data file.
 
-    `dirty` says that a write has ended that no sync covers yet. It is set when a write ends, in whatever thread, and
-    cleared by the pool just before a sync begins: so a write that ends during a sync stays for the next one.
+    `dirty` says, in about so many bytes, that writes have ended which no sync covers yet. It grows when a write ends,
+    in whatever thread, and is cleared by the pool just before a sync begins: so a write that ends during a sync stays
+    for the next one.
     """
 
     def __init__(self, path: Path, size: int, files: Files = FILES) -> None:
@@ -50,7 +51,7 @@ class DataFile:
         self.path = path
         self._files = files
         self._pwritev = files.write
-        self.dirty = False
+        self.dirty = 0
         self.punches = True  # until the file system refuses
         try:
             device = is_device(path)
@@ -78,6 +79,11 @@ class DataFile:
     def size(self) -> int:
         """Bytes that the file or device has now."""
         return device_size(self.path) if self.is_device else os.fstat(self.fd).st_size
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the file that have space on disk: a file's, not a device's."""
+        return os.fstat(self.fd).st_blocks * 512
 
     def check_size(self, size: int) -> None:
         """Raises Invalid where there are less than `size` bytes."""
@@ -115,7 +121,7 @@ class DataFile:
         if count != length:
             # A full disk shows as a short write first: ask for the rest to learn the reason.
             write_all(self._files, self.fd, memoryview(b"".join(buffers))[count:], position + count)
-        self.dirty = True
+        self.dirty += length  # several threads at once may lose some of it, and never all
 
     def prefetch(self, position: int, length: int) -> None:
         os.posix_fadvise(self.fd, position, length, os.POSIX_FADV_WILLNEED)

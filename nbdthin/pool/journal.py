@@ -35,20 +35,20 @@ from typing import NamedTuple
 
 from nbdthin.errors import Corrupt, NoSpace
 from nbdthin.pool.files import FILES, Files, write_all, write_file
-from nbdthin.units import KiB, MiB
+from nbdthin.units import MiB
 
 MAGIC = b"NBTJ"
 VERSION = 1
 HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload length, payload crc, header crc
 FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
-SEGMENT_BYTES = 4 * MiB
-SMALL_SEGMENT = 64 * KiB  # behind the frame that needs it, where the file system has no room for a whole one
+SEGMENT_BYTES = 4 * MiB  # a part of the format: a shorter segment was cut off
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 MAX_PAYLOAD = 1 << 30
 _HEADER_BODY = struct.Struct("<4sHHQII")
 _LOG = re.compile(r"([0-9a-f]{16})\.log")
 _CHECKPOINT = re.compile(r"([0-9a-f]{16})\.checkpoint")
 _ZEROES = bytes(1 * MiB)
+_SECTOR = 512  # what a disk writes whole, or not at all
 
 
 class Frame(NamedTuple):
@@ -119,6 +119,20 @@ def _read_frame(fd: int, offset: int, sequence: int) -> bytes | None:
 
 def _no_room() -> NoSpace:
     return NoSpace("the file system has no room for the pool's journal (free space there, or remove something)")
+
+
+def may_be_torn(data: bytes | memoryview, offset: int) -> bool:
+    """Whether a power cut can have left what stands at `offset`, with nothing sound behind it, of an append.
+
+    Sectors are written whole. So the header is there, or what it was written over (a mark or zeroes), unless it spans
+    two; and behind the frame's end nothing was written. 28 bytes alone are a damaged mark, which matters to nobody.
+    """
+    header = parse_header(data, offset)
+    end = offset + HEADER.size
+    if header is not None:
+        return header.is_mark or not any(data[end + header.length :])
+    spans = offset // _SECTOR != (end - 1) // _SECTOR
+    return spans or not any(data[offset:end]) or not any(data[end:])
 
 
 class Journal:
@@ -232,6 +246,8 @@ class Journal:
         rest = data[end:]
         if rest.count(0) != len(rest):
             self._refuse_damage(path, end, data, last)
+            if not may_be_torn(data, offset):
+                raise Corrupt(path, offset, "a damaged frame: this is not what a torn append leaves")
         return offset
 
     def _refuse_damage(self, path: Path, offset: int, data: bytes, last: bool) -> None:
@@ -261,7 +277,7 @@ class Journal:
         data = frame(sequence, payload)
         end = len(data) + HEADER.size
         if self._position and self._position + end > self._limit:
-            self._rotate(end)
+            self._rotate()
         if self._position + end > self._limit:
             self._lengthen(self._position + end)
         write_all(files, self._fd, data, self._position)
@@ -280,6 +296,12 @@ class Journal:
     def room(self) -> int:
         """Bytes that frames can still take before another segment is needed."""
         return max(self._limit - self._position, 0)
+
+    @property
+    def may_fit(self) -> bool:
+        """Another segment may find its space now."""
+        stat = os.statvfs(self.directory)
+        return stat.f_bavail * stat.f_frsize >= SEGMENT_BYTES
 
     @property
     def low(self) -> bool:
@@ -304,15 +326,15 @@ class Journal:
             raise _no_room() from error
         self._limit = end
 
-    def _rotate(self, needed: int) -> None:
-        """Go on in a new segment that has room for `needed` bytes. Raises NoSpace with nothing changed, or OSError."""
+    def _rotate(self) -> None:
+        """Go on in a new segment. Raises NoSpace with nothing changed, or OSError."""
         path = self._log_path(self.sequence + 1)
         following = self.directory / "next"
         try:
             if self.next_ready:
                 self._files.rename(following, path)
             else:
-                self._prepare_somehow(path, needed)
+                self._prepare(path)
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
@@ -368,15 +390,6 @@ class Journal:
     def _prepare(self, path: Path) -> None:
         write_file(self._files, path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
 
-    def _prepare_somehow(self, path: Path, needed: int) -> None:
-        try:
-            self._prepare(path)
-        except OSError as error:
-            if error.errno not in FULL_DISK or needed > SEGMENT_BYTES:
-                raise
-            self.starved = True
-            write_file(self._files, path, (bytes(needed + min(SMALL_SEGMENT, SEGMENT_BYTES - needed)),))
-
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
 
@@ -385,7 +398,7 @@ class Journal:
     def start_segment(self) -> int:
         """End the open segment; the number a checkpoint of everything so far has. Raises NoSpace or OSError."""
         if self._position:
-            self._rotate(0)
+            self._rotate()
         return self.sequence + 1
 
     def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:

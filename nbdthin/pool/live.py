@@ -48,6 +48,8 @@ COMMIT_INTERVAL = (
 )
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
+QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
+LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
@@ -62,6 +64,11 @@ MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so c
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
+Wanted = Callable[[], bool]
+
+
+def _always() -> bool:
+    return True
 
 
 class SyncThread:
@@ -168,19 +175,25 @@ class LiveVolume:
         volume.finish(write)
         return True
 
-    async def write(self, offset: int, payload: memoryview) -> None:
-        """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace, GivenUp or OSError."""
-        await self._holding(offset, len(payload), partial(self._write_held, offset, payload))
+    async def write(self, offset: int, payload: memoryview, wanted: Wanted = _always) -> None:
+        """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace, GivenUp or OSError.
 
-    async def _holding(self, offset: int, length: int, work: Callable[[], Coroutine[object, object, None]]) -> None:
+        `wanted` says whether anyone is still interested; it is asked while the write waits for space (`space_came`).
+        """
+        await self._holding(offset, len(payload), partial(self._write_held, offset, payload), wanted)
+
+    async def _holding(
+        self, offset: int, length: int, work: Callable[[], Coroutine[object, object, None]], wanted: Wanted
+    ) -> None:
         """Do `work` while holding a range; where it finds no space, let go and try again when there may be some."""
         deadline: float | None = None
-        while True:
+        while wanted():
             try:
                 async with self._hold(offset, length):
                     return await work()
             except NoSpace as error:
                 deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
+        raise GivenUp
 
     async def _write_held(self, offset: int, payload: memoryview) -> None:
         self._pool.check_writable()
@@ -199,15 +212,18 @@ class LiveVolume:
         if length > PIECE or self._pool.journal_low or self._blocked(offset, length):
             return False
         self.volume.trim(offset, length)
+        self._live.blocks_freed()
         return True
 
-    async def trim(self, offset: int, length: int) -> None:
-        await self._holding(offset, length, partial(self._trim_held, offset, length))
+    async def trim(self, offset: int, length: int, wanted: Wanted = _always) -> None:
+        """Raises NoSpace, where what is left of the journal is for other things, or GivenUp."""
+        await self._holding(offset, length, partial(self._trim_held, offset, length), wanted)
 
     async def _trim_held(self, offset: int, length: int) -> None:
         for start, count in _pieces(offset, length):
             self.volume.trim(start, count)
             await asyncio.sleep(0)
+        self._live.blocks_freed()
 
     def zero_now(self, offset: int, length: int) -> bool:
         """write_zeroes, without allocation, where nothing has to be written."""
@@ -216,11 +232,12 @@ class LiveVolume:
         if self.volume.partial_zeroes(offset, length):
             return False
         self.volume.zero_whole(offset, length, False)
+        self._live.blocks_freed()
         return True
 
-    async def write_zeroes(self, offset: int, length: int, allocate: bool) -> None:
+    async def write_zeroes(self, offset: int, length: int, allocate: bool, wanted: Wanted = _always) -> None:
         """Raises NoSpace, GivenUp or OSError."""
-        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate))
+        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate), wanted)
 
     async def _zero_held(self, offset: int, length: int, allocate: bool) -> None:
         self._pool.check_writable()
@@ -234,6 +251,7 @@ class LiveVolume:
             self._pool.check_writable()
             self.volume.zero_whole(start, count, allocate)
             await asyncio.sleep(0)
+        self._live.blocks_freed()
 
     async def _provision(self, offset: int, length: int) -> None:
         """All of the range or nothing. Raises NoSpace."""
@@ -340,6 +358,7 @@ class LivePool:
         self._levels = Levels(pool.policy.low_water)
         self._space = Waiting()  # writes
         self._room = Waiting()  # a commit, for room in the journal
+        self._freeing: asyncio.Task[None] | None = None  # a commit for those who wait
         self._free_when_full: int | None = None  # bytes that were free when a write last found no space; None: it does
         self._over_quota: set[str] = set()  # volumes of which it was told
         self._starved = False  # of room for the journal, as was told
@@ -359,6 +378,7 @@ class LivePool:
         self._served: asyncio.Future[None] | None = None
         self._served_since = 0.0
         self._committing: asyncio.Task[None] | None = None
+        self._sync_took = QUICK_SYNC  # seconds, the last time
         self._reclaiming: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
@@ -472,6 +492,7 @@ class LivePool:
     def _fail(self, error: OSError) -> None:
         first = self.pool.failed is None
         self.pool.fail(error)
+        self.space_came()  # and will not: who waits is told
         if first and self.pool.failed is not None:
             self.events.notify(events.FAILED, f"the pool is read-only: {self.pool.failed}")
 
@@ -480,7 +501,7 @@ class LivePool:
         began: float | None = None
         while True:
             try:
-                return await self._sync.run(batch.sync)
+                return await self._sync.run(partial(self._time_sync, batch))
             except NoSpace as error:
                 self.pool.note_journal()
                 self._watch()
@@ -505,6 +526,34 @@ class LivePool:
         self.pool.check_writable()
         batch = self.pool.unwritten or self.pool.begin()
         await self._sync_batch(batch)
+        self._finish(batch)
+
+    def commit_now(self) -> bool:
+        """Commit an overwrite in place in the loop itself, where that is short; False: ask `durable`.
+
+        For a client that is alone: handing over to the thread and back costs as much as the sync of a quick disk. A
+        disk that is quick no longer holds up the loop once: then the thread is asked until it is quick again. Raises
+        PoolFailed.
+        """
+        if self._committing is not None or self._sync_took >= QUICK_SYNC or not 0 < self.pool.overwritten <= LITTLE:
+            return False
+        batch = self.pool.begin()
+        try:
+            self._time_sync(batch)
+        except NoSpace:
+            return False  # the batch is the pool's to write: `durable` tries again
+        except Exception as error:  # also a defect of ours: what the batch took is not durable
+            self._fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+            raise PoolFailed(f"the pool is read-only: {self.pool.failed}") from error
+        self._finish(batch)
+        return True
+
+    def _time_sync(self, batch: Batch) -> None:
+        begun = time.monotonic()
+        batch.sync()
+        self._sync_took = time.monotonic() - begun
+
+    def _finish(self, batch: Batch) -> None:
         self.pool.finish(batch)
         self.commits += 1
         if self.pool.allocator.used != self._watched:
@@ -513,7 +562,7 @@ class LivePool:
         if batch.checkpoint_due:
             self._spawn(self._checkpoint(batch))
         elif not self.pool.journal.next_ready and not self._closing:
-            self._prepare_soon()
+            self._prepare_soon(now=self.pool.journal.may_fit)
 
     def _prepare_soon(self, *, now: bool = False) -> None:
         """Have room for the next journal segment while there is room: removing things must work on a full disk."""
@@ -555,7 +604,7 @@ class LivePool:
             self._spawn(self._commit_quietly())
         starved = self.pool.journal.starved
         if starved:
-            self._prepare_soon()
+            self._prepare_soon(now=self.pool.journal.may_fit)
         self.pool.arm_growth()
         self._watch()
         # Small frames where the journal is short: one that is larger than what is left keeps all behind it waiting.
@@ -588,7 +637,7 @@ class LivePool:
         if isinstance(error, _DiskFull) or self.pool.journal_low:
             self._space.wake_in(POLL)
         if self.pool.journal_low:
-            self._prepare_soon(now=True)
+            self._prepare_soon(now=self.pool.journal.may_fit)
         if not waits or not await self._space.wait(deadline):
             raise error
         return deadline
@@ -602,6 +651,15 @@ class LivePool:
         """Whoever waits for space, tries again."""
         self._space.wake()
         self._room.wake()
+
+    def blocks_freed(self) -> None:
+        """Somebody may have given blocks up: who waits for some does not wait for the timer's commit, too."""
+        if self._space.count and self._freeing is None and self.pool.allocator.pending:
+            self._freeing = self._spawn(self._free_quietly())
+
+    async def _free_quietly(self) -> None:
+        await self._commit_quietly()
+        self._freeing = None
 
     def _patience(self, name: str | None) -> float:
         """Seconds that a write to `name` waits for space; None for what has no name."""
@@ -699,7 +757,7 @@ class LivePool:
             self.space_came()
         self._reclaiming = None
         if self.pool.journal.starved:
-            self._prepare_soon(now=True)
+            self._prepare_soon(now=self.pool.journal.may_fit)
         if self.pool.allocator.used != self._watched or self._free_when_full is not None:
             self._watch()
 

@@ -206,6 +206,7 @@ class Pool:
         self.allocator.limits = self.limits.left
         self.allocator.grow = self.grow
         self.notify: Notify = lambda *_, **__: None  # who is told of events
+        self._refused_size = 0  # bytes that the file system did not let it grow to, as was told
         self.journal_low = False  # the file system is full: what is left of the journal is for what frees space
         self.journal = Journal(path / "journal", files)
         self.unsynced = Unsynced(path / "journal", files)
@@ -600,9 +601,14 @@ class Pool:
         """How full the pool is: by its own size, or by what the file system below it has left where that is less."""
         used = self.allocator.used * self.block_size
         free = self.allocator.free * self.block_size
-        if not self.data.is_device:
-            free = min(free, _available(self.data.path))
-        return Usage(used, free)
+        return Usage(used, min(free, self._room_below(used)))
+
+    def _room_below(self, used: int) -> int:
+        """Bytes that the data file can still take: what the file system has left, and what the file has at hand."""
+        if self.data.is_device:
+            return self.allocator.free * self.block_size
+        # A file that was allocated beforehand, or one that cannot be punched, has space for blocks that are free.
+        return _available(self.data.path) + max(self.data.allocated - used, 0)
 
     def arm_growth(self) -> None:
         """Grow, as far as the policy says so, when the pool is as full as it says."""
@@ -620,7 +626,8 @@ class Pool:
         if not policy.auto_extend or self.data.is_device or self.failed is not None:
             return False
         # Beyond what the file system can hold, size would be a promise that nobody keeps.
-        holds = (self.allocator.used + HEADER_BLOCKS) * self.block_size + _available(self.data.path)
+        used = self.allocator.used * self.block_size
+        holds = used + HEADER_BLOCKS * self.block_size + self._room_below(used)
         most = min(policy.max_size or holds, holds, MAX_BLOCKS * self.block_size)
         size = min(self.size + max(int(self.size * policy.auto_extend_step), self.block_size), most)
         size -= size % self.block_size
@@ -629,9 +636,10 @@ class Pool:
         try:
             self.data.grow(size)
         except OSError as error:
-            self.notify(
-                events.GROWTH_FAILED, f"the pool cannot grow to {format_size(size)}: {os.strerror(error.errno or 0)}"
-            )
+            if self._refused_size != size:
+                why = os.strerror(error.errno or 0)
+                self.notify(events.GROWTH_FAILED, f"the pool cannot grow to {format_size(size)}: {why}", size=size)
+            self._refused_size = size
             return False
         self.apply([Size(size)])
         return True
@@ -721,6 +729,11 @@ class Pool:
     def _has_new(self) -> bool:
         return bool(self._records or self._changed or self.data.dirty)
 
+    @property
+    def overwritten(self) -> int:
+        """Bytes of data, about, that are all that a commit would have to sync; 0 where there is more to it."""
+        return 0 if self._records or self._changed or self.unwritten is not None else self.data.dirty
+
     def begin(self) -> Batch:
         """Pack what has changed. Raises PoolFailed. The batch before must be finished."""
         self.check_writable()
@@ -735,7 +748,9 @@ class Pool:
             freed.append(np.array(self._freed_blocks, dtype=np.uint64))
         self._freed_blocks, self._freed_arrays = [], []
         self._settling, self.state.unsettled = self.state.unsettled, set()
-        sync_data, self.data.dirty = self.data.dirty, False
+        sync_data = bool(self.data.dirty)
+        if sync_data:  # only then: what a thread has written since that look must not be forgotten
+            self.data.dirty = 0
         journal = self.journal
         payload = encode(records) if records else None
         if payload is not None:

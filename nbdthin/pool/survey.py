@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nbdthin.pool import journal
-from nbdthin.pool.journal import FRAME, HEADER, LAST_MARK, MAGIC, VERSION, Frame, Header, parse_frame, parse_header
+from nbdthin.pool.journal import (
+    FRAME,
+    HEADER,
+    LAST_MARK,
+    MAGIC,
+    VERSION,
+    Frame,
+    Header,
+    may_be_torn,
+    parse_frame,
+    parse_header,
+)
 from nbdthin.pool.mend import Mended, mend_header, mend_payload
 from nbdthin.pool.records import BadRecord, Counter, End, Record, decode
 
@@ -238,7 +249,8 @@ def _pass_over(file: File, data: bytes, offset: int, header: Header | None, fixe
         file.mends.append(Finding(file.path, offset, what))
         return offset + HEADER.size + len(mended.payload)
     sequence = expected if header is None or marked else header.sequence
-    file.holes.append(Hole(sequence, behind if marked else offset, following is not None))
+    durable = following is not None or not may_be_torn(data, offset)
+    file.holes.append(Hole(sequence, behind if marked else offset, durable))
     return len(data) if following is None else following
 
 
@@ -367,7 +379,6 @@ def _start_from_nothing(frames: dict[int, Piece], segments: list[File], result: 
 
 def _follow(start: int, frames: dict[int, Piece], segments: list[File], result: Survey) -> None:
     """The frames from `start` on, and where some are missing."""
-    named = [file.number for file in segments if file.path.name != "next"]
     known = max([start - 1, *frames])
     durable = max([known, *(file.marked for file in segments)])
     durable = max([durable, *(file.number - 1 for file in segments if not file.pieces and file.number < _MOST)])
@@ -378,8 +389,8 @@ def _follow(start: int, frames: dict[int, Piece], segments: list[File], result: 
     cut = next((file for file in segments if _was_cut_at_its_end(file, durable)), None)
     if cut is not None:
         result.steps.append(Lost(durable + 1, None, cut.path, cut.size))
-    elif (followed >= max(durable, start - 1) and followed + 1 not in named) or (not segments and durable < start):
-        missing = result.directory / f"{max(followed + 1, start):016x}.log"
+    elif (lost := _lost_segment(segments, frames, durable, followed)) or (not segments and durable < start):
+        missing = result.directory / f"{lost or start:016x}.log"
         result.findings.append(Finding(missing, None, "this segment is missing"))
         result.steps.append(Lost(result.last + 1, None, missing, None))
     elif not any(file.number == start or (file.pieces and file.pieces[0].sequence <= start) for file in segments):
@@ -387,6 +398,20 @@ def _follow(start: int, frames: dict[int, Piece], segments: list[File], result: 
         result.findings.append(Finding(missing, None, "this segment is missing"))
         if known < start:
             result.steps.append(Lost(start, None, missing, None))
+
+
+def _lost_segment(segments: list[File], frames: dict[int, Piece], durable: int, followed: int) -> int | None:
+    """The number of a last segment of which a mark, or the name of a file, tells, and no file has what it held."""
+    told = [followed + 1] if followed else []
+    told += [file.number for file in segments if file.pieces and file.pieces[0].sequence < file.number < _MOST]
+    number = max(told, default=0)
+    if number <= durable or number in frames:
+        return None
+    for file in segments:
+        if not file.pieces and (file.number == number or file.number in frames):
+            if not file.holes or file.holes[0].sequence == number:
+                return None  # nothing was written to it yet
+    return number
 
 
 def _was_cut_at_its_end(file: File, durable: int) -> bool:

@@ -653,6 +653,10 @@ def at_random(path: Path, chance: random.Random) -> str:
     return f"{kind} {file.name} {place}"
 
 
+# What zeroes or bytes from elsewhere in place of the last frame and its mark cost, nobody can tell (FORMAT.md).
+SAID = {"flip", "cut", "swap"}
+
+
 @pytest.mark.parametrize("turn", range(200 if LONG else 8))
 def test_random_damage_is_repaired_or_refused_in_one_line(sample: Sample, turn: int) -> None:
     for number in range(8):
@@ -672,5 +676,6 @@ def test_random_damage_is_repaired_or_refused_in_one_line(sample: Sample, turn: 
         with Pool.open(path) as pool:
             pool.create("another", SIZE)
             pool.volume("another").write(0, pattern(BLOCK, 99))
-            if not any("swap" in what or "copy" in what or "zero" in what or "delete" in what for what in done):
-                assert repaired.damage or not repaired.lost, where
+        if {what.split()[0] for what in done} <= SAID:
+            with Pool.open(path) as pool:
+                assert_right(sample.contents, pool, [*repaired.lost, Loss("", 0, 0, "another")])

@@ -12,12 +12,12 @@ import pytest
 
 from nbdthin.errors import Corrupt, Invalid, NoSpace, OverQuota
 from nbdthin.pool import events
-from nbdthin.pool import journal as journal_module
 from nbdthin.pool.events import Levels
 from nbdthin.pool.policy import Policy
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import Size, encode
 from nbdthin.units import KiB, MiB
+from tests.conftest import Ballast
 
 from .conftest import BLOCK, Faults, Pools, checkpoints, fill, logs, pattern, run
 
@@ -375,25 +375,6 @@ def test_a_device_that_became_larger_is_taken_into_use_by_hand(loop: Path, pools
 # -- the file system below is full
 
 
-class Ballast:
-    """Takes all space that a file system has left, and gives it back."""
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "ballast"
-
-    def inflate(self, *, leave: int = 0) -> None:
-        with open(self._path, "ab", buffering=0) as file:
-            for size in (MiB, 4 * KiB):
-                with suppress(OSError):
-                    while file.write(bytes(size)) == size:
-                        pass
-        if leave:
-            os.truncate(self._path, self._path.stat().st_size - leave)
-
-    def deflate(self) -> None:
-        self._path.unlink()
-
-
 @pytest.fixture
 def ballast(small_disk: Path) -> Ballast:
     return Ballast(small_disk)
@@ -484,20 +465,6 @@ def test_a_crash_while_a_commit_waits_for_room_loses_it_and_nothing_else(
     pool = pools.open(path)
     assert [row.name for row in pool.list()] == [names[-1]]
     assert pool.volume(names[-1]).read(0, BLOCK) == blocks(pool, 64)[:BLOCK]
-
-
-def test_a_little_room_is_enough_for_a_small_segment(on_small_disk: Pool, pools: Pools, ballast: Ballast) -> None:
-    pool = on_small_disk
-    ballast.inflate(leave=128 * KiB)
-    use_up_segment(pool)
-    count = len(logs(pool.path))
-    for number in range(3000):
-        pool.rename("v" if number % 2 == 0 else "v2", "v2" if number % 2 == 0 else "v")
-        if len(logs(pool.path)) > count:
-            break
-    assert logs(pool.path)[-1].stat().st_size < journal_module.SEGMENT_BYTES
-    ballast.deflate()
-    pools.reopen(pool)
 
 
 def test_a_checkpoint_is_not_due_where_there_is_no_room_for_it(

@@ -211,6 +211,28 @@ def test_a_frame_torn_over_the_mark_of_the_frame_before_it_is_cut(directory: Pat
     assert load(directory) == [FIRST, b"one", b"two" * 7, b"three", b"another four"]
 
 
+@pytest.mark.parametrize("place", ["header", "behind"])
+def test_what_no_torn_append_leaves_is_refused(directory: Path, place: str) -> None:
+    """The sector with the header was written whole or not at all, and nothing was written behind the frame."""
+    path = segment(directory)
+    unmark(path)
+    start, end = frames(path)[-1]
+    flip(path, start + 5 if place == "header" else end - 1)
+    if place == "behind":
+        flip(path, end + 600)
+    with pytest.raises(Corrupt, match="not what a torn append leaves") as caught:
+        load(directory)
+    assert caught.value.offset == start
+
+
+def test_a_damaged_mark_alone_matters_to_nobody(directory: Path) -> None:
+    path = segment(directory)
+    for offset in range(frames(path)[-1][1], frames(path)[-1][1] + HEADER.size):
+        flip(path, offset)
+        assert load(directory)[-1] == b"three"
+        flip(path, offset)
+
+
 def test_a_check_does_not_cut_the_torn_tail(directory: Path) -> None:
     path = segment(directory)
     unmark(path)

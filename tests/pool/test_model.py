@@ -28,7 +28,7 @@ from nbdthin.pool import extents, merge
 from nbdthin.pool.check import check
 from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer
 from nbdthin.pool.pool import Pool
-from nbdthin.pool.records import LEAF_BLOCKS
+from nbdthin.pool.records import LEAF_BLOCKS, Name
 from nbdthin.pool.rows import Row
 from nbdthin.pool.volume import Volume
 from nbdthin.units import KiB
@@ -232,10 +232,10 @@ class Machine(RuleBasedStateMachine):
 
     # -- refusals for want of space
 
-    def attempt(self, work: Callable[[], None], needs: int | None = None) -> bool:
-        """Do `work`; refused, it must have changed nothing. `needs`: blocks without which it must be refused."""
+    def attempt(self, work: Callable[[], None], needs: int | None = None, name: str = "") -> bool:
+        """Do `work`; refused, it must have changed nothing. `needs`: blocks that volume `name` must get for it."""
         before = self.accounting()
-        room = self.pool.allocator.free - self.pool.allocator.pending
+        room = self.room(name)
         try:
             work()
         except NoSpace:
@@ -244,6 +244,21 @@ class Machine(RuleBasedStateMachine):
             return False
         assert needs is None or needs <= room
         return True
+
+    def room(self, name: str) -> int:
+        """Blocks that volume `name` may take, by the definition of quota and reservation."""
+        rows = [row for row in self.pool.state.names.values() if not row.snapshot]
+        bounds = [self.pool.allocator.free - self.pool.allocator.pending]
+        for row in rows:
+            if row.name != name:
+                bounds[0] -= max(-(-row.reservation // self.block) - self.charged(row), 0)
+            elif row.quota:
+                bounds.append(row.quota // self.block - self.charged(row))
+        return max(min(bounds), 0)
+
+    def charged(self, row: Name) -> int:
+        layers = chain(self.pool.state.layers[row.layer])
+        return sum(len(layer.physical_blocks()) for layer in layers if layer.number > row.origin)
 
     def accounting(self) -> tuple[list[Row], int, int]:
         return self.pool.list(), self.pool.allocator.used, self.pool.allocator.pending
@@ -279,7 +294,7 @@ class Machine(RuleBasedStateMachine):
         elif kind in ("zero", "allocate"):
             allocate = kind == "allocate"
             needs = self.lacking(name, offset, length) if allocate else None
-            if self.attempt(lambda: volume.write_zeroes(offset, length, allocate=allocate), needs):
+            if self.attempt(lambda: volume.write_zeroes(offset, length, allocate=allocate), needs, name):
                 self.oracle.zero(name, offset, length, parts=True)
         else:
             self.write(name, offset, length, short=kind == "short")
@@ -293,7 +308,7 @@ class Machine(RuleBasedStateMachine):
             if not (short and volume.write_block(offset, memoryview(payload))):
                 volume.write(offset, payload)
 
-        if self.attempt(work, self.lacking(name, offset, length)):
+        if self.attempt(work, self.lacking(name, offset, length), name):
             self.oracle.write(name, offset, payload)
 
     @precondition(has_volume)
@@ -310,6 +325,19 @@ class Machine(RuleBasedStateMachine):
         name = self.fresh_name()
         self.pool.create(name, self.bytes_of(size))
         self.oracle.images[name] = Image(self.bytes_of(size), {}, Age(None))
+
+    @precondition(has_volume)
+    @rule(index=which, kind=st.sampled_from(["quota", "reserve"]), blocks=st.sampled_from([0, 1, 4, 7, 12]))
+    def limit(self, index: int, kind: str, blocks: int) -> None:
+        name = self.volume_name(index)
+        size = blocks * self.block - 100 if blocks else None
+        try:
+            (self.pool.quota if kind == "quota" else self.pool.reserve)(name, size)
+        except Invalid:
+            row = self.pool.state.names[name]
+            assert (row.reservation > (size or 0)) if kind == "quota" else ((size or 0) > row.quota > 0)
+        except NoSpace:
+            assert kind == "reserve" and -(-(size or 0) // self.block) > self.charged(self.pool.state.names[name])
 
     @precondition(lambda self: self.has_volume() and self.has_room())
     @rule(index=which)

@@ -182,7 +182,10 @@ time.sleep(60)
 """
 
 
-def test_a_pool_open_in_another_process_is_refused_until_that_has_ended(pools: Pools) -> None:
+def test_a_pool_open_in_another_process_is_refused_until_that_has_ended(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdthin.pool.journal.SEGMENT_BYTES", 4 * MiB)  # what the other process asks for
     path = pools.close(pools.make())
     with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -132,10 +132,10 @@ def test_after_a_failed_sync_nothing_of_it_is_believed(
     """The page cache may hold what the disk refused."""
     served.volume("v").write(0, pattern(BLOCK))
     served.unsynced.publish()
-    Faults(monkeypatch, served.data, "sync", errno.EIO)
-    with pytest.raises(PoolFailed):
-        served.commit()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        Faults(patch, served.data, "sync", errno.EIO)
+        with pytest.raises(PoolFailed):
+            served.commit()
     again = pools.open(pools.kill(served))
     assert again.volume("v").read(0, BLOCK) == bytes(BLOCK)
 
