@@ -799,7 +799,10 @@ class LivePool:
     async def _pause_merge(self, begun: float) -> None:
         """After a step that began at `begun`, by time.monotonic: the loop's own clock has steps of 1 ms."""
         took = time.monotonic() - begun
-        await asyncio.sleep(0 if self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE))
+        # The more layers wait, the shorter: where snapshots come and go faster than that, merging must keep up all the
+        # same, or chains, memory and space grow without end.
+        waiting = max(len(self.pool.state.mergeable) + len(self.pool.state.prunable), 1)
+        await asyncio.sleep(0 if self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE) / waiting)
 
     async def _prune_layer(self, layer: Layer) -> None:
         if layer.number in self.pool.state.prunable:
