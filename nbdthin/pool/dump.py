@@ -313,7 +313,7 @@ def restore(
     new = not path.exists()
     path.mkdir(exist_ok=True)
     try:
-        with locked(path):
+        with locked(path, new=True):
             return _write(path, loaded, _place(path, data), force, files)
     except BaseException:
         if new:

@@ -72,8 +72,10 @@ class Identity:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep everyone else off the pool in the directory `path`. Raises NotFound or Locked."""
+def locked(path: Path, *, new: bool = False) -> Iterator[None]:
+    """Keep everyone else off the pool in the directory `path`, or what is left of it. Raises NotFound or Locked."""
+    if path.is_dir() and not new and not any(path.glob("superblock*")) and not any(path.glob("journal*")):
+        raise NotFound(f"no pool at {path} (`nbdthin init {path}` makes one)")
     try:
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -219,19 +221,11 @@ def examine(found: Survey, identity: Identity) -> Salvage:
     blocks = superblock.size // superblock.block_size
     salvage = Salvage(found, superblock.block_size, blocks, None if identity.page is None else identity.data_bytes)
     if not found.damage and not salvage.defects:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_noting(found))
+        try:
             replay(found.directory, blocks)
+        except Corrupt as error:  # recovery has the last word: what it would refuse is damage
+            found.findings.append(Finding(error.path, error.offset, error.what))
     return salvage
-
-
-@contextlib.contextmanager
-def _noting(found: Survey) -> Iterator[None]:
-    """Recovery has the last word: what it would refuse is damage, whatever the survey thinks."""
-    try:
-        yield
-    except Corrupt as error:
-        found.findings.append(Finding(error.path, error.offset, error.what))
 
 
 def replay(directory: Path, blocks: int) -> State:
