@@ -30,6 +30,8 @@ from nbdthin.errors import (
 if TYPE_CHECKING:
     from nbdthin.control.client import AsyncClient, Client, connect, connect_async
     from nbdthin.control.rows import Export, Info, Node
+    from nbdthin.pool.events import Event
+    from nbdthin.pool.policy import Policy
     from nbdthin.pool.pool import Pool
     from nbdthin.pool.rows import Extent, PoolInfo, Row
 
@@ -41,6 +43,7 @@ __all__ = [
     "ConfigError",
     "Corrupt",
     "Error",
+    "Event",
     "Exists",
     "Export",
     "Extent",
@@ -51,6 +54,7 @@ __all__ = [
     "NoSpace",
     "Node",
     "NotFound",
+    "Policy",
     "Pool",
     "PoolFailed",
     "PoolInfo",
@@ -69,6 +73,8 @@ _LAZY = {
     "Export": "nbdthin.control.rows",
     "Info": "nbdthin.control.rows",
     "Node": "nbdthin.control.rows",
+    "Event": "nbdthin.pool.events",
+    "Policy": "nbdthin.pool.policy",
     "Pool": "nbdthin.pool.pool",
     "Extent": "nbdthin.pool.rows",
     "PoolInfo": "nbdthin.pool.rows",

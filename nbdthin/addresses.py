@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -21,6 +22,9 @@ from nbdthin.errors import Error, Invalid
 
 NBD_PORT = 10809  # assigned by IANA
 BACKLOG = 128
+# For whoever makes a loop's server of a unix socket: from Python 3.13 on the loop would remove the socket's file at the
+# end, also of a socket that was handed over and that clients queue at.
+KEEP_FILE = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 MAX_UNIX_PATH = 107  # bytes of a path in sockaddr_un, its NUL left out
 
 

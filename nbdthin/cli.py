@@ -84,6 +84,11 @@ def _label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("labels", nargs="+", metavar="KEY=VALUE", help="an empty VALUE removes KEY")
 
 
+def _limit_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("size", metavar="SIZE|none")
+
+
 def _ls_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--label", action="append", default=[], metavar="KEY=VALUE", help="only what has it; may be repeated"
@@ -212,6 +217,38 @@ def _ls(arguments: Namespace) -> list[Export]:
         return pool.list(labels=labels)
 
 
+def _limit(text: str) -> str | None:
+    return None if text == "none" else text
+
+
+def _quota(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        pool.quota(arguments.name, _limit(arguments.size))
+        return pool.show(arguments.name)
+
+
+def _reserve(arguments: Namespace) -> Export:
+    with _connect(arguments) as pool:
+        pool.reserve(arguments.name, _limit(arguments.size))
+        return pool.show(arguments.name)
+
+
+def _extend(arguments: Namespace) -> Info:
+    with _connect(arguments) as pool:
+        pool.extend(arguments.size)
+        return pool.info()
+
+
+def _events(arguments: Namespace) -> None:
+    with _connect(arguments) as pool:
+        for event in pool.events():
+            if _wants_json(arguments):
+                print(json.dumps(event, default=plain))
+            else:
+                display.show_event(event)
+            sys.stdout.flush()
+
+
 def _show(arguments: Namespace) -> Export:
     with _connect(arguments) as pool:
         return pool.show(arguments.name)
@@ -327,10 +364,14 @@ VERBS: dict[str, Verb] = {
     "rm": Verb("remove volumes and snapshots, all or none", _rm_arguments, _rm),
     "resize": Verb("give a volume another size", _names("NAME", "SIZE"), _resize),
     "label": Verb("set and remove labels", _label_arguments, _label),
+    "quota": Verb("what a volume may take of the pool", _limit_arguments, _quota),
+    "reserve": Verb("keep space for a volume", _limit_arguments, _reserve),
+    "extend": Verb("make the pool larger", _names("SIZE"), _extend),
     "ls": Verb("every volume and snapshot", _ls_arguments, _ls, display.show_exports),
     "show": Verb("one volume or snapshot", _names("NAME"), _show, display.show_export),
     "tree": Verb("what stands on what", _no_arguments, _tree, display.show_tree),
     "info": Verb("the pool, the daemon, the disk", _no_arguments, _info, display.show_info),
+    "events": Verb("what happens to the pool, from now on", _no_arguments, _events),
     "diff": Verb("where two snapshots differ", _names("BEFORE", "AFTER"), _diff, display.show_extents),
     "check": Verb(
         "does a pool add up? Offline, writes nothing",

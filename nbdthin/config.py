@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from nbdthin.addresses import NBD_PORT, Address, TcpAddress, UnixAddress, parse_address
 from nbdthin.errors import ConfigError, Invalid
+from nbdthin.pool.policy import ERROR, QUEUE, Policy
 from nbdthin.units import KiB, parse_size
 
 MAX_DESCRIPTION = 4096  # bytes; the protocol's limit for a string
@@ -25,8 +26,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class PoolConfig:
-    """What only the creation of a pool uses is no promise about one that exists: `nbdthin info` tells what it has."""
+class PoolConfig(Policy):
+    """Where the pool is, how it is made, and its policy.
+
+    What only the creation of a pool uses is no promise about one that exists: `nbdthin info` tells what it has.
+    """
 
     path: Path = Path("var/pool")  # beside exports.toml: that directory is then complete in itself
     size: int | None = None  # bytes. None: all of a block device, otherwise 100 GiB, sparse
@@ -53,6 +57,7 @@ class ExportRule:
     name: str  # a pattern: * and ? stand for any character, / too
     read_only: bool = False  # a volume is made to be written
     description: str = ""  # what `nbdinfo --list` shows beside the name
+    no_space: str | None = None  # for writes to what matches; None: as [pool] says
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,15 @@ def _pool(table: _Table, base: Path) -> PoolConfig:
         size=table.get("size", default.size, _size),
         block_size=table.get("block_size", default.block_size, _size),
         data=table.get("data", default.data, lambda value: base / _path(value)),
+        no_space=table.get("no_space", default.no_space, _no_space),
+        no_space_timeout=table.get("no_space_timeout", default.no_space_timeout, _seconds),
+        min_free=table.get("min_free", default.min_free, _fraction),
+        auto_extend=table.get("auto_extend", default.auto_extend, _flag),
+        auto_extend_threshold=table.get("auto_extend_threshold", default.auto_extend_threshold, _fraction),
+        auto_extend_step=table.get("auto_extend_step", default.auto_extend_step, _step),
+        max_size=table.get("max_size", default.max_size, _size),
+        low_water=table.get("low_water", default.low_water, _levels),
+        hook=table.get("hook", default.hook, _command),
     )
     table.finish()
     return result
@@ -119,6 +133,7 @@ def _export(table: _Table) -> ExportRule:
         name=table.require("name", _text),
         read_only=table.get("read_only", False, _flag),
         description=table.get("description", "", _description),
+        no_space=table.get("no_space", None, _no_space),
     )
     table.finish()
     return rule
@@ -147,6 +162,54 @@ def _size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise Invalid(f'a size is wanted, as in "100 GiB", not {value!r}')
     return parse_size(value)
+
+
+def _no_space(value: object) -> str:
+    if value not in (QUEUE, ERROR):
+        raise Invalid(f'"{QUEUE}" or "{ERROR}" is wanted, not {value!r}')
+    return str(value)
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise Invalid(f"seconds are wanted, as in 60, not {value!r}")
+    return float(value)
+
+
+def _percent(value: object) -> float:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?%", value, re.ASCII) if isinstance(value, str) else None
+    if match is None:
+        raise Invalid(f'a percentage is wanted, as in "10%", not {value!r}')
+    return float(match[1]) / 100
+
+
+def _fraction(value: object) -> float:
+    fraction = _percent(value)
+    if fraction >= 1:
+        raise Invalid(f"less than 100% is wanted, not {value!r}")
+    return fraction
+
+
+def _step(value: object) -> float:
+    step = _percent(value)
+    if not 0 < step <= 10:
+        raise Invalid(f"more than 0% and up to 1000% is wanted, not {value!r}")
+    return step
+
+
+def _levels(value: object) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise Invalid(f'a list of percentages is wanted, as in ["80%", "95%"], not {value!r}')
+    levels = tuple(_fraction(item) for item in value)
+    if any(after <= before for before, after in zip((0.0, *levels), levels, strict=False)):
+        raise Invalid(f"ascending percentages above 0% are wanted, not {value!r}")
+    return levels
+
+
+def _command(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise Invalid(f'a command and its arguments are wanted, as in ["/usr/bin/logger", "-t"], not {value!r}')
+    return tuple(_text(item) for item in value)
 
 
 def _description(value: object) -> str:

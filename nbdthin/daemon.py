@@ -29,6 +29,7 @@ from nbdthin.config import Config
 from nbdthin.control import commands
 from nbdthin.control.server import ControlServer
 from nbdthin.errors import ConfigError
+from nbdthin.hook import run_hook
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.server import Server
@@ -121,7 +122,7 @@ def _open_pool(config: Config) -> Pool:
     if not (wanted.path / "superblock").exists():
         Pool.init(wanted.path, size=wanted.size, block_size=wanted.block_size, data=wanted.data)
         log.info("made the pool %s", wanted.path)
-    pool = Pool.open(wanted.path, autocommit=False)
+    pool = Pool.open(wanted.path, autocommit=False, policy=wanted)
     if wanted.data is not None and pool.data.path != wanted.data:
         log.warning("the data of this pool is %s, whatever the config says: %s", pool.data.path, wanted.data)
     return pool
@@ -132,6 +133,9 @@ async def _serve(config: Config, pool: Pool, sockets: _Sockets, ready: Callable[
     loop = asyncio.get_running_loop()
     _on_stop_signals(lambda *_: loop.call_soon_threadsafe(stop.set))
     live = LivePool(pool)
+    hook = None
+    if config.pool.hook:
+        hook = loop.create_task(run_hook(config.pool.hook, pool.path, live.events))
     try:
         listen = sockets.listen
         server = Server(live, config.exports)
@@ -147,6 +151,9 @@ async def _serve(config: Config, pool: Pool, sockets: _Sockets, ready: Callable[
         log.info("stopping: %d connections", server.connections)
         await asyncio.gather(server.shutdown(STOP_SECONDS), control.close(STOP_SECONDS))
     finally:
+        if hook is not None:
+            hook.cancel()
+            await asyncio.wait([hook])
         await live.close()
         _on_stop_signals(signal.SIG_IGN)  # a second one changes nothing any more
     log.info("stopped")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from nbdthin.control.codec import printable
 from nbdthin.control.rows import DiskFacts, Export, Info, Node, ProcessFacts
+from nbdthin.pool.events import Event
 from nbdthin.pool.rows import Extent, PoolInfo
 from nbdthin.units import format_size
 
@@ -83,6 +84,10 @@ def _export_facts(export: Export) -> Facts:
     yield "Referenced", _bytes(export.referenced)
     yield "Exclusive", _bytes(export.exclusive)
     yield "Shared", _bytes(export.shared)
+    if export.quota is not None or export.reservation is not None:
+        yield "Quota", "none" if export.quota is None else _bytes(export.quota)
+        yield "Reservation", "none" if export.reservation is None else _bytes(export.reservation)
+        yield "Charged", _bytes(export.charged)
     yield "Parent", export.parent or "-"
     yield "Created", _moment(export.created)
     yield "Read-only", "yes" if export.read_only else "no"
@@ -91,6 +96,10 @@ def _export_facts(export: Export) -> Facts:
         yield "Label", label
     for holder in export.connections:
         yield "Used by", holder
+
+
+def show_event(event: Event) -> None:
+    print(f"{_moment(event.time)} {event.kind}: {printable(event.message)}")
 
 
 def show_tree(nodes: Sequence[Node]) -> None:
@@ -147,6 +156,7 @@ def _pool_facts(pool: PoolInfo) -> Facts:
     yield "Data used", _bytes(pool.data_used)
     yield "Data total", _bytes(pool.data_total)
     yield "Data available", _bytes(pool.data_available)
+    yield "Data reserved", _bytes(pool.data_reserved)
     yield "Metadata used", _bytes(pool.metadata_used)
     yield "Metadata total", _bytes(pool.metadata_total)
     yield "Metadata available", _bytes(pool.metadata_available)

@@ -6,6 +6,7 @@
     ├── Exists                 the name is taken
     ├── InUse                  connections hold it; `holders` says which
     ├── NoSpace                the pool, or the file system under it, is full
+    │   └── OverQuota          a volume is at its quota: waiting for space does not help
     ├── ReadOnly               a write to what cannot be written
     ├── Locked                 another process has the pool open
     ├── Corrupt                metadata that does not add up; names file and offset
@@ -56,6 +57,10 @@ class NoSpace(Error):
     """Nothing was written. Remove snapshots or volumes, trim, or grow the pool."""
 
     code = "no_space"
+
+
+class OverQuota(NoSpace):
+    """Nothing was written. Only the volume itself can change that, or a larger quota."""
 
 
 class ReadOnly(Error):

@@ -10,7 +10,9 @@ write into it), and the replies leave with one gathered write. What may block be
   replies, also in the middle of a batch;
 - a connection uses its export until its last request has ended, even when the peer is gone by then;
 - a stopping server parses what it has received, answers it, and closes. It never answers ESHUTDOWN: the kernel's
-  client makes an I/O error of that, whereas it sends again what was not answered.
+  client makes an I/O error of that, whereas it sends again what was not answered;
+- and it lets who is in the handshake finish it first: a client that comes back after a lost connection takes one that
+  is closed before it was given its export for a refusal, and gives up for good.
 
 What is legal is decided in wire/, what happens to data in pool/.
 """
@@ -31,11 +33,13 @@ from typing import Protocol, cast
 
 import numpy as np
 
+from nbdthin import addresses
 from nbdthin.errors import Error, NoSpace, ReadOnly
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.volume import ZERO
+from nbdthin.pool.waiting import GivenUp
 from nbdthin.units import KiB, MiB
 from nbdthin.wire import proto, transmission
 from nbdthin.wire.handshake import ExportInfo, Handshake, HandshakeState, Negotiated
@@ -46,8 +50,10 @@ INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for 
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
+ALONE = 8  # flushes that one client has asked for while all others were silent: the loop may sync for it itself
 OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
+LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
 GOODBYE = 1.0  # seconds that a client has to close its side when the server stops
 KEEPALIVE = 60  # seconds of silence after which TCP asks whether the other machine still lives
@@ -87,6 +93,8 @@ class Rule(Protocol):
     def read_only(self) -> bool: ...
     @property
     def description(self) -> str: ...
+    @property
+    def no_space(self) -> str | None: ...
 
 
 class Server:
@@ -99,8 +107,11 @@ class Server:
         self._listeners: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
-        self._stopping = False
+        self.stopping = False
+        self.speaker: Connection | None = None  # who sent last
+        self.flushes_alone = 0  # that it has asked for since someone else sent
         live.users = self.holders
+        live.no_space = self._no_space
 
     # -- exports (wire.handshake.Exports)
 
@@ -117,6 +128,10 @@ class Server:
         read_only = row.snapshot or (rule is not None and rule.read_only)
         return ExportInfo(name, row.size, read_only, rule.description if rule is not None else "")
 
+    def _no_space(self, name: str) -> str | None:
+        rule = self._rule(name)
+        return None if rule is None else rule.no_space
+
     def _rule(self, name: str) -> Rule | None:
         return next((rule for rule in self._rules if fnmatchcase(name, rule.name)), None)
 
@@ -127,7 +142,11 @@ class Server:
         loop = asyncio.get_running_loop()
         for each in sockets:
             if each.family == socket.AF_UNIX:
-                listener: asyncio.AbstractServer = await loop.create_unix_server(lambda: Connection(self), sock=each)
+                listener: asyncio.AbstractServer = await loop.create_unix_server(
+                    lambda: Connection(self),
+                    sock=each,
+                    **addresses.KEEP_FILE,  # type: ignore[arg-type]  # keywords
+                )
             else:
                 # Inherited by what is accepted: a volume must not stay in use because its client's machine died.
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -152,8 +171,6 @@ class Server:
         await asyncio.gather(*(connection.closed for connection in connections))
 
     def add(self, connection: Connection) -> bool:
-        if self._stopping:
-            return False
         if len(self._connections) >= self._max_connections:
             log.warning("refused a connection: there are %d already", len(self._connections))
             return False
@@ -166,6 +183,8 @@ class Server:
 
     def remove(self, connection: Connection, name: str | None) -> None:
         self._connections.pop(connection, None)
+        if self.speaker is connection:
+            self.speaker = None
         if name is not None:
             users = self._users[name]
             del users[connection]
@@ -178,7 +197,8 @@ class Server:
 
     async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""
-        self._stopping = True
+        self.stopping = True
+        self._live.stop()
         for listener in self._listeners:
             listener.close()
         await asyncio.sleep(0)  # uvloop announces a connection a turn after it has accepted it
@@ -210,6 +230,7 @@ class Connection(asyncio.BufferedProtocol):
         self._half_close = False  # at its end, only our direction is closed at first
         self._discarding = False  # what comes in is of no interest any more
         self._lost = False  # the transport is gone
+        self._gone = False  # so it is, or soon will be: what waits for space need not
         self._view = _buffer(SCRATCH)
         self._end = 0  # bytes in scratch
         self._payload: memoryview | None = None  # of a large write, while it comes in
@@ -274,6 +295,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
         self._closing = True
+        self._give_up()
         if self._timer is not None:
             self._timer.cancel()
         self._out.clear()
@@ -282,17 +304,30 @@ class Connection(asyncio.BufferedProtocol):
     # -- closing
 
     def stop(self) -> None:
-        """Parse no more than was received; answer it, then close."""
+        """Parse no more than was received; answer it, then close. A handshake is finished first."""
+        if self._closing:
+            return
         if self._handshake is not None:
-            self._handshake.shut_down()
-        self._half_close = True
-        self._finish_receiving()
+            self._restart_timer(LAST_HANDSHAKES, self.abort)
+        else:
+            self._half_close = True
+            self._finish_receiving()
 
     def abort(self) -> None:
-        """Close now; requests in work end by themselves, unanswered."""
+        """Close now; requests in work end by themselves, unanswered, and none waits for space any more."""
         self._closing = True
+        self._give_up()
         if not self._lost:
             self._transport.abort()
+
+    def _give_up(self) -> None:
+        if not self._gone:
+            self._gone = True
+            if self._tasks:
+                self._live.space_came()
+
+    def _is_wanted(self) -> bool:
+        return not self._gone
 
     def _finish_receiving(self) -> None:
         self._draining = True
@@ -376,7 +411,8 @@ class Connection(asyncio.BufferedProtocol):
         handshake.receive(self._view[: self._end])
         self._end = 0
         while not self._peer_slow and (reply := handshake.step()) is not None:
-            self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
+            if not self._server.stopping:
+                self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
             if reply:
                 self._transport.write(reply)
         if handshake.state is HandshakeState.OPEN:
@@ -385,6 +421,8 @@ class Connection(asyncio.BufferedProtocol):
             assert self._timer is not None
             self._timer.cancel()
             self._begin_transmission(handshake.result, handshake.rest())
+            if self._server.stopping:
+                self.stop()
         else:
             if handshake.reason:
                 log.info("%s: handshake failed: %s", self.peer, handshake.reason)
@@ -418,6 +456,8 @@ class Connection(asyncio.BufferedProtocol):
     def _parse(self) -> None:
         """Handle every whole request in scratch."""
         view, end = self._view, self._end
+        if self._server.speaker is not self:
+            self._server.speaker, self._server.flushes_alone = self, 0
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
         unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
@@ -452,6 +492,8 @@ class Connection(asyncio.BufferedProtocol):
                 try:
                     if command == _READ:
                         self._read(flags, cookie, offset, length)
+                    elif command == _FLUSH:
+                        self._flush_volume(cookie, end - position < _REQUEST_HEADER)
                     else:
                         self._other(command, flags, cookie, offset, length)
                 except Exception as failure:
@@ -586,22 +628,20 @@ class Connection(asyncio.BufferedProtocol):
         if done and not flags & _FUA:
             self._put(_simple(0, cookie))
         elif done:
-            self._start(_WRITE, cookie, len(payload), self._commit(cookie))
+            self._answer_durable(_WRITE, cookie)
         else:
             if not owned:
                 payload = memoryview(bytes(payload))
             self._start(_WRITE, cookie, len(payload), self._write_slowly(flags, cookie, offset, payload))
 
     async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
-        await self._device.write(offset, payload)
+        await self._device.write(offset, payload, self._is_wanted)
         await self._succeed(flags, cookie)
 
     def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        """Everything but READ, WRITE and DISC."""
+        """Everything but READ, WRITE, FLUSH and DISC."""
         work: Coroutine[object, object, None]
-        if command == _FLUSH:
-            work = self._commit(cookie)
-        elif command == _TRIM:
+        if command == _TRIM:
             work = self._trim(flags, cookie, offset, length)
         elif command == _WRITE_ZEROES:
             work = self._write_zeroes(flags, cookie, offset, length)
@@ -612,20 +652,48 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._start(command, cookie, 0, work)
 
-    async def _commit(self, cookie: int) -> None:
-        await self._live.commit()
-        self._put(_simple(0, cookie))
+    def _flush_volume(self, cookie: int, last: bool) -> None:
+        """`last`: nothing has been received behind it."""
+        server = self._server
+        server.flushes_alone += 1
+        if last and not self._tasks and server.flushes_alone > ALONE and self._live.commit_now():
+            self._put(_simple(0, cookie))
+        else:
+            self._answer_durable(_FLUSH, cookie)
+
+    def _answer_durable(self, command: int, cookie: int) -> None:
+        """Answer when all that was written before is durable. No task: it is what a flush costs beside the disk."""
+        try:
+            durable = self._live.durable()
+        except Exception as error:
+            self._fail(command, cookie, error)
+            return
+        if durable is None:
+            self._put(_simple(0, cookie))
+            return
+        self._tasks += 1
+        self._in_flight += REQUEST_COST
+        durable.add_done_callback(partial(self._durable, command, cookie))
+
+    def _durable(self, command: int, cookie: int, durable: asyncio.Future[None]) -> None:
+        error = durable.exception()
+        if error is None:
+            self._put(_simple(0, cookie))
+        else:
+            assert isinstance(error, Exception)
+            self._fail(command, cookie, error)
+        self._ended(REQUEST_COST)
 
     async def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length and not self._device.trim_now(offset, length):
-            await self._device.trim(offset, length)
+            await self._device.trim(offset, length, self._is_wanted)
         await self._succeed(flags, cookie)
 
     async def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
         # Always fast: at most two subblocks are written, so FAST_ZERO asks for nothing that is not so anyway.
         allocate = bool(flags & _NO_HOLE)
         if length and (allocate or not self._device.zero_now(offset, length)):
-            await self._device.write_zeroes(offset, length, allocate)
+            await self._device.write_zeroes(offset, length, allocate, self._is_wanted)
         await self._succeed(flags, cookie)
 
     async def _cache(self, cookie: int, offset: int, length: int) -> None:
@@ -657,8 +725,13 @@ class Connection(asyncio.BufferedProtocol):
     async def _run(self, command: int, cookie: int, cost: int, work: Coroutine[object, object, None]) -> None:
         try:
             await work
+        except GivenUp:
+            pass  # it gets no answer, so that a client that comes back sends it again
         except Exception as error:
             self._fail(command, cookie, error)
+        self._ended(cost)
+
+    def _ended(self, cost: int) -> None:
         self._tasks -= 1
         self._in_flight -= cost
         if not self._flush_due:
@@ -697,6 +770,7 @@ class Connection(asyncio.BufferedProtocol):
         self._out = []
         self._out_bytes = 0
         if not self._lost:
+            self._live.publish()
             self._transport.writelines(out)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,25 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones last: what is wrong with the rest is then known sooner."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+class Ballast:
+    """Takes all space that the file system of a directory has left, and gives it back."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "ballast"
+
+    def inflate(self, *, leave: int = 0) -> None:
+        with open(self._path, "ab", buffering=0) as file:
+            for size in (1 << 20, 4096):
+                with suppress(OSError):
+                    while file.write(bytes(size)) == size:
+                        pass
+        if leave:
+            os.truncate(self._path, self._path.stat().st_size - leave)
+
+    def deflate(self) -> None:
+        self._path.unlink()
 
 
 def need(program: str) -> str:

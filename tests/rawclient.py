@@ -11,18 +11,22 @@ import struct
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import uvloop
 
 from nbdthin.pool.check import check
 from nbdthin.pool.live import LivePool
+from nbdthin.pool.policy import ERROR, Policy
 from nbdthin.pool.pool import Pool
 from nbdthin.server import Rule, Server
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
 EPERM, EIO, EINVAL, ENOSPC = 1, 5, 22, 28
+
+# A pool that can be filled, stays as it is, and lets nobody wait.
+REFUSING = Policy(no_space=ERROR, min_free=0, auto_extend=False)
 
 T = TypeVar("T")
 
@@ -42,11 +46,15 @@ class Client:
 
     def __init__(self, path: Path, name: str = "", *, structured: bool = False, contexts: tuple[str, ...] = ()) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(path))
         self.lengths: dict[int, int] = {}
         self._cookie = 0
-        if name:
-            self.handshake(name, structured, contexts)
+        try:
+            self.sock.connect(str(path))
+            if name:
+                self.handshake(name, structured, contexts)
+        except BaseException:
+            self.sock.close()
+            raise
 
     def handshake(self, name: str, structured: bool, contexts: tuple[str, ...]) -> None:
         assert self.receive(18)[:16] == b"NBDMAGICIHAVEOPT"
@@ -68,6 +76,9 @@ class Client:
 
     def option(self, number: int, data: bytes) -> list[tuple[int, bytes]]:
         self.sock.sendall(b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data)
+        return self.option_replies(number)
+
+    def option_replies(self, number: int) -> list[tuple[int, bytes]]:
         replies: list[tuple[int, bytes]] = []
         while not replies or (replies[-1][0] not in (1,) and not replies[-1][0] >> 31):
             magic, option, kind, length = struct.unpack(">QIII", self.receive(20))
@@ -165,14 +176,23 @@ class Client:
 class Serving:
     """A pool, served on a unix socket from a thread of this process."""
 
-    def __init__(self, path: Path, socket_path: Path, rules: tuple[Rule, ...] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        socket_path: Path,
+        rules: tuple[Rule, ...] = (),
+        policy: Policy = REFUSING,
+        live: type[LivePool] = LivePool,
+    ) -> None:
+        self._live_type = live
         self.path = path
         self.socket = socket_path
         self._rules = rules
+        self._policy = policy
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()))
 
-    def __enter__(self) -> Serving:
+    def __enter__(self) -> Self:
         self._thread.start()
         self._ready.wait()
         return self
@@ -181,29 +201,30 @@ class Serving:
         self.stop()
 
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
-        self.live = LivePool(Pool.open(self.path, autocommit=False))
+        self.live = self._live_type(Pool.open(self.path, autocommit=False, policy=self._policy))
         self.server = Server(self.live, self._rules)
         self.socket.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(self.socket))
-        listener.listen(64)
-        await self.server.listen([listener])
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.socket))
+        self.listener.listen(64)
+        await self.server.listen([self.listener.dup()])
         self._ready.set()
         await self._end.wait()
         await self.server.shutdown(5)
         await self.live.commit()
         self.problems = check(self.live.pool)
         await self.live.close()
+        self.listener.close()
 
     def run(self, work: Coroutine[object, object, T]) -> T:
         """Run `work` in the server's loop and return what it returns."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def stop(self) -> None:
         """Shut down as the daemon does; the pool must be sound."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._end.set)
+            self.loop.call_soon_threadsafe(self._end.set)
             self._thread.join()
             assert self.problems == []

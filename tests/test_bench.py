@@ -71,6 +71,47 @@ def test_cells_are_measured_in_turn_verified_and_told_as_a_table_and_as_json(tmp
     assert list(images.iterdir()) == []
 
 
+def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    images = tmp_path / "images"
+    images.mkdir()
+    cells = "(fsync|slow)-4k.*/(nbdthin|nbdkit file)"
+    with start(images, "--seconds", "0.2", "--only", cells, "--json", str(report)) as bench:
+        table, said = bench.communicate(timeout=240)
+    assert bench.returncode == 0, table + said
+    assert "times one writer" in table
+    told = {(cell["work"], cell["server"]): cell for cell in json.loads(report.read_text())["cells"]}
+    for disk in ("fsync", "slow"):
+        for server in ("nbdthin", "nbdkit file"):
+            one, many = told[f"{disk}-4k", server], told[f"{disk}-4k-w16", server]
+            if shutil.which("cc") is None and disk == "slow":
+                assert "compiler" in one["reason"]
+                continue
+            assert one["ratio_to_one_writer"] is None
+            assert many["ratio_to_one_writer"] == many["requests_per_second"] / one["requests_per_second"]
+            assert disk == "fsync" or one["requests_per_second"] < 1000, "a sync of a millisecond and more"
+    assert list(images.iterdir()) == []
+
+
+def test_a_large_mapping_is_loaded_checkpointed_and_merged_beside_reads(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    images = tmp_path / "images"
+    images.mkdir()
+    only = ("--mapped", "16K", "--seconds", "0.2", "--only", "/nbdthin/mapped", "--json", str(report))
+    with start(images, *only) as bench:
+        table, said = bench.communicate(timeout=240)
+    assert bench.returncode == 0, table + said
+    told = {trial["work"]: trial for trial in json.loads(report.read_text())["trials"]}
+    assert told.keys() == {"load", "checkpoint-d1", "checkpoint-d16", "merge-d1", "merge-d16"}
+    assert told["load"]["figures"]["blocks"] == 16 * 16 * 1024
+    for trial in told.values():
+        assert trial["failure"] is None
+        if trial["work"] != "load":
+            assert trial["figures"]["count"] >= 2
+            assert trial["figures"]["reads_with"] > 0
+    assert list(images.iterdir()) == []
+
+
 def test_a_server_that_gives_back_other_data_fails_the_bench(tmp_path: Path) -> None:
     with start(tmp_path, "--seconds", "1", "--only", "read-4k-d1/nbdkit file") as bench:
         until(lambda: "fio" in {process.name() for process in working_in(tmp_path)})  # the image is filled by then

@@ -68,7 +68,7 @@ def test_rules_keep_their_order(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ('[pool]\n\npth = "x"', ":3: unknown key 'pth' in [pool] (did you mean 'path'?)"),
-        ("[pool]\nzzz = 1", ":2: unknown key 'zzz' in [pool] (valid are path, size, block_size, data)"),
+        ("[pool]\nzzz = 1", ":2: unknown key 'zzz' in [pool] (valid are path, size, block_size, data, no_space,"),
         ("[sever]\n", ":1: unknown key 'sever' (did you mean 'server'?)"),
         ('export.name = "x"', ":1: 'export' is a list of tables: write [[export]]"),
         ('[[export]]\nname = "a"\n[[export]]\nname = "b"\nreadonly = true', ":5: unknown key 'readonly' in [export]"),

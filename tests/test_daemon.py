@@ -240,7 +240,10 @@ def test_a_full_disk_lets_no_pool_begin(small_disk: Path) -> None:
 
 
 def test_a_full_disk_is_told_of_and_removing_helps(small_disk: Path) -> None:
-    with running(small_disk) as daemon:
+    daemon = Daemon(small_disk)
+    daemon.config.write_text(daemon.config.read_text().replace("[server]", 'no_space = "error"\n[server]'))
+    with contextlib.closing(daemon):
+        daemon.start()
         daemon.create("a", "64 MiB")
         client = rawclient.Client(daemon.socket, "a")
         written = 0

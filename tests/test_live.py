@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from nbdthin.pool.check import check
 from nbdthin.pool.commands import Clone, Create, Remove, Rollback, Snapshot
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.pool import Pool
+from tests.pool.conftest import kill
+from tests.rawclient import REFUSING
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -25,7 +28,7 @@ def run(path: Path, work: Callable[[LivePool], Awaitable[None]], size: str = "64
     """Run `work` on a new pool, then check the pool, live and loaded again."""
 
     async def main() -> None:
-        live = LivePool(Pool.open(path, autocommit=False))
+        live = LivePool(Pool.open(path, autocommit=False, policy=REFUSING))
         try:
             await work(live)
             if live.pool.failed is None:
@@ -162,6 +165,72 @@ def test_a_failed_sync_is_final_and_reads_go_on(tmp_path: Path, monkeypatch: pyt
     run(tmp_path / "pool", work)
 
 
+def test_an_overwrite_is_synced_at_once_where_that_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And left to the thread when there is metadata, or much data, or the disk was slow, or a commit is under way."""
+
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        syncs: list[str] = []
+        real = live.pool.data.sync
+
+        def sync() -> None:
+            syncs.append(threading.current_thread().name)
+            real()
+
+        monkeypatch.setattr(live.pool.data, "sync", sync)
+        monkeypatch.setattr(live, "_sync_took", 0.0001)
+        assert not live.commit_now(), "nothing has changed"
+        await write(volume, 0, b"a" * 4096)
+        assert not live.commit_now(), "a new block"
+        await live.commit()
+        assert syncs == ["nbdthin-sync"]
+        await write(volume, 0, b"b" * 4096)
+        monkeypatch.setattr(live, "_sync_took", 0.002)
+        assert not live.commit_now(), "a slow disk"
+        monkeypatch.setattr(live, "_sync_took", 0.0001)
+        assert live.commit_now()
+        assert syncs == ["nbdthin-sync", "MainThread"]
+        assert not live.pool.has_changes
+        await write(volume, 0, b"c" * 4096)
+        under_way = live.durable()
+        assert not live.commit_now(), "a commit is under way"
+        assert under_way is not None
+        await under_way
+        for _ in range(65):
+            await write(volume, 0, b"d" * 4096)
+        monkeypatch.setattr(live, "_sync_took", 0.0001)
+        assert not live.commit_now(), "more than a little"
+        await live.commit()
+        assert syncs == ["nbdthin-sync", "MainThread", "nbdthin-sync", "nbdthin-sync"]
+
+    run(tmp_path / "pool", work)
+
+
+def test_a_sync_that_fails_in_the_loop_is_as_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        await write(volume, 0, b"a" * 4096)
+        await live.commit()
+        await write(volume, 0, b"b" * 4096)
+
+        def fail() -> None:
+            raise OSError(5, "injected")
+
+        monkeypatch.setattr(live.pool.data, "sync", fail)
+        monkeypatch.setattr(live, "_sync_took", 0.0001)
+        with pytest.raises(PoolFailed):
+            live.commit_now()
+        monkeypatch.undo()
+        with pytest.raises(PoolFailed):
+            await live.commit()
+        with pytest.raises(PoolFailed):
+            await write(volume, 0, b"c" * 4096)
+
+    run(tmp_path / "pool", work)
+
+
 REGION = 40_000  # bytes: neighbours share a subblock and a block
 REGIONS = 6
 
@@ -257,3 +326,31 @@ def test_writes_snapshots_removals_and_merges_at_once_stay_apart(
         assert await read(volume, 0, REGION * REGIONS) == expected
 
     run(tmp_path / "pool", work)
+
+
+def test_what_a_crash_left_in_free_blocks_goes_back_to_the_file_system(tmp_path: Path) -> None:
+    """The process ended between a write and the commit that would have made it so."""
+    path = tmp_path / "pool"
+    Pool.init(path, size="256M", block_size="64K")
+    pool = Pool.open(path, autocommit=False)
+    pool.unsynced.start(pool.journal.sequence + 1)
+    pool.create("kept", 8 * MIB)
+    pool.volume("kept").write(0, b"kept" * 64 * KIB)
+    pool.commit()
+    pool.create("lost", 128 * MIB)
+    pool.volume("lost").write(0, b"lost" * 25 * MIB)
+    kill(pool)
+    taken = (path / "data").stat().st_blocks * 512
+    assert taken > 100 * MIB
+
+    async def main() -> None:
+        live = LivePool(Pool.open(path, autocommit=False))
+        while live._tasks:
+            await asyncio.wait(list(live._tasks))
+        assert check(live.pool) == []
+        assert live.pool.allocator.pending == 0
+        assert await read(live.open("kept"), 0, 256 * KIB) == b"kept" * 64 * KIB
+        await live.close()
+
+    uvloop.run(main())
+    assert (path / "data").stat().st_blocks * 512 < 2 * MIB

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -9,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import pytest
 from nbdthin.errors import InUse
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.pool import Pool
+from nbdthin.server import ALONE, Server
 from tests.rawclient import (
     BLOCK_STATUS,
     CACHE,
@@ -49,6 +53,7 @@ class Rule:
     name: str
     read_only: bool = False
     description: str = ""
+    no_space: str | None = None
 
 
 @pytest.fixture
@@ -101,6 +106,38 @@ def test_a_payload_that_comes_in_small_pieces_is_put_together(client: Client) ->
             client.sock.sendall(message[start : start + 997])
         assert client.reply().error == 0
         assert client.read(777, length) == data
+
+
+def test_a_client_alone_is_synced_for_by_the_loop_and_one_beside_others_is_not(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdthin.pool.live.QUICK_SYNC", 60.0)  # this disk is
+    data = serving.live.pool.data
+    assert (client.write(0, bytes(4096)), client.call(FLUSH, 0, 0)) == (0, 0)
+    by_the_loop: list[bool] = []
+    real = data.sync
+
+    def sync() -> None:
+        by_the_loop.append(threading.current_thread().name != "nbdthin-sync")
+        real()
+
+    def overwrite_and_flush() -> None:
+        assert (client.write(0, bytes(4096)), client.call(FLUSH, 0, 0)) == (0, 0)
+        assert not data.dirty
+
+    monkeypatch.setattr(data, "sync", sync)
+    for _ in range(ALONE + 2):
+        overwrite_and_flush()
+    assert by_the_loop == [False] * (ALONE - 1) + [True] * 3
+    pipelined = client.request(WRITE, 0, 4096, bytes(4096))[1] + 3 * client.request(FLUSH, 0, 0)[1]
+    client.sock.sendall(pipelined)
+    assert [client.reply().error for _ in range(4)] == [0] * 4
+    assert by_the_loop[ALONE + 2 :] in ([False], [True]), "one for all of them"
+    other = Client(serving.socket, "web")
+    assert other.read(0, 4096) == bytes(4096)
+    overwrite_and_flush()
+    assert not by_the_loop[-1]
+    other.close()
 
 
 def test_a_payload_of_64_mib_is_taken_and_one_of_more_closes(serving: Serving, client: Client) -> None:
@@ -446,6 +483,109 @@ def test_shutting_down_answers_everything_that_had_been_received(serving: Servin
             answered.add(structured.reply().cookie)
     except EOFError:
         assert answered == set(range(1, 61))
+
+
+def shutting_down(serving: Serving) -> Future[None]:
+    """Begin to shut the server down; returns when it accepts nobody any more."""
+    ending = asyncio.run_coroutine_threadsafe(serving.server.shutdown(5), serving.loop)
+    while not serving.run(_stopping(serving)):
+        pass
+    serving.run(asyncio.sleep(0))  # whoever was accepted in the last moment has been announced
+    return ending
+
+
+async def _stopping(serving: Serving) -> bool:
+    return serving.server.stopping
+
+
+@pytest.mark.parametrize("received", ["nothing", "greeting", "half an option"])
+def test_a_handshake_is_finished_before_a_stopping_server_closes(serving: Serving, received: str) -> None:
+    """A client that comes back after a lost connection gives up for good when it is refused, not when it is cut off."""
+    client = Client(serving.socket)
+    if received != "nothing":
+        assert client.receive(18)[:8] == b"NBDMAGIC"
+    if received == "half an option":
+        client.sock.sendall(struct.pack(">I", 3) + b"IHAVEOPT\0\0\0\x07")
+    serving.run(asyncio.sleep(0))  # it was accepted
+    ending = shutting_down(serving)
+    if received == "half an option":
+        client.sock.sendall(struct.pack(">II", 9, 3) + b"web" + bytes(2))
+        assert client.option_replies(7)[-1] == (1, b"")
+    elif received == "greeting":
+        client.sock.sendall(struct.pack(">I", 3))
+        assert client.option(7, b"\0\0\0\x03web\0\0")[-1] == (1, b"")
+    else:
+        client.handshake("web", True, ())
+    assert client.closed()
+    client.close()
+    ending.result()
+
+
+def test_what_is_sent_with_the_last_option_to_a_stopping_server_is_answered(serving: Serving) -> None:
+    client = Client(serving.socket)
+    client.receive(18)
+    ending = shutting_down(serving)
+    option = b"IHAVEOPT" + struct.pack(">II", 7, 9) + b"\0\0\0\x03web\0\0"
+    client.sock.sendall(struct.pack(">I", 3) + option + client.request(WRITE, 0, 4096, b"w" * 4096)[1])
+    assert client.option_replies(7)[-1] == (1, b"")
+    assert client.reply().error == 0
+    assert client.closed()
+    client.close()
+    ending.result()
+    assert serving.run(_read(serving, "web", 4096)) == b"w" * 4096
+
+
+async def _read(serving: Serving, name: str, length: int) -> bytes:
+    return bytes(serving.live.pool.volume(name).read(0, length))
+
+
+def test_a_silent_handshake_does_not_keep_a_stopping_server(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbdthin.server.LAST_HANDSHAKES", 0.05)
+    silent, slow = Client(serving.socket), Client(serving.socket)
+    for each in (silent, slow):
+        each.receive(18)
+    ending = shutting_down(serving)
+    slow.sock.sendall(struct.pack(">I", 3))
+    with contextlib.suppress(ConnectionError, EOFError):  # options do not give it more time
+        while True:
+            slow.option(3, b"")
+    assert silent.closed() and slow.closed()
+    ending.result()
+    assert serving.server.connections == 0
+    for each in (silent, slow):
+        each.close()
+
+
+def test_whoever_comes_while_a_server_with_inherited_sockets_stops_waits_in_the_queue(
+    serving: Serving, client: Client
+) -> None:
+    """The listening socket is someone else's too, as under systemd: nobody is accepted who would then be closed."""
+    late = [Client(serving.socket) for _ in range(20)]  # all of them, or the first few, are accepted
+    ending = shutting_down(serving)
+    late += [Client(serving.socket) for _ in range(20)]
+    accepted = 0
+    for each in late:
+        each.sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            each.sock.recv(18, socket.MSG_PEEK)
+            accepted += 1
+    for each in late[:accepted]:
+        each.sock.settimeout(None)
+        each.handshake("web", False, ())
+        assert each.closed()
+    ending.result()
+    serving.run(_serve_again(serving))
+    for each in late[accepted:]:
+        each.sock.settimeout(None)
+        each.handshake("web", False, ())
+        assert each.read(0, 512) == bytes(512)
+    for each in late:
+        each.close()
+
+
+async def _serve_again(serving: Serving) -> None:
+    serving.server = Server(serving.live)
+    await serving.server.listen([serving.listener.dup()])
 
 
 def test_a_snapshot_under_load_holds_what_had_been_answered_and_a_prefix_of_the_rest(serving: Serving) -> None:

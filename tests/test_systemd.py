@@ -18,7 +18,7 @@ import nbdthin
 from nbdthin import config
 from nbdthin.addresses import UnixAddress
 from tests import rawclient
-from tests.clients.daemon import CONFIG, free_port, nbdthin_command
+from tests.clients.daemon import CONFIG, free_port, handing_over, nbdthin_command
 from tests.conftest import missing, need
 
 UNITS = Path(__file__).parent.parent / "systemd"
@@ -107,16 +107,8 @@ def test_a_control_socket_may_be_handed_over_too(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as control:
         control.bind(str(tmp_path / "handed"))
         control.listen()
-        # What systemd does between fork and exec.
-        program = (
-            "import os, sys; os.dup2(int(sys.argv[1]), 3); "
-            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='control'); "
-            "os.execv(sys.argv[2], sys.argv[2:])"
-        )
         serve = nbdthin_command("serve", "--config", tmp_path / "exports.toml")
-        process = subprocess.Popen(
-            [serve[0], "-c", program, str(control.fileno()), *serve], pass_fds=[control.fileno()]
-        )
+        process = subprocess.Popen([*handing_over({"control": control}), *serve], pass_fds=[control.fileno()])
     with nbdthin.connect(tmp_path / "handed") as pool:
         assert pool.info().listen[0] == f"unix:{tmp_path}/nbd.sock"
     process.terminate()

@@ -21,6 +21,7 @@ from nbdthin.control import codec
 from nbdthin.control.codec import LENGTH, BadFrame
 from nbdthin.control.rows import Export, Info, Node, lineage
 from nbdthin.errors import Error, Invalid, Unreachable
+from nbdthin.pool.events import Event
 from nbdthin.pool.rows import Extent
 from nbdthin.units import parse_size
 
@@ -106,6 +107,10 @@ def _info_call() -> _Call[Info]:
     return _Call("info", {}, _row(Info))
 
 
+def _events_call() -> _Call[list[Event]]:
+    return _Call("events", {}, _rows(Event))
+
+
 def _batch_call(collected: list[_Call[None]]) -> _Call[None]:
     commands = [{"command": call.command, "arguments": call.arguments} for call in collected]
     return _Call("batch", {"commands": commands}, _nothing)
@@ -162,6 +167,22 @@ class Changes(Generic[Done]):
         """Set labels, remove those whose value is None; others stay. Raises NotFound or Invalid."""
         return self._change(_Call("label", {"name": name, "changes": dict(changes)}, _nothing))
 
+    def quota(self, name: str, size: int | str | None) -> Done:
+        """What volume `name` may be charged with: what it and its snapshots take. Raises NotFound or Invalid."""
+        return self._change(_Call("quota", {"name": name, "size": _limit(size)}, _nothing))
+
+    def reserve(self, name: str, size: int | str | None) -> Done:
+        """Keep space so that volume `name` can be charged with `size`. Raises NotFound, Invalid or NoSpace."""
+        return self._change(_Call("reserve", {"name": name, "size": _limit(size)}, _nothing))
+
+    def extend(self, size: int | str) -> Done:
+        """Make the pool larger: `size` of data file or device. Raises Invalid, also where it would shrink."""
+        return self._change(_Call("extend", {"size": parse_size(size)}, _nothing))
+
+
+def _limit(size: int | str | None) -> int | None:
+    return None if size is None else parse_size(size)
+
 
 class Batch(Changes[None]):
     """Collects changes; nothing is sent before the end of its `with` block."""
@@ -213,6 +234,10 @@ class Client(Changes[None]):
     def info(self) -> Info:
         """The pool, the daemon's process, the disk below the data."""
         return self._call(_info_call())
+
+    def events(self) -> Iterator[Event]:
+        """What happens to the pool from now on, as it happens; the connection is its own until the daemon stops."""
+        return self._stream(_events_call())
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[Self]:
@@ -323,6 +348,10 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
     async def info(self) -> Info:
         """As `Client.info`."""
         return await self._call(_info_call())
+
+    def events(self) -> AsyncIterator[Event]:
+        """As `Client.events`."""
+        return self._stream(_events_call())
 
     @contextlib.asynccontextmanager
     async def batch(self) -> AsyncIterator[Batch]:

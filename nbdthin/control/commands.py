@@ -19,8 +19,21 @@ from nbdthin.addresses import Address
 from nbdthin.control import codec
 from nbdthin.control.rows import Export, Info
 from nbdthin.errors import InUse, Invalid
-from nbdthin.pool.commands import Clone, Command, Create, Label, Rename, Resize, Rollback, Snapshot
+from nbdthin.pool.commands import (
+    Clone,
+    Command,
+    Create,
+    Extend,
+    Label,
+    Quota,
+    Rename,
+    Reserve,
+    Resize,
+    Rollback,
+    Snapshot,
+)
 from nbdthin.pool.commands import Remove as RemoveOne
+from nbdthin.pool.events import Event
 from nbdthin.pool.rows import Extent, Row
 
 if TYPE_CHECKING:
@@ -65,6 +78,9 @@ class Daemon:
             parent=row.parent,
             created=row.created,
             labels=row.labels,
+            quota=row.quota,
+            reservation=row.reservation,
+            charged=row.charged,
             read_only=described is None or described.read_only,
             connections=self.exports.holders(row.name),
             uri=self.listen[0].uri(row.name) if self.listen else None,
@@ -195,6 +211,13 @@ def _info(daemon: Daemon, _: Nothing) -> Info:
     )
 
 
+# -- streams
+
+
+def _events(daemon: Daemon, _: Nothing) -> AsyncIterator[Event]:
+    return daemon.live.listen()
+
+
 # -- the table
 
 
@@ -228,11 +251,15 @@ COMMANDS: dict[str, Change | Query | Stream] = {
     "remove": Change("remove volumes and snapshots", Remove, _remove),
     "resize": Change("give a volume another size", Resize),
     "label": Change("set and remove labels", Label),
+    "quota": Change("what a volume may take of the pool", Quota),
+    "reserve": Change("keep space for a volume", Reserve),
+    "extend": Change("make the pool larger", Extend),
     "batch": Change("several changes: all or nothing, one commit", Batch, _batch),
     "list": Query("every volume and snapshot, or those with some labels", List, _list),
     "show": Query("one volume or snapshot", Show, _show),
     "diff": Query("where two snapshots differ", Diff, _diff),
     "info": Query("the pool, the process, the disk", Nothing, _info),
+    "events": Stream("what happens to the pool, from now on", Nothing, _events),
 }
 
 

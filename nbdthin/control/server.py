@@ -13,6 +13,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 
+from nbdthin.addresses import KEEP_FILE
 from nbdthin.control import codec, commands
 from nbdthin.control.codec import BadFrame
 from nbdthin.control.commands import Daemon
@@ -30,7 +31,8 @@ class ControlServer:
 
     async def listen(self, listening: socket.socket) -> None:
         """Accept on a bound socket, which is the server's to close from now on."""
-        self._listeners.append(await asyncio.start_unix_server(self._serve, sock=listening))
+        listener = await asyncio.start_unix_server(self._serve, sock=listening, **KEEP_FILE)  # type: ignore[arg-type]
+        self._listeners.append(listener)
 
     async def close(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Accept nothing more; commands under way are finished and answered, for `timeout` seconds at most."""

@@ -5,18 +5,25 @@ commit that says so is not durable yet, or a read may still be under way). Block
 never handed out, so that 0 in an entry means "no block".
 
 `bytearray.find` is the search: 16 MiB of map in about 1 ms. Layers take runs of blocks, so that volumes written at the
-same time stay contiguous each for itself.
+same time stay contiguous each for itself. Everything that is decided about space is decided where a run is taken:
+limits shorten it, and a pool that is nearly full grows there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
-from nbdthin.errors import NoSpace
+from nbdthin.errors import NoSpace, OverQuota
 
 FREE, USED, PENDING, RESERVED = range(4)
 HEADER_BLOCKS = 1
+NEVER = 1 << 62
+
+FULL = "the pool is full (remove snapshots or volumes, trim what is not needed, or: nbdthin extend SIZE)"
+KEPT = "what the pool has left is reserved for other volumes (remove or trim something, or: nbdthin extend SIZE)"
 
 
 class Run:
@@ -41,6 +48,10 @@ class Allocator:
         self._run = bytes(run_blocks)
         self._cursor = HEADER_BLOCKS
         self._runs: dict[int, Run] = {}  # layer number -> its run; only while it has blocks left
+        # Of a layer: blocks that its quota leaves (raises OverQuota) and blocks kept for others; None: no limits.
+        self.limits: Callable[[int], tuple[int, int] | None] = lambda _: None
+        self.grow: Callable[[], bool] = lambda: False  # calls `extend` if it can
+        self.grow_at = NEVER  # blocks in use at which it is called; it is when there is none left, too
 
     @property
     def capacity(self) -> int:
@@ -56,7 +67,7 @@ class Allocator:
         """A block for `layer`, now used. Raises NoSpace."""
         run = self._runs.get(layer)
         if run is None:
-            run = self._take_run()
+            run = self._take_run(layer)
             if run.end - run.next > 1:
                 self._runs[layer] = run
         block = run.next
@@ -67,26 +78,64 @@ class Allocator:
         self.used += 1
         return block
 
-    def _take_run(self) -> Run:
+    def _take_run(self, layer: int) -> Run:
+        if self.used >= self.grow_at:
+            self.grow()
         run = Run()
-        length = len(self._run)
-        start = self._map.find(self._run, self._cursor)
+        length = self._run_length(layer)
+        wanted = self._run if length == len(self._run) else bytes(length)
+        start = self._map.find(wanted, self._cursor)
         if start < 0:
-            start = self._map.find(self._run, HEADER_BLOCKS, self._cursor + length)
+            start = self._map.find(wanted, HEADER_BLOCKS, self._cursor + length)
         if start < 0:
             if self._runs:
-                self._drop_runs()
-                return self._take_run()
+                self.drop_runs()
+                return self._take_run(layer)
             length = 1
             start = self._map.find(b"\0", HEADER_BLOCKS)
             if start < 0:
-                raise NoSpace("the pool is full (remove snapshots or volumes, or trim what is not needed)")
+                if self.grow():
+                    return self._take_run(layer)
+                raise NoSpace(FULL)
         self._map[start : start + length] = bytes([RESERVED]) * length
         self._cursor = start + length
         run.next, run.end = start, start + length
         return run
 
-    def _drop_runs(self) -> None:
+    def _run_length(self, layer: int) -> int:
+        """Blocks that `layer` may be given in one piece. Raises NoSpace where the limits leave it none."""
+        bounds = self.limits(layer)
+        if bounds is None:
+            return len(self._run)
+        quota, kept = bounds
+        left = self._at_hand - sum(run.end - run.next for run in self._runs.values()) - kept
+        if left <= 0 and self._runs:
+            self.drop_runs()
+            left = self._at_hand - kept
+        if left <= 0:
+            if self.grow():
+                return self._run_length(layer)
+            raise NoSpace(KEPT if self._at_hand else FULL)
+        return min(len(self._run), quota, left)
+
+    @property
+    def _at_hand(self) -> int:
+        """Blocks that are free now, or in runs."""
+        return self.capacity - self.used - self.pending
+
+    def check(self, layer: int, count: int) -> None:
+        """Raises NoSpace where `layer` cannot get `count` blocks now, one after the other."""
+        while True:
+            quota, kept = (self.limits(layer) if count else None) or (NEVER, 0)
+            if count > quota:
+                raise OverQuota(f"{count} blocks are needed, and the volume's quota leaves {quota}")
+            left = max(self._at_hand - kept, 0)
+            if count <= left:
+                return
+            if not self.grow():
+                raise NoSpace(f"{count} blocks are needed, {left} are free: " + (KEPT if kept else FULL))
+
+    def drop_runs(self) -> None:
         for run in self._runs.values():
             self._map[run.next : run.end] = bytes(run.end - run.next)
         self._runs.clear()
@@ -96,6 +145,14 @@ class Allocator:
         run = self._runs.pop(layer, None)
         if run is not None:
             self._map[run.next : run.end] = bytes(run.end - run.next)
+
+    def extend(self, total: int) -> None:
+        """The pool has grown to `total` blocks."""
+        assert total >= self.total
+        # A new map: one that numpy looks into cannot be resized.
+        self._map = self._map + bytes(total - self.total)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.total = total
 
     def discard(self, block: int) -> None:
         """An entry gave `block` up: pending until `release`."""
@@ -116,18 +173,46 @@ class Allocator:
         self._bytes[blocks] = FREE
         self.pending -= len(blocks)
 
+    def hold(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Make the free ones among `blocks` pending: they are freed, but not durably so. Returns them."""
+        found: npt.NDArray[np.uint64] = blocks[self._bytes[blocks] == FREE]
+        self._bytes[found] = PENDING
+        self.pending += len(found)
+        return found
+
+    def hold_free(self, first: int, end: int) -> npt.NDArray[np.uint64]:
+        """Make the free ones of blocks `first` to `end` - 1 pending, so that nobody takes them before `release`."""
+        part = self._bytes[first:end]
+        found = np.flatnonzero(part == FREE)
+        part[found] = PENDING
+        self.pending += len(found)
+        return (found + first).astype(np.uint64)
+
     def claim(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """At load: entries point to `blocks`. Returns those that lie outside the pool or are claimed already."""
         bad: npt.NDArray[np.uint64] = blocks[blocks >= self.total]
         if not len(bad):
             bad = blocks[self._bytes[blocks] != FREE]
         if not len(bad):
+            bad = blocks[self._come_again(blocks)]
             self._bytes[blocks] = USED
             self.used += len(blocks)
-            if np.count_nonzero(self._bytes == USED) != self.used + HEADER_BLOCKS:
-                values, counts = np.unique(blocks, return_counts=True)
-                bad = values[counts > 1]
         return bad
+
+    def _come_again(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Which of `blocks` come again later in it; what the map says of them is lost.
+
+        The map itself is the memory: each block is given a digit of its place in `blocks`, and asked for it again. Of
+        two, the later one's stays. Places differ in some digit, so all are found, in time that grows with `blocks`
+        alone: sorting them, or counting the whole map for each layer, took most of a load.
+        """
+        places = np.arange(len(blocks), dtype=np.uint64)
+        again = np.zeros(len(blocks), dtype=np.bool_)
+        for shift in range(0, len(blocks).bit_length(), 8):
+            digits = (places >> np.uint64(shift)).astype(np.uint8)
+            self._bytes[blocks] = digits
+            again |= self._bytes[blocks] != digits
+        return again
 
     def states(self) -> npt.NDArray[np.uint8]:
         """What each block is, runs counted as free; a copy."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nbdthin.errors import Corrupt
+from nbdthin.errors import Corrupt, Invalid
 from nbdthin.pool import allocator
 from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, Words, words
@@ -54,7 +54,7 @@ def check_path(path: Path | str, *, data: Path | str | None = None) -> Report:
             return _report_damage(path, identity, found, notes)
     try:
         pool = Pool.open(path, inspect=True)
-    except Corrupt as error:
+    except (Corrupt, Invalid) as error:
         with locked(path):
             return _report_damage(path, identity, found, notes, str(error))
     with closing(pool):
@@ -82,13 +82,13 @@ def _report_damage(path: Path, identity: Identity, found: Survey, notes: tuple[s
 
 def check(pool: Pool) -> list[str]:
     """Everything wrong with an open pool, a sentence each."""
-    problems = [*_links(pool.state), *_entries(pool), *_caches(pool.state), *_space(pool)]
+    problems = [*links(pool.state), *_entries(pool), *_caches(pool.state), *_space(pool)]
     if not pool.has_changes and pool.failed is None:
         problems.extend(_journal(pool))
     return problems
 
 
-def _links(state: State) -> Iterator[str]:
+def links(state: State) -> Iterator[str]:
     for name, row in state.names.items():
         layer = state.layers.get(row.layer)
         if layer is None:
@@ -97,6 +97,10 @@ def _links(state: State) -> Iterator[str]:
             yield f"layer {layer.number} does not know that it is {name!r}"
         elif not row.snapshot and layer.children:
             yield f"volume {name!r} has layers on top of its head"
+        if row.snapshot and (row.quota or row.reservation):
+            yield f"snapshot {name!r} has a quota or a reservation, which only volumes have"
+        if not row.snapshot and row.origin >= row.layer:
+            yield f"volume {name!r} has layer {row.layer} and starts from layer {row.origin}, which is no older"
     nameless = {number for number, layer in state.layers.items() if layer.name is None}
     for layer in state.layers.values():
         if layer.parent is not None and state.layers.get(layer.parent.number) is not layer.parent:
@@ -191,20 +195,23 @@ def sources(layer: Layer, leaf: int) -> Words:
 
 def _space(pool: Pool) -> Iterator[str]:
     space = pool.allocator
-    owned = [layer.physical_blocks() for layer in pool.state.layers.values()]
-    blocks = np.concatenate(owned) if owned else np.empty(0, dtype=np.uint64)
-    blocks, counts = np.unique(blocks, return_counts=True)
-    for block in blocks[counts > 1].tolist():
-        yield f"physical block {block} has two owners"
+    owned = np.zeros(space.total, dtype=np.bool_)
+    for layer in pool.state.layers.values():
+        for part in layer.physical_parts():
+            blocks, counts = np.unique(part[part < space.total], return_counts=True)
+            for block in blocks[(counts > 1) | owned[blocks]].tolist():
+                yield f"physical block {block} has two owners"
+            owned[blocks] = True
+    owned[: allocator.HEADER_BLOCKS] = True
     states = space.states()
-    used = set(blocks[blocks < space.total].tolist()) | set(range(allocator.HEADER_BLOCKS))
-    marked = set(np.flatnonzero(states == allocator.USED).tolist())
-    for block in sorted(used - marked):
+    marked = states == allocator.USED
+    for block in np.flatnonzero(owned & ~marked).tolist():
         yield f"physical block {block} is in use and not marked so"
-    for block in sorted(marked - used):
+    for block in np.flatnonzero(marked & ~owned).tolist():
         yield f"physical block {block} is marked in use and has no owner"
-    if space.used != len(used) - allocator.HEADER_BLOCKS:
-        yield f"{len(used) - allocator.HEADER_BLOCKS} blocks are in use, {space.used} are counted"
+    used = int(np.count_nonzero(owned)) - allocator.HEADER_BLOCKS
+    if space.used != used:
+        yield f"{used} blocks are in use, {space.used} are counted"
     if space.pending != int(np.count_nonzero(states == allocator.PENDING)):
         yield f"{space.pending} freed blocks are counted as pending"
 
@@ -223,6 +230,8 @@ def _journal(pool: Pool) -> Iterator[str]:
         yield "the journal holds other names"
     if stored.next_layer != state.next_layer:
         yield "the journal holds another counter"
+    if stored.size != state.size:
+        yield "the journal holds another size"
     if stored.layers.keys() != state.layers.keys():
         yield "the journal holds other layers"
         return

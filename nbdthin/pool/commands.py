@@ -85,7 +85,30 @@ class Label:
     changes: Mapping[str, str | None]
 
 
-Command = Create | Snapshot | Clone | Rollback | Rename | Remove | Resize | Label
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Volume `name` may be charged with `size` bytes of blocks (limits.py); None: with any."""
+
+    name: str
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Keep blocks for volume `name`, so that it can be charged with `size` bytes; None: no more than others."""
+
+    name: str
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Make the pool's data file `size` bytes, or use that much of its block device. A pool never shrinks."""
+
+    size: int
+
+
+Command = Create | Snapshot | Clone | Rollback | Rename | Remove | Resize | Label | Quota | Reserve | Extend
 
 
 def names_in(command: Command) -> tuple[str, ...]:
@@ -97,6 +120,8 @@ def names_in(command: Command) -> tuple[str, ...]:
             return command.snapshot, command.name
         case Rename():
             return command.old, command.new
+        case Extend():
+            return ()
         case _:
             return (command.name,)
 
@@ -141,6 +166,12 @@ class Draft:
         self.now = now
         self.records: list[Record] = []
         self.shrinks: list[tuple[str, int]] = []  # volumes that become smaller, and to what
+        self.size = 0  # bytes that the pool is to have; 0: as it is
+
+    @property
+    def changed(self) -> Mapping[str, Name | None]:
+        """What names will be, as far as they change; None: gone."""
+        return self._changed
 
     def find(self, name: str) -> Name:
         row = self._changed[name] if name in self._changed else self._base.get(name)
@@ -198,7 +229,7 @@ def _snapshot(draft: Draft, command: Snapshot) -> None:
     volume = draft.find_kind(command.volume, snapshot=False)
     name = draft.free_name(command.name)
     labels = check_labels(command.labels)
-    draft.put(Name(name, True, volume.layer, volume.size, draft.now, labels))
+    draft.put(Name(name, True, volume.layer, volume.size, draft.now, labels))  # limits stay the volume's
     draft.put(volume._replace(layer=draft.new_layer(volume.layer)))
 
 
@@ -211,13 +242,13 @@ def _clone(draft: Draft, command: Clone) -> None:
             f"a clone cannot be smaller than its snapshot: {size} bytes, {snapshot.name!r} has {snapshot.size}"
         )
     labels = check_labels(command.labels)
-    draft.put(Name(name, False, draft.new_layer(snapshot.layer), size, draft.now, labels))
+    draft.put(Name(name, False, draft.new_layer(snapshot.layer), size, draft.now, labels, origin=snapshot.layer))
 
 
 def _rollback(draft: Draft, command: Rollback) -> None:
     volume = draft.find_kind(command.volume, snapshot=False)
     snapshot = draft.find_kind(command.snapshot, snapshot=True)
-    draft.put(volume._replace(layer=draft.new_layer(snapshot.layer), size=snapshot.size))
+    draft.put(volume._replace(layer=draft.new_layer(snapshot.layer), size=snapshot.size, origin=snapshot.layer))
 
 
 def _rename(draft: Draft, command: Rename) -> None:
@@ -250,6 +281,30 @@ def _label(draft: Draft, command: Label) -> None:
     draft.put(row._replace(labels=check_labels(labels)))
 
 
+def _quota(draft: Draft, command: Quota) -> None:
+    draft.put(_checked_limits(draft.find_kind(command.name, snapshot=False)._replace(quota=_limit(command.size))))
+
+
+def _reserve(draft: Draft, command: Reserve) -> None:
+    draft.put(_checked_limits(draft.find_kind(command.name, snapshot=False)._replace(reservation=_limit(command.size))))
+
+
+def _limit(size: int | None) -> int:
+    if size is not None and not 0 < size <= MAX_VOLUME:
+        raise Invalid(f"not a limit: {size} bytes (above 0, or none)")
+    return size or 0
+
+
+def _checked_limits(row: Name) -> Name:
+    if row.quota and row.reservation > row.quota:
+        raise Invalid(f"{row.name!r} cannot have more reserved, {row.reservation} bytes, than its quota, {row.quota}")
+    return row
+
+
+def _extend(draft: Draft, command: Extend) -> None:
+    draft.size = max(draft.size, command.size)
+
+
 _PLANS: dict[type[Command], Callable[..., None]] = {
     Create: _create,
     Snapshot: _snapshot,
@@ -259,4 +314,7 @@ _PLANS: dict[type[Command], Callable[..., None]] = {
     Remove: _remove,
     Resize: _resize,
     Label: _label,
+    Quota: _quota,
+    Reserve: _reserve,
+    Extend: _extend,
 }

@@ -41,8 +41,9 @@ def is_device(path: Path) -> bool:
 class DataFile:
     """An open data file.
 
-    `dirty` says that a write has ended that no sync covers yet. It is set when a write ends, in whatever thread, and
-    cleared by the pool just before a sync begins: so a write that ends during a sync stays for the next one.
+    `dirty` says, in about so many bytes, that writes have ended which no sync covers yet. It grows when a write ends,
+    in whatever thread, and is cleared by the pool just before a sync begins: so a write that ends during a sync stays
+    for the next one.
     """
 
     def __init__(self, path: Path, size: int, files: Files = FILES) -> None:
@@ -50,7 +51,7 @@ class DataFile:
         self.path = path
         self._files = files
         self._pwritev = files.write
-        self.dirty = False
+        self.dirty = 0
         self.punches = True  # until the file system refuses
         try:
             device = is_device(path)
@@ -65,15 +66,38 @@ class DataFile:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.nowait = self._knows_nowait()
-            actual = device_size(path) if device else os.fstat(self.fd).st_size
-            if actual < size:
-                raise Invalid(f"{path} has {actual} bytes, the pool needs {size}: it was truncated")
+            self.is_device = device
+            self.check_size(size)
         except BlockingIOError as error:
             os.close(self.fd)
             raise Locked(f"{path} is the data of a pool that is open already") from error
         except BaseException:
             os.close(self.fd)
             raise
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file or device has now."""
+        return device_size(self.path) if self.is_device else os.fstat(self.fd).st_size
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the file that have space on disk: a file's, not a device's."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def check_size(self, size: int) -> None:
+        """Raises Invalid where there are less than `size` bytes."""
+        if (actual := self.size) < size:
+            raise Invalid(f"{self.path} has {actual} bytes, the pool needs {size}: it was truncated")
+
+    def grow(self, size: int) -> None:
+        """Have at least `size` bytes, durably with the next sync. Raises Invalid for a smaller device, or OSError."""
+        if self.size >= size:
+            return
+        if self.is_device:
+            raise Invalid(f"{self.path} has {self.size} bytes, less than {size}: make the device larger first")
+        self._files.truncate(self.fd, size)
+        self.dirty = True
 
     def _knows_nowait(self) -> bool:
         """Whether reads can be asked to fail rather than wait for the disk (not on tmpfs, FUSE, NFS)."""
@@ -97,7 +121,7 @@ class DataFile:
         if count != length:
             # A full disk shows as a short write first: ask for the rest to learn the reason.
             write_all(self._files, self.fd, memoryview(b"".join(buffers))[count:], position + count)
-        self.dirty = True
+        self.dirty += length  # several threads at once may lose some of it, and never all
 
     def prefetch(self, position: int, length: int) -> None:
         os.posix_fadvise(self.fd, position, length, os.POSIX_FADV_WILLNEED)
@@ -105,6 +129,10 @@ class DataFile:
     def sync(self) -> None:
         """Make durable what was written. After a failure nobody knows what is: never try again."""
         self._files.sync(self.fd)
+
+    def drop_cache(self) -> None:
+        """A sync failed: what is read from now on is what the disk has."""
+        self._files.drop_cache(self.fd)
 
     def punch(self, position: int, length: int) -> None:
         """Give the space back to the file system or device; what it holds afterwards does not matter."""
@@ -116,6 +144,16 @@ class DataFile:
             if error.errno not in _UNSUPPORTED:
                 raise
             self.punches = False
+
+    def next_data(self, position: int) -> tuple[int, int] | None:
+        """Start and end of the next part of the file, from `position` on, that takes space."""
+        try:
+            start = os.lseek(self.fd, position, os.SEEK_DATA)
+            return start, os.lseek(self.fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # there is none
+                return None
+            raise
 
     def close(self) -> None:
         self._files.close(self.fd)

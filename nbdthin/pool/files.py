@@ -59,6 +59,14 @@ class Files:
     def unlink(self, path: Path) -> None:
         os.unlink(path)
 
+    def boot_id(self) -> str:
+        """Which boot of which machine this is: as long as it stays the same, the page cache has everything."""
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+    def drop_cache(self, fd: int) -> None:
+        """Forget what the page cache has of a file and the disk may not: the next read asks the disk."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def sync_directory(self, path: Path) -> None:
         """Names made, changed and removed in `path` are so durably."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -14,6 +14,8 @@ Rules:
 - a segment that another one follows ends in a mark that says that;
 - segments are filled with zeroes before use: an append changes no file size and no extent, so its sync writes nothing
   but the frame, and goes through even where the file system has no space left;
+- where the file system has no room for another segment, nothing has been written: append raises NoSpace, and may be
+  asked again; `starved` says that the next segment could not be prepared;
 - a checkpoint takes effect by the rename of a complete, synced file; only then are older files removed.
 
 This module gives no meaning to a payload.
@@ -22,6 +24,7 @@ This module gives no meaning to a payload.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import struct
@@ -30,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nbdthin.errors import Corrupt
+from nbdthin.errors import Corrupt, NoSpace
 from nbdthin.pool.files import FILES, Files, write_all, write_file
 from nbdthin.units import MiB
 
@@ -38,7 +41,8 @@ MAGIC = b"NBTJ"
 VERSION = 1
 HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload length, payload crc, header crc
 FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
-SEGMENT_BYTES = 4 * MiB
+SEGMENT_BYTES = 4 * MiB  # a part of the format: a shorter segment was cut off
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 MAX_PAYLOAD = 1 << 30
 _HEADER_BODY = struct.Struct("<4sHHQII")
 _LOG = re.compile(r"([0-9a-f]{16})\.log")
@@ -104,6 +108,19 @@ def parse_header(data: bytes | memoryview, offset: int) -> Header | None:
     return Header(version, kind, sequence, length, payload_crc)
 
 
+def _read_frame(fd: int, offset: int, sequence: int) -> bytes | None:
+    """The payload of frame `sequence` at `offset` of a file; None where there is no such frame, whole and sound."""
+    header = parse_header(os.pread(fd, HEADER.size, offset), 0)
+    if header is None or (header.version, header.kind, header.sequence) != (VERSION, FRAME, sequence):
+        return None
+    payload = os.pread(fd, header.length, offset + HEADER.size)
+    return payload if len(payload) == header.length and zlib.crc32(payload) == header.payload_crc else None
+
+
+def _no_room() -> NoSpace:
+    return NoSpace("the file system has no room for the pool's journal (free space there, or remove something)")
+
+
 def may_be_torn(data: bytes | memoryview, offset: int) -> bool:
     """Whether a power cut can have left what stands at `offset`, with nothing sound behind it, of an append.
 
@@ -132,6 +149,7 @@ class Journal:
         self._position = 0
         self._limit = 0  # where the prepared zeroes end
         self.next_ready = False  # the next segment's file exists
+        self.starved = False  # the last try to make one found no space
 
     # -- opening
 
@@ -153,7 +171,8 @@ class Journal:
     def load(self, apply: Callable[[Frame], None], *, repair_tail: bool = True) -> None:
         """Hand every frame to `apply`, the checkpoint's first, and make ready to append. Raises Corrupt.
 
-        With `repair_tail` False nothing is written: for checks.
+        With `repair_tail` False nothing is written: for checks. Otherwise all that was read is durable afterwards: a
+        process that was killed may have written it, and renamed files, without having come to the sync.
         """
         checkpoints = self._numbered(_CHECKPOINT)
         if not checkpoints:
@@ -173,10 +192,12 @@ class Journal:
             end = self._replay(log, index == len(segments) - 1, apply)
             self.bytes_since_checkpoint += end
         if repair_tail:
+            self._files.sync_directory(self.directory)  # before anything is removed or appended
             for leaving in self.directory.glob("*.new"):
                 self._files.unlink(leaving)
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
+            self._files.sync(self._fd)
             self.next_ready = self._is_blank(self.directory / "next")
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
@@ -188,16 +209,18 @@ class Journal:
         return sorted(found)
 
     def _read_checkpoint(self, number: int, path: Path) -> Iterator[Frame]:
-        data = path.read_bytes()
-        offset = 0
-        while offset < len(data):
-            found = parse_frame(data, offset)
-            if found is None or found[0] != number:
-                raise Corrupt(path, offset, "a checkpoint's frame does not check")
-            yield Frame(number, found[1], path, offset)
-            offset += HEADER.size + len(found[1])
-        if not data:
-            raise Corrupt(path, 0, "an empty checkpoint")
+        """Frame by frame: a checkpoint may be half of the memory that its pool takes."""
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise Corrupt(path, 0, "an empty checkpoint")
+            offset = 0
+            while offset < size:
+                payload = _read_frame(file.fileno(), offset, number)
+                if payload is None:
+                    raise Corrupt(path, offset, "a checkpoint's frame does not check")
+                yield Frame(number, payload, path, offset)
+                offset += HEADER.size + len(payload)
 
     def _replay(self, path: Path, last: bool, apply: Callable[[Frame], None]) -> int:
         """Apply a segment's frames; the offset behind the last one."""
@@ -246,15 +269,20 @@ class Journal:
     # -- appending
 
     def append(self, payload: bytes) -> None:
-        """Write the next frame and make it durable. After an error the journal must not be used again."""
+        """Write the next frame and make it durable. After an OSError the journal must not be used again.
+
+        Raises NoSpace, with nothing written, where there is no room for the segment that it takes.
+        """
         files, sequence = self._files, self.sequence + 1
         data = frame(sequence, payload)
-        if self._position and self._position + len(data) + HEADER.size > self._limit:
+        end = len(data) + HEADER.size
+        if self._position and self._position + end > self._limit:
             self._rotate()
+        if self._position + end > self._limit:
+            self._lengthen(self._position + end)
         write_all(files, self._fd, data, self._position)
         files.sync(self._fd)
         self._position += len(data)
-        self._limit = max(self._limit, self._position)
         self.bytes_since_checkpoint += len(data)
         self.sequence = sequence
         self._mark(MARK)
@@ -264,13 +292,54 @@ class Journal:
         with contextlib.suppress(OSError):
             self._files.write(self._fd, (mark(self.sequence, kind),), self._position)
 
+    @property
+    def room(self) -> int:
+        """Bytes that frames can still take before another segment is needed."""
+        return max(self._limit - self._position, 0)
+
+    @property
+    def may_fit(self) -> bool:
+        """Another segment may find its space now."""
+        stat = os.statvfs(self.directory)
+        return stat.f_bavail * stat.f_frsize >= SEGMENT_BYTES
+
+    @property
+    def low(self) -> bool:
+        """The file system is full, and half of the open segment is used up: the rest is for what frees space."""
+        return self.starved and self.room < SEGMENT_BYTES // 2
+
+    @property
+    def last(self) -> bool:
+        """The same, and only a quarter is left: for commands that remove something, and what follows from them."""
+        return self.starved and self.room < SEGMENT_BYTES // 4
+
+    def _lengthen(self, end: int) -> None:
+        """Fill the open segment with zeroes up to `end`. Raises NoSpace with nothing changed, or OSError."""
+        try:
+            for position in range(self._limit, end, len(_ZEROES)):
+                write_all(self._files, self._fd, _ZEROES[: min(len(_ZEROES), end - position)], position)
+            self._files.sync(self._fd)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self._files.truncate(self._fd, self._limit)
+            raise _no_room() from error
+        self._limit = end
+
     def _rotate(self) -> None:
+        """Go on in a new segment. Raises NoSpace with nothing changed, or OSError."""
         path = self._log_path(self.sequence + 1)
         following = self.directory / "next"
-        if self.next_ready:
-            self._files.rename(following, path)
-        else:
-            self._prepare(path)
+        try:
+            if self.next_ready:
+                self._files.rename(following, path)
+            else:
+                self._prepare(path)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self.starved = True
+            raise _no_room() from error
         self._files.sync_directory(self.directory)
         self._mark(LAST_MARK)
         self._files.close(self._fd)
@@ -281,9 +350,14 @@ class Journal:
     def prepare_next(self) -> None:
         """Have the next segment's space ready. To be called when there is time; append does without."""
         if not self.next_ready:
-            self._prepare(self.directory / "next")
+            try:
+                self._prepare(self.directory / "next")
+            except OSError as error:
+                self.starved = error.errno in FULL_DISK
+                raise
             self._files.sync_directory(self.directory)
             self.next_ready = True
+        self.starved = False
 
     def _open_segment(self, path: Path, position: int) -> None:
         """Append to `path` from `position` on; what stands there is a torn tail, and goes.
@@ -322,7 +396,7 @@ class Journal:
     # -- checkpoints
 
     def start_segment(self) -> int:
-        """End the open segment; the number a checkpoint of everything so far has."""
+        """End the open segment; the number a checkpoint of everything so far has. Raises NoSpace or OSError."""
         if self._position:
             self._rotate()
         return self.sequence + 1
@@ -344,6 +418,10 @@ class Journal:
             for first, path in self._numbered(pattern):
                 if first < number:
                     self._files.unlink(path)
+
+    def drop_cache(self) -> None:
+        """A sync failed: what the open segment is read as from now on is what the disk has."""
+        self._files.drop_cache(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:

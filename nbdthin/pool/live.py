@@ -6,7 +6,9 @@ call is durable; callers that ask while a commit is under way share the next one
 - state changes only in the event loop, and no `await` stands between deciding and reserving;
 - a write that spends time in a thread *holds* its blocks; whoever wants one of them waits;
 - a snapshot, like every command on a volume, *gates* it: new writes wait, those under way are waited for;
-- a thread that reads or writes the data file has *entered* (`Pool.enter`): what is freed meanwhile is not reused.
+- a thread that reads or writes the data file has *entered* (`Pool.enter`): what is freed meanwhile is not reused;
+- a write that finds no space lets go of its blocks before it waits for some, so that nothing ever waits for it;
+- a commit that finds no room in the journal has not failed: it is tried again; who waits for it is told after a while.
 
 What can be done at once, in the loop, the `..._now` functions do; they return False when the slow way must be taken.
 """
@@ -17,35 +19,89 @@ import asyncio
 import errno
 import logging
 import os
+import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import TypeVar
 
-from nbdthin.errors import InUse, NoSpace, PoolFailed
-from nbdthin.pool import commands, merge
+from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
+from nbdthin.pool import commands, events, merge
 from nbdthin.pool.commands import Command
-from nbdthin.pool.data import NOWAIT
+from nbdthin.pool.data import NOWAIT, is_device
+from nbdthin.pool.events import Event, Events, Levels, Listener
+from nbdthin.pool.journal import FULL_DISK
 from nbdthin.pool.layers import LEAF_SHIFT, Layer
+from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.volume import Volume
-from nbdthin.units import KiB, MiB
+from nbdthin.pool.waiting import GivenUp, Waiting
+from nbdthin.units import KiB, MiB, format_size
 
 COMMIT_INTERVAL = (
     5.0  # seconds: what nobody asked to be durable is so after this long, as with the kernel's file systems
 )
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
+QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
+LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
+POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
+SWEEP = 64 * MiB  # bytes of data file whose free blocks are out of reach while their space is given back
+CHECKPOINT_PAUSE = 0.002  # seconds after each frame of 16 KiB: so few reads meet one that their p99 does not show it
+PUNCH_PAUSE = 0.0003  # seconds after each hole, which takes 30 us
+MERGE_PAUSES = 50  # times as long as it took is the pause after each step of a merge
+MERGE_PAUSE = 0.05  # seconds; at most so long, on disks where copying takes its time
+SHORT = 10  # none of these pauses when less than a tenth of the pool is free
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
+Wanted = Callable[[], bool]
+
+
+def _always() -> bool:
+    return True
+
+
+class SyncThread:
+    """A thread that does one thing at a time for the loop: a flush waits for the disk, and for little more.
+
+    Handing over to a ThreadPoolExecutor and back takes 40 us more, where a quick disk's sync takes 100.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._work: SimpleQueue[tuple[Callable[[], None], asyncio.Future[None]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="nbdthin-sync", daemon=True)
+        self._thread.start()
+
+    def run(self, function: Callable[[], None]) -> asyncio.Future[None]:
+        """Done when `function` has returned; raises what it raises."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._work.put((function, future))
+        return future
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            function, future = work
+            try:
+                function()
+            except Exception as error:
+                self._loop.call_soon_threadsafe(future.set_exception, error)
+            else:
+                self._loop.call_soon_threadsafe(future.set_result, None)
+
+    def end(self) -> None:
+        self._work.put(None)
+        self._thread.join()
 
 
 class LiveVolume:
@@ -100,75 +156,110 @@ class LiveVolume:
             write = volume.reserve(offset, length)
         except NoSpace:
             return False
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                return False
+            raise
         try:
             if write.reads and not self._pool.data.nowait:
                 raise BlockingIOError
             write.perform(payload, NOWAIT)
-        except BlockingIOError:
+        except OSError as error:
             volume.abandon(write)
-            return False
+            if isinstance(error, BlockingIOError) or error.errno in FULL_DISK:
+                return False
+            raise
         except BaseException:
             volume.abandon(write)
             raise
         volume.finish(write)
         return True
 
-    async def write(self, offset: int, payload: memoryview) -> None:
-        """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace or OSError."""
-        async with self._hold(offset, len(payload)):
-            await self._write_held(offset, payload)
+    async def write(self, offset: int, payload: memoryview, wanted: Wanted = _always) -> None:
+        """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace, GivenUp or OSError.
+
+        `wanted` says whether anyone is still interested; it is asked while the write waits for space (`space_came`).
+        """
+        await self._holding(offset, len(payload), partial(self._write_held, offset, payload), wanted)
+
+    async def _holding(
+        self, offset: int, length: int, work: Callable[[], Coroutine[object, object, None]], wanted: Wanted
+    ) -> None:
+        """Do `work` while holding a range; where it finds no space, let go and try again when there may be some."""
+        deadline: float | None = None
+        while wanted():
+            try:
+                async with self._hold(offset, length):
+                    return await work()
+            except NoSpace as error:
+                deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
+        raise GivenUp
 
     async def _write_held(self, offset: int, payload: memoryview) -> None:
         self._pool.check_writable()
-        write = await self._live.with_space(lambda: self.volume.reserve(offset, len(payload)))
+        write = self.volume.reserve(offset, len(payload))
         try:
             await self._live.in_thread(write.perform, payload)
-        except BaseException:
+        except BaseException as error:
             self.volume.abandon(write)
+            if isinstance(error, OSError) and error.errno in FULL_DISK:
+                raise _DiskFull("the file system under the pool is full") from error
+            self._live.space_came()
             raise
         self.volume.finish(write)
 
     def trim_now(self, offset: int, length: int) -> bool:
-        if length > PIECE or self._blocked(offset, length):
+        if length > PIECE or self._pool.journal_low or self._blocked(offset, length):
             return False
         self.volume.trim(offset, length)
+        self._live.blocks_freed()
         return True
 
-    async def trim(self, offset: int, length: int) -> None:
-        async with self._hold(offset, length):
-            for start, count in _pieces(offset, length):
-                self.volume.trim(start, count)
-                await asyncio.sleep(0)
+    async def trim(self, offset: int, length: int, wanted: Wanted = _always) -> None:
+        """Raises NoSpace, where what is left of the journal is for other things, or GivenUp."""
+        await self._holding(offset, length, partial(self._trim_held, offset, length), wanted)
+
+    async def _trim_held(self, offset: int, length: int) -> None:
+        for start, count in _pieces(offset, length):
+            self.volume.trim(start, count)
+            await asyncio.sleep(0)
+        self._live.blocks_freed()
 
     def zero_now(self, offset: int, length: int) -> bool:
         """write_zeroes, without allocation, where nothing has to be written."""
-        if length > PIECE or self._blocked(offset, length) or self.volume.partial_zeroes(offset, length):
+        if length > PIECE or self._pool.journal_low or self._blocked(offset, length):
+            return False
+        if self.volume.partial_zeroes(offset, length):
             return False
         self.volume.zero_whole(offset, length, False)
+        self._live.blocks_freed()
         return True
 
-    async def write_zeroes(self, offset: int, length: int, allocate: bool) -> None:
-        """Raises NoSpace or OSError."""
-        async with self._hold(offset, length):
+    async def write_zeroes(self, offset: int, length: int, allocate: bool, wanted: Wanted = _always) -> None:
+        """Raises NoSpace, GivenUp or OSError."""
+        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate), wanted)
+
+    async def _zero_held(self, offset: int, length: int, allocate: bool) -> None:
+        self._pool.check_writable()
+        if allocate:
+            await self._provision(offset, length)
+        parts = self.volume.partial_zeroes(offset, length)
+        self.volume.check_space(parts)
+        for start, end in parts:
+            await self._write_held(start, memoryview(bytes(end - start)))
+        for start, count in _pieces(offset, length):
             self._pool.check_writable()
-            if allocate:
-                await self._provision(offset, length)
-            parts = self.volume.partial_zeroes(offset, length)
-            await self._live.with_space(lambda: self.volume.check_space(parts))
-            for start, end in parts:
-                await self._write_held(start, memoryview(bytes(end - start)))
-            for start, count in _pieces(offset, length):
-                self._pool.check_writable()
-                self.volume.zero_whole(start, count, allocate)
-                await asyncio.sleep(0)
+            self.volume.zero_whole(start, count, allocate)
+            await asyncio.sleep(0)
+        self._live.blocks_freed()
 
     async def _provision(self, offset: int, length: int) -> None:
         """All of the range or nothing. Raises NoSpace."""
+        self.volume.check_provision(offset, length)  # first: what is taken back is not free before the next commit
         provisioned: list[int] = []
         try:
             for start, count in _pieces(offset, length):
-                give = partial(self.volume.provision, start, count)
-                provisioned += await self._live.with_space(give)
+                provisioned += self.volume.provision(start, count)
                 await asyncio.sleep(0)
         except BaseException:
             self.volume.unprovision(provisioned)
@@ -236,6 +327,10 @@ class LiveVolume:
             gate.set_result(None)
 
 
+class _DiskFull(NoSpace):
+    """Not the pool: the file system under its data."""
+
+
 class _Hold:
     __slots__ = ("_first", "_held", "_last", "_volume")
 
@@ -257,17 +352,33 @@ class LivePool:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.users: Callable[[str], tuple[str, ...]] = lambda _: ()  # who holds a name; the server's to say
+        self.no_space: Callable[[str], str | None] = lambda _: None  # the policy for a name, where it is not the pool's
+        self.events = Events()
+        pool.notify = self.events.notify
+        self._levels = Levels(pool.policy.low_water)
+        self._space = Waiting()  # writes
+        self._room = Waiting()  # a commit, for room in the journal
+        self._freeing: asyncio.Task[None] | None = None  # a commit for those who wait
+        self._free_when_full: int | None = None  # bytes that were free when a write last found no space; None: it does
+        self._over_quota: set[str] = set()  # volumes of which it was told
+        self._starved = False  # of room for the journal, as was told
+        self._watched = -1  # blocks in use when usage was looked at last
         self.commits = 0  # batches made durable
         self._loop = asyncio.get_running_loop()
         self._io = ThreadPoolExecutor(IO_THREADS, "nbdthin-io")
-        self._sync = ThreadPoolExecutor(1, "nbdthin-sync")  # its own: cold reads must not hold up a commit
+        self._sync = SyncThread(self._loop)  # its own: cold reads must not hold up a commit
         self._upkeep = ThreadPoolExecutor(1, "nbdthin-upkeep")  # checkpoints, hole punching
         # By the volume's identity, not its name, which may change hands; each keeps its volume, so no number is reused.
         self._volumes: weakref.WeakValueDictionary[int, LiveVolume] = weakref.WeakValueDictionary()
         self._next_leave: asyncio.Future[None] = self._loop.create_future()  # done when some thread's I/O ends
         self._structure = asyncio.Lock()  # one set of commands at a time
-        self._waiters: list[asyncio.Future[None]] = []
+        # Futures, and since when somebody waits for them: of the batch that has not begun, and of the one under way.
+        self._next_batch: asyncio.Future[None] | None = None
+        self._next_since = 0.0
+        self._served: asyncio.Future[None] | None = None
+        self._served_since = 0.0
         self._committing: asyncio.Task[None] | None = None
+        self._sync_took = QUICK_SYNC  # seconds, the last time
         self._reclaiming: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
@@ -276,7 +387,12 @@ class LivePool:
         self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
+        pool.unsynced.start(pool.journal.sequence + 1)
+        if pool.has_leftovers and not is_device(pool.data.path):
+            self._spawn(self._sweep())
         self._merge_soon()
+        if not pool.journal.next_ready:
+            self._prepare_soon()
 
     def open(self, name: str) -> LiveVolume:
         """The volume or snapshot `name`, one object for all. Raises NotFound."""
@@ -308,7 +424,11 @@ class LivePool:
                         await gates.enter_async_context(self.open(name).gated())
                 self._refuse_used(wanted)
                 self.pool.execute(wanted)
-        await self.commit()
+        self.space_came()  # a quota, a reservation or the pool's size may have changed
+        try:
+            await self.commit()
+        except GivenUp as error:
+            raise NoSpace("the daemon stops, and finds no room in the journal: it is not done") from error
 
     def _refuse_used(self, wanted: Sequence[Command]) -> None:
         for command in wanted:
@@ -319,107 +439,309 @@ class LivePool:
     # -- commit
 
     async def commit(self) -> None:
-        """Return when all that was changed before is durable. Raises PoolFailed."""
+        """Return when all that was changed before is durable. Raises what `durable` does."""
+        if (durable := self.durable()) is not None:
+            await asyncio.shield(durable)
+
+    def durable(self) -> asyncio.Future[None] | None:
+        """Done when all that was changed before is durable; None: it is. One for all who ask before the same batch: it
+        costs a request no task. Nobody may cancel it.
+
+        Raises, here or in the future, PoolFailed; or NoSpace when the journal has found no room for as long as a write
+        would wait for space: it is tried again and again all the same. GivenUp when the pool is closed meanwhile.
+        """
         if self._committing is None:
             if not self.pool.has_changes:
                 self.pool.check_writable()
-                return
+                return None
             self._committing = self._loop.create_task(self._commit())
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._waiters.append(waiter)
-        await waiter
+        if self._next_batch is None:
+            self._next_batch = self._loop.create_future()
+            self._next_since = self._loop.time()
+        return self._next_batch
+
+    def publish(self) -> None:
+        """To be called before replies leave: what they promise survives the end of this process."""
+        if self.pool.unsynced.publish():
+            self._spawn(self._commit_quietly())
 
     async def _commit(self) -> None:
         """Batch after batch, as long as someone waits."""
         await asyncio.sleep(0)  # whoever asks in this turn of the loop belongs to this batch
-        while self._waiters:
-            waiters, self._waiters = self._waiters, []
-            failure: PoolFailed | None = None
+        while self._next_batch is not None:
+            durable = self._served = self._next_batch
+            self._served_since, self._next_batch = self._next_since, None
+            failure: Exception | None = None
             try:
                 if self.pool.has_changes:
                     await self._commit_batch()
                 else:
                     self.pool.check_writable()
-            except PoolFailed as error:
+            except (PoolFailed, GivenUp) as error:
                 failure = error
             except Exception as error:  # a defect of ours: whoever waits must not wait for ever
                 log.exception("a commit failed")
-                self.pool.fail(OSError(errno.EIO, str(error)))
+                self._fail(OSError(errno.EIO, str(error)))
                 failure = PoolFailed(f"the pool is read-only: {self.pool.failed}")
-            for waiter in waiters:
-                if waiter.done():
-                    continue
-                if failure is None:
-                    waiter.set_result(None)
-                else:
-                    waiter.set_exception(failure)
+            if not durable.done():
+                _settle(durable, failure)
+        self._served = None
         self._committing = None
         self._reclaim_soon()
 
+    def _fail(self, error: OSError) -> None:
+        first = self.pool.failed is None
+        self.pool.fail(error)
+        self.space_came()  # and will not: who waits is told
+        if first and self.pool.failed is not None:
+            self.events.notify(events.FAILED, f"the pool is read-only: {self.pool.failed}")
+
+    async def _sync_batch(self, batch: Batch) -> None:
+        """Raises PoolFailed, or GivenUp where there is no room for the batch and nobody waits any more."""
+        began: float | None = None
+        while True:
+            try:
+                return await self._sync.run(partial(self._time_sync, batch))
+            except NoSpace as error:
+                self.pool.note_journal()
+                self._watch()
+                began = self._loop.time() if began is None else began
+                self._refuse_waiters(began, error)
+                await self._room.wait(self._loop.time() + POLL)
+            except OSError as error:
+                self._fail(error)
+                raise PoolFailed(f"the pool is read-only: {self.pool.failed}") from error
+
+    def _refuse_waiters(self, began: float, error: NoSpace) -> None:
+        """Tell those who have waited long enough for a commit that has found no room since `began`."""
+        long_ago = self._loop.time() - self._patience(None)
+        refusal = NoSpace(f"not durable yet: {error}")
+        if self._served is not None and not self._served.done() and max(began, self._served_since) <= long_ago:
+            _settle(self._served, refusal)
+        if self._next_batch is not None and max(began, self._next_since) <= long_ago:
+            _settle(self._next_batch, refusal)
+            self._next_batch = None
+
     async def _commit_batch(self) -> None:
+        self.pool.check_writable()
+        batch = self.pool.unwritten or self.pool.begin()
+        await self._sync_batch(batch)
+        self._finish(batch)
+
+    def commit_now(self) -> bool:
+        """Commit an overwrite in place in the loop itself, where that is short; False: ask `durable`.
+
+        For a client that is alone: handing over to the thread and back costs as much as the sync of a quick disk. A
+        disk that is quick no longer holds up the loop once: then the thread is asked until it is quick again. Raises
+        PoolFailed.
+        """
+        if self._committing is not None or self._sync_took >= QUICK_SYNC or not 0 < self.pool.overwritten <= LITTLE:
+            return False
         batch = self.pool.begin()
         try:
-            await self._loop.run_in_executor(self._sync, batch.sync)
-        except OSError as error:
-            self.pool.fail(error)
-            log.error("%s", self.pool.failed)
+            self._time_sync(batch)
+        except NoSpace:
+            return False  # the batch is the pool's to write: `durable` tries again
+        except Exception as error:  # also a defect of ours: what the batch took is not durable
+            self._fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
             raise PoolFailed(f"the pool is read-only: {self.pool.failed}") from error
+        self._finish(batch)
+        return True
+
+    def _time_sync(self, batch: Batch) -> None:
+        begun = time.monotonic()
+        batch.sync()
+        self._sync_took = time.monotonic() - begun
+
+    def _finish(self, batch: Batch) -> None:
         self.pool.finish(batch)
         self.commits += 1
+        if self.pool.allocator.used != self._watched:
+            self._watch()
         self._merge_soon()  # what the batch left without a name may be merged now
         if batch.checkpoint_due:
             self._spawn(self._checkpoint(batch))
         elif not self.pool.journal.next_ready and not self._closing:
-            self._prepare_soon()
+            self._prepare_soon(now=self.pool.journal.may_fit)
 
-    def _prepare_soon(self) -> None:
+    def _prepare_soon(self, *, now: bool = False) -> None:
         """Have room for the next journal segment while there is room: removing things must work on a full disk."""
-        if self._preparing is None and self._loop.time() >= self._prepare_at:
+        if self._preparing is None and (now or self._loop.time() >= self._prepare_at):
             self._preparing = self._spawn(self._prepare())
 
     async def _prepare(self) -> None:
         try:
             await self._loop.run_in_executor(self._upkeep, self.pool.journal.prepare_next)
         except OSError as error:
-            log.warning("no room for the next journal segment: %s", os.strerror(error.errno or 0))
+            if error.errno not in FULL_DISK:
+                log.warning("the next journal segment cannot be prepared: %s", os.strerror(error.errno or 0))
             self._prepare_at = self._loop.time() + PREPARE_AGAIN
         self._preparing = None
+        self.pool.note_journal()
+        self._watch()
+        if not self.pool.journal.starved:
+            self.space_came()
 
     async def _checkpoint(self, batch: Batch) -> None:
         try:
-            await self._loop.run_in_executor(self._upkeep, batch.write_checkpoint)
+            await self._loop.run_in_executor(
+                self._upkeep, batch.write_checkpoint, partial(self._give_way, CHECKPOINT_PAUSE)
+            )
         except OSError as error:
             log.warning("no checkpoint could be written (%s): the journal grows", os.strerror(error.errno or 0))
             self.pool.checkpoint_ended(error)
         else:
             self.pool.checkpoint_ended(None)
+        self.pool.note_journal()
+
+    def _give_way(self, seconds: float) -> None:
+        """In the upkeep thread: let others have the GIL, and the processor, unless someone waits for what it does."""
+        if not self._closing and not self._space_short:
+            time.sleep(seconds)
 
     def _tick(self) -> None:
         if self.pool.has_changes and self.pool.failed is None:
             self._spawn(self._commit_quietly())
-        self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
+        starved = self.pool.journal.starved
+        if starved:
+            self._prepare_soon(now=self.pool.journal.may_fit)
+        self.pool.arm_growth()
+        self._watch()
+        # Small frames where the journal is short: one that is larger than what is left keeps all behind it waiting.
+        self._timer = self._loop.call_later(POLL if starved else COMMIT_INTERVAL, self._tick)
 
     async def _commit_quietly(self) -> None:
         try:
             await self.commit()
-        except PoolFailed:
-            pass  # logged where it happened; who asks is told
+        except (PoolFailed, NoSpace, GivenUp):
+            pass  # told where it happened; who asks is told
+
+    # -- waiting for space
+
+    async def wait_for_space(self, name: str, error: NoSpace, deadline: float | None) -> float:
+        """A write to volume `name` met `error`, and holds nothing: return when it is worth another try.
+
+        `deadline` is None the first time and what this returned before, later. Raises `error` where waiting is of no
+        use, not wanted, or was long enough; GivenUp when the pool is being closed.
+        """
+        if deadline is None:
+            deadline = self._loop.time() + self._patience(name)
+        if isinstance(error, OverQuota):
+            self._tell_over_quota(name, error)
+            raise error
+        if self.pool.allocator.pending:  # it is coming, whatever the policy says
+            await self._freed_space()
+            return deadline
+        waits = self._loop.time() < deadline
+        self._tell_no_space(name, error, waits)
+        if isinstance(error, _DiskFull) or self.pool.journal_low:
+            self._space.wake_in(POLL)
+        if self.pool.journal_low:
+            self._prepare_soon(now=self.pool.journal.may_fit)
+        if not waits or not await self._space.wait(deadline):
+            raise error
+        return deadline
+
+    @property
+    def waiting(self) -> int:
+        """Writes that wait for space."""
+        return self._space.count
+
+    def space_came(self) -> None:
+        """Whoever waits for space, tries again."""
+        self._space.wake()
+        self._room.wake()
+
+    def blocks_freed(self) -> None:
+        """Somebody may have given blocks up: who waits for some does not wait for the timer's commit, too."""
+        if self._space.count and self._freeing is None and self.pool.allocator.pending:
+            self._freeing = self._spawn(self._free_quietly())
+
+    async def _free_quietly(self) -> None:
+        await self._commit_quietly()
+        self._freeing = None
+
+    def _patience(self, name: str | None) -> float:
+        """Seconds that a write to `name` waits for space; None for what has no name."""
+        policy = self.pool.policy
+        wanted = self.no_space(name) if name is not None else None
+        return policy.no_space_timeout if (wanted or policy.no_space) == QUEUE else 0.0
+
+    async def _freed_space(self) -> None:
+        """Return when some of the blocks that were freed may have come free."""
+        await self.commit()
+        if (reclaiming := self._reclaim_soon()) is not None:
+            await asyncio.shield(reclaiming)
+        elif self.pool.has_freed:  # durable, and held back by a read under way
+            await asyncio.shield(self._next_leave)
+
+    def stop(self) -> None:
+        """Nothing waits for space any more, and nobody hears of events."""
+        self._space.close()
+        self._room.close()
+        self.events.close()
+
+    # -- events
+
+    def listen(self) -> Listener:
+        """What happens from now on; first, how things are."""
+        listener = self.events.listen()
+        usage = self.pool.usage()
+        what = f"{usage.fraction:.0%} of the pool are in use: {format_size(usage.free)} free"
+        listener.put(Event(events.LISTENING, what, time.time(), {"used": usage.used, "free": usage.free}))
+        return listener
+
+    def _watch(self) -> None:
+        """Tell what usage has come to mean since the last look."""
+        pool = self.pool
+        usage = pool.usage()
+        self._watched = pool.allocator.used
+        if passed := self._levels.update(usage.fraction):
+            kind, level = passed
+            which = "more" if kind == events.LOW_WATER else "less"
+            what = f"{which} than {level:.0%} of the pool are in use: {format_size(usage.free)} free"
+            percent = round(level * 100, 3)
+            self.events.notify(kind, what, level=percent, used=usage.used, free=usage.free)
+        if self._free_when_full is not None and not self._space.count:
+            if usage.free > self._free_when_full + usage.total * events.HYSTERESIS:
+                self._free_when_full = None
+                self.events.notify(events.SPACE, f"there is space again: {format_size(usage.free)}", free=usage.free)
+        for name in list(self._over_quota):
+            if not self._is_over_quota(name):
+                self._over_quota.discard(name)
+        if self._starved != pool.journal.starved:
+            self._starved = pool.journal.starved
+            kind = events.JOURNAL_LOW if self._starved else events.JOURNAL_ROOM
+            what = "no room for the next journal segment" if self._starved else "the journal has room again"
+            self.events.notify(kind, what, room=pool.journal.room)
+
+    def _tell_no_space(self, name: str, error: NoSpace, waits: bool) -> None:
+        if self._free_when_full is None:
+            self._free_when_full = self.pool.usage().free
+            what = "waits" if waits else "is refused"
+            self.events.notify(events.NO_SPACE, f"a write to {name!r} {what}: {error}", name=name, waits=waits)
+
+    def _tell_over_quota(self, name: str, error: OverQuota) -> None:
+        if name not in self._over_quota:
+            self._over_quota.add(name)
+            self.events.notify(events.NO_SPACE, f"a write to {name!r} is refused: {error}", name=name, waits=False)
+
+    def _is_over_quota(self, name: str) -> bool:
+        row = self.pool.state.names.get(name)
+        try:
+            if row is not None:
+                self.pool.limits.left(row.layer)
+        except OverQuota:
+            return True
+        return False
 
     # -- freed space
 
-    async def with_space(self, reserve: Callable[[], T]) -> T:
-        """`reserve`, again and again while freed blocks wait for a commit, or for a read to end. Raises NoSpace."""
-        while True:
-            try:
-                return reserve()
-            except NoSpace:
-                if not self.pool.allocator.pending:
-                    raise
-            await self.commit()
-            if (reclaiming := self._reclaim_soon()) is not None:
-                await asyncio.shield(reclaiming)
-            elif self.pool.has_freed:  # durable, and held back by a read under way
-                await asyncio.shield(self._next_leave)
+    @property
+    def _space_short(self) -> bool:
+        """Upkeep goes on without pauses: it is space that matters now."""
+        space = self.pool.allocator
+        return (space.free - space.pending) * SHORT < space.capacity
 
     def _reclaim_soon(self) -> asyncio.Task[None] | None:
         if self._reclaiming is None and self.pool.can_reclaim:
@@ -428,9 +750,29 @@ class LivePool:
 
     async def _reclaim(self) -> None:
         while (blocks := self.pool.take_reclaimable()) is not None:
-            await self._loop.run_in_executor(self._upkeep, self.pool.punch, blocks)
+            await self._loop.run_in_executor(
+                self._upkeep, self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)
+            )
             self.pool.allocator.release(blocks)
+            self.space_came()
         self._reclaiming = None
+        if self.pool.journal.starved:
+            self._prepare_soon(now=self.pool.journal.may_fit)
+        if self.pool.allocator.used != self._watched or self._free_when_full is not None:
+            self._watch()
+
+    async def _sweep(self) -> None:
+        """Give back what a crash left in free blocks: of writes that no commit followed, of frees that none punched."""
+        position = 0
+        while not self._closing and (found := await self._next_data(position)) is not None:
+            start, end = found
+            position = min(end, start + SWEEP)
+            self.pool.sweep(start, position)
+            if (reclaiming := self._reclaim_soon()) is not None:
+                await asyncio.shield(reclaiming)
+
+    async def _next_data(self, position: int) -> tuple[int, int] | None:
+        return await self._loop.run_in_executor(self._upkeep, self.pool.data.next_data, position)
 
     # -- merging
 
@@ -444,18 +786,27 @@ class LivePool:
                 try:
                     await self._prune_layer(parent)
                     await self._merge_layer(parent)
-                except (OSError, NoSpace) as error:
+                except OSError as error:
+                    if error.errno in FULL_DISK:
+                        return  # after the next commit it is tried again
                     log.warning("layer %d could not be merged: %s", parent.number, error)
                     self._unmergeable.add(parent.number)
-        except PoolFailed:
+        except (PoolFailed, NoSpace, GivenUp):
             pass
         finally:
             self.merging = None
 
+    async def _pause_merge(self, begun: float) -> None:
+        """After a step that began at `begun`, by time.monotonic: the loop's own clock has steps of 1 ms."""
+        took = time.monotonic() - begun
+        await asyncio.sleep(0 if self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE))
+
     async def _prune_layer(self, layer: Layer) -> None:
         if layer.number in self.pool.state.prunable:
+            begun = time.monotonic()
             for _ in merge.prune(self.pool, layer):
-                await asyncio.sleep(0)
+                await self._pause_merge(begun)
+                begun = time.monotonic()
                 if self._closing:
                     return
             await self.commit()
@@ -463,6 +814,7 @@ class LivePool:
     async def _merge_layer(self, parent: Layer) -> None:
         done = 0
         while (child := merge.child_of(self.pool, parent)) is not None and not self._closing:
+            begun = time.monotonic()
             leaf = next(iter(parent.own), None)
             if leaf is None:
                 merge.unlink(self.pool, parent, child)
@@ -482,7 +834,7 @@ class LivePool:
             done += 1
             if done % MERGE_COMMIT == 0:
                 await self.commit()
-            await asyncio.sleep(0)
+            await self._pause_merge(begun)
         await self.commit()
 
     # -- the end
@@ -502,15 +854,30 @@ class LivePool:
         """Make everything durable, end what runs in the background, close the pool. Raises PoolFailed."""
         self._closing = True
         self._timer.cancel()
+        self.stop()
         try:
             if self.pool.failed is None:
                 await self.commit()
+        except GivenUp:
+            pass  # the pool tries once more
         finally:
             while self._tasks:
                 await asyncio.wait(list(self._tasks))
-            for executor in (self._io, self._sync, self._upkeep):
+            self._sync.end()
+            for executor in (self._io, self._upkeep):
                 executor.shutdown()
-            self.pool.close()
+            try:
+                self.pool.close()
+            except NoSpace as error:
+                log.error("what nobody was told is durable is lost: %s", error)
+
+
+def _settle(durable: asyncio.Future[None], failure: Exception | None) -> None:
+    if failure is None:
+        durable.set_result(None)
+    else:
+        durable.set_exception(failure)
+        durable.exception()  # whoever waited may be gone
 
 
 def _pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:

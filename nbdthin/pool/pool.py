@@ -27,7 +27,7 @@ import uuid
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,13 +35,16 @@ from typing import Self
 import numpy as np
 
 from nbdthin.errors import Corrupt, Exists, Invalid, Locked, NoSpace, NotFound, PoolFailed
-from nbdthin.pool import commands, extents, merge, space
-from nbdthin.pool.allocator import Allocator
-from nbdthin.pool.commands import Command
+from nbdthin.pool import commands, events, extents, merge, space
+from nbdthin.pool.allocator import HEADER_BLOCKS, NEVER, Allocator
+from nbdthin.pool.commands import Command, Draft
 from nbdthin.pool.data import DataFile, device_size, is_device
+from nbdthin.pool.events import Notify
 from nbdthin.pool.files import FILES, Files
-from nbdthin.pool.journal import Frame, Journal
-from nbdthin.pool.layers import Layer, State, Words, words
+from nbdthin.pool.journal import FULL_DISK, Frame, Journal
+from nbdthin.pool.layers import Layer, State, Words
+from nbdthin.pool.limits import Limits, charged
+from nbdthin.pool.policy import Policy
 from nbdthin.pool.records import (
     LEAF_BYTES,
     BadRecord,
@@ -50,13 +53,15 @@ from nbdthin.pool.records import (
     Leaf,
     Name,
     Record,
+    Size,
     Unname,
     decode,
     encode,
 )
-from nbdthin.pool.rows import Extent, PoolInfo, Row
+from nbdthin.pool.rows import Extent, PoolInfo, Row, Usage
 from nbdthin.pool.superblock import DATA_HEADER, Superblock, read_superblock
-from nbdthin.pool.volume import Shrink, Volume
+from nbdthin.pool.unsynced import Unsynced
+from nbdthin.pool.volume import JOURNAL_LOW, Shrink, Volume
 from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
 
 DEFAULT_SIZE = 100 * GiB  # what docker's loop pool had; sparse, so it costs nothing
@@ -68,7 +73,10 @@ _LOOK = 128 * KiB  # bytes at the start and the end of a device that tell whethe
 RUN_BYTES = 1 * MiB  # what a volume is given at a time, so that it stays contiguous beside others
 PUNCH_BYTES = 256 * KiB  # at a time: ext4 keeps every write to the file waiting while it punches, 3.7 s for 676 MB
 CHECKPOINT_JOURNAL = 8 * MiB  # journal that may grow before a checkpoint is worth its writing
-_CHECKPOINT_FRAME = 1 * MiB
+_CHECKPOINT_FRAME = 16 * KiB  # encoded at a time, holding the GIL: some 20 us, which the event loop may have to wait
+_EMPTY_LEAF = bytes(LEAF_BYTES)
+DEFAULT_POLICY = Policy()
+_GROWING = (commands.Create, commands.Clone, commands.Snapshot, commands.Label)  # add to the metadata
 
 assert sys.byteorder == "little", "leaves are stored as this machine's u64: little-endian only (FORMAT.md)"
 
@@ -85,39 +93,72 @@ class Batch:
         self.freed = freed
         self._capture = capture  # the state after this batch, when a checkpoint is due
         self._number = 0
+        self.checkpoint_lost = False  # there was no room to begin the segment behind it
 
     @property
     def checkpoint_due(self) -> bool:
         return self._capture is not None
 
     def sync(self) -> None:
-        """Data, then the frame that points to it. OSError is final: `Pool.fail`."""
-        if self._sync_data:
-            self._pool.data.sync()
-        if self._payload is not None:
-            self._pool.journal.append(self._payload)
-        if self._capture is not None:
-            self._number = self._pool.journal.start_segment()
+        """Data, then the frame that points to it. OSError is final: `Pool.fail`.
 
-    def write_checkpoint(self) -> None:
-        """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer."""
+        Raises NoSpace where the journal finds no room: nothing of the batch is durable, and `sync` may be called again.
+        """
+        try:
+            if self._sync_data:
+                self._pool.data.sync()
+                self._sync_data = False
+            if self._payload is not None:
+                self._pool.journal.append(self._payload)
+                self._payload = None
+        except OSError:
+            # The kernel now calls pages clean that never reached the disk: who reads them, this process or the next,
+            # must not take them for what is stored.
+            self._pool.data.drop_cache()
+            self._pool.journal.drop_cache()
+            raise
+        if self._capture is not None:
+            try:
+                self._number = self._pool.journal.start_segment()
+            except NoSpace:
+                self._capture = None
+                self.checkpoint_lost = True
+
+    def write_checkpoint(self, give_way: Callable[[], None] = lambda: None) -> None:
+        """After `sync`; may run beside later batches. An OSError costs nothing: the journal stays longer.
+
+        `give_way` is called after each frame: other threads may have the GIL while it sleeps.
+        """
         assert self._capture is not None
         journal = self._pool.journal
-        journal.prepare_next()  # first: it matters more than a short journal when space is short
-        journal.write_checkpoint(self._number, self._capture.payloads())
+        with contextlib.suppress(OSError):
+            journal.prepare_next()  # first: it matters more than a short journal when space is short
+        journal.write_checkpoint(self._number, self._paced(give_way))
         journal.finish_checkpoint(self._number)
+        journal.prepare_next()  # what the checkpoint replaced may have made the room
+
+    def _paced(self, give_way: Callable[[], None]) -> Iterator[bytes]:
+        assert self._capture is not None
+        for payload in self._capture.payloads():
+            yield payload
+            give_way()
 
 
 class Capture:
-    """The state at one moment: leaves of heads are copied, those of sealed layers, which never change, are shared."""
+    """The state at one moment, by reference: until `release`, layers replace what they would change (`Layer.put`)."""
 
     def __init__(self, state: State) -> None:
         self._records = state.snapshot_records()
-        self._leaves = [
-            (layer.number, leaf, own[:] if layer.head else own)
-            for layer in state.layers.values()
-            for leaf, own in layer.own.items()
-        ]
+        self._layers = list(state.layers.values())
+        self._leaves = []
+        for layer in self._layers:
+            layer.captured = layer.own.copy()
+            self._leaves.append((layer.number, layer.captured))
+
+    def release(self) -> None:
+        """Nothing is read from the leaves any more."""
+        for layer in self._layers:
+            layer.captured = None
 
     def payloads(self) -> Iterator[bytes]:
         """The state as a checkpoint's frames."""
@@ -134,12 +175,14 @@ class Capture:
 
     def _all(self) -> Iterator[Record]:
         yield from self._records
-        leaves = 0
-        for number, leaf, entries in self._leaves:
-            if words(entries).any():
-                leaves += 1
-                yield Leaf(number, leaf, entries.tobytes())
-        yield End(len(self._records) + leaves)
+        count = len(self._records)
+        for number, leaves in self._leaves:
+            for leaf, own in leaves.items():
+                entries = own.tobytes()
+                if entries != _EMPTY_LEAF:
+                    count += 1
+                    yield Leaf(number, leaf, entries)
+        yield End(count)
 
 
 class Pool:
@@ -148,14 +191,25 @@ class Pool:
     Used without a daemon, each verb is durable when it returns; `with pool.batch():` makes several one commit.
     """
 
-    def __init__(self, path: Path, superblock: Superblock, lock: int, autocommit: bool, files: Files) -> None:
+    def __init__(
+        self, path: Path, superblock: Superblock, lock: int, autocommit: bool, policy: Policy, files: Files
+    ) -> None:
         self.path = path
+        self.policy = policy
         self.superblock = superblock
         self.block_size = superblock.block_size
         self.failed: str | None = None  # why nothing can be made durable any more
+        self.has_leftovers = False  # it was not closed: free blocks may take space in the file
         self.state = State()
         self.allocator = Allocator(superblock.size // self.block_size, max(RUN_BYTES // self.block_size, 1))
+        self.limits = Limits(self.state, self.block_size)
+        self.allocator.limits = self.limits.left
+        self.allocator.grow = self.grow
+        self.notify: Notify = lambda *_, **__: None  # who is told of events
+        self._refused_size = 0  # bytes that the file system did not let it grow to, as was told
+        self.journal_low = False  # the file system is full: what is left of the journal is for what frees space
         self.journal = Journal(path / "journal", files)
+        self.unsynced = Unsynced(path / "journal", files)
         self.data = DataFile(path / superblock.data, superblock.size, files)
         self._lock = lock
         self._autocommit = autocommit
@@ -165,8 +219,9 @@ class Pool:
         self._freed_arrays: list[Words] = []
         self._volumes: weakref.WeakValueDictionary[str, Volume] = weakref.WeakValueDictionary()
         self._batch: list[Command] | None = None
+        self.unwritten: Batch | None = None  # packed, and not yet durable
         self._settling: set[int] = set()  # layers that the batch being made durable leaves without a name or a child
-        self._checkpointing = False
+        self._capture: Capture | None = None  # of the checkpoint that is being written
         self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
         self._readers: dict[int, int] = {}  # epoch -> reads under way that began in it
@@ -236,10 +291,19 @@ class Pool:
             raise
 
     @classmethod
-    def open(cls, path: Path | str, *, autocommit: bool = True, inspect: bool = False, files: Files = FILES) -> Self:
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        autocommit: bool = True,
+        inspect: bool = False,
+        policy: Policy = DEFAULT_POLICY,
+        files: Files = FILES,
+    ) -> Self:
         """Open the pool at `path`: lock it, replay its journal, work out its free space.
 
         `autocommit` False leaves it to the caller to commit; `inspect` opens it to be looked at: nothing is written.
+        `policy` says what happens when space runs short; a write that finds none is always refused.
         `files` is what writes; the real thing, or a wrapper of it that notes what it does.
 
         Raises NotFound, Locked, Corrupt, Invalid (its data was truncated) or OSError.
@@ -253,7 +317,7 @@ class Pool:
             os.close(lock)
             raise Locked(f"the pool at {path} is open in another process (use its daemon, or stop it)") from error
         try:
-            pool = cls(path, superblock, lock, autocommit, files)
+            pool = cls(path, superblock, lock, autocommit, policy, files)
         except BaseException:
             os.close(lock)
             raise
@@ -273,10 +337,54 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
+        killed = self.has_leftovers = self.unsynced.left
+        recovered = [] if inspect else self._read_unsynced()
+        before = self._owned_blocks() if recovered else None
+        self._apply_recovered(recovered)
+        if self.state.size:
+            self._check_grown(self.state.size)
+            self.allocator.extend(self.state.size // self.block_size)
         self.state.find_unnamed()
         if inspect:
             self.failed = "it was opened to be looked at"
         self.claim_blocks()
+        # What was written in place may still wait in the page cache: the next flush has to reach it, too.
+        self.data.dirty = killed and not inspect
+        if before is not None:
+            self._records = recovered
+            freed = self.allocator.hold(before)
+            self._freed_arrays = [freed] if len(freed) else []
+            self.state.unsettled = {*self.state.mergeable, *self.state.prunable}
+            with contextlib.suppress(NoSpace):  # of the journal's file system: a later commit makes it durable
+                self.commit()
+        self.arm_growth()
+
+    def _read_unsynced(self) -> builtins.list[Record]:
+        """What a process that was killed had answered beyond the journal."""
+        try:
+            return self.unsynced.recover(self.journal.sequence)
+        except BadRecord as error:
+            raise self._bad_unsynced(error) from error
+
+    def _apply_recovered(self, records: builtins.list[Record]) -> None:
+        try:
+            for record in records:
+                self.state.apply(record)
+        except BadRecord as error:
+            raise self._bad_unsynced(error) from error
+
+    def _bad_unsynced(self, error: BadRecord) -> Corrupt:
+        what = f"unflushed writes of a killed process cannot be read: {error} (remove unsynced.* to go on without)"
+        return Corrupt(self.path / "journal", None, what)
+
+    def _owned_blocks(self) -> Words:
+        owned = [layer.physical_blocks() for layer in self.state.layers.values()]
+        return np.concatenate(owned) if owned else np.empty(0, dtype=np.uint64)
+
+    def _check_grown(self, size: int) -> None:
+        if size % self.block_size or not self.superblock.size <= size <= MAX_BLOCKS * self.block_size:
+            raise Corrupt(self.path / "journal", None, f"it gives the pool {size} bytes, which cannot be")
+        self.data.check_size(size)
 
     def _replay(self, frame: Frame) -> None:
         try:
@@ -291,12 +399,13 @@ class Pool:
     def claim_blocks(self) -> None:
         """Rebuild free space from the entries. Raises Corrupt when they do not add up."""
         for layer in self.state.layers.values():
-            blocks = layer.physical_blocks()
-            layer.blocks = len(blocks)
-            bad = self.allocator.claim(blocks)
-            if len(bad):
-                what = "lies outside the pool" if bad[0] >= self.allocator.total else "has two owners"
-                raise Corrupt(self.path / "journal", None, f"block {bad[0]} of layer {layer.number} {what}")
+            layer.blocks = 0
+            for blocks in layer.physical_parts():
+                layer.blocks += len(blocks)
+                bad = self.allocator.claim(blocks)
+                if len(bad):
+                    what = "lies outside the pool" if bad[0] >= self.allocator.total else "has two owners"
+                    raise Corrupt(self.path / "journal", None, f"block {bad[0]} of layer {layer.number} {what}")
 
     def close(self) -> None:
         """Commit what is not yet durable, and let go of the pool."""
@@ -307,6 +416,7 @@ class Pool:
             self._release()
 
     def _release(self) -> None:
+        self.unsynced.close(clean=self.failed is None and not self.has_changes)
         self.journal.close()
         self.data.close()
         os.close(self._lock)
@@ -360,6 +470,18 @@ class Pool:
         """Set labels, remove those whose value is None. Raises NotFound or Invalid."""
         self._do(commands.Label(name, changes))
 
+    def quota(self, name: str, size: int | str | None) -> None:
+        """What volume `name` may take of the pool; None: all. Raises NotFound or Invalid."""
+        self._do(commands.Quota(name, None if size is None else parse_size(size)))
+
+    def reserve(self, name: str, size: int | str | None) -> None:
+        """Keep space for volume `name`; None: no more. Raises NotFound, Invalid, or NoSpace: there is not enough."""
+        self._do(commands.Reserve(name, None if size is None else parse_size(size)))
+
+    def extend(self, size: int | str) -> None:
+        """Make the pool larger: its data file, or what it uses of a device. Raises Invalid or OSError."""
+        self._do(commands.Extend(parse_size(size)))
+
     @contextlib.contextmanager
     def batch(self) -> Iterator[Self]:
         """Collect the verbs called inside: all or nothing, one commit when the block ends."""
@@ -387,6 +509,7 @@ class Pool:
         """Make `wanted` so, all or nothing. Durable with the next commit."""
         self.check_writable()
         draft = commands.plan(wanted, self.state.names, self.state.next_layer, time.time())
+        self._check_space(wanted, draft)
         ends: builtins.list[Shrink] = []
         try:
             for name, size in draft.shrinks:
@@ -395,9 +518,53 @@ class Pool:
             for end in ends:
                 end.abandon()
             raise
+        if draft.size:
+            self.apply([Size(draft.size)])
         self.apply(draft.records)
         for end in ends:
             end.finish()
+
+    def _check_space(self, wanted: Sequence[Command], draft: Draft) -> None:
+        """Refuse what there is no space for. Raises NoSpace or Invalid."""
+        if self.journal_low and any(isinstance(command, _GROWING) for command in wanted):
+            raise NoSpace(JOURNAL_LOW)
+        if any(isinstance(command, commands.Create | commands.Clone) for command in wanted):
+            self._check_min_free()
+        if draft.size:
+            draft.size = self._check_size(draft.size)
+        if any(isinstance(command, commands.Reserve) for command in wanted):
+            kept = self.limits.kept_after(draft.changed)
+            left = self.usage().free // self.block_size + max(draft.size - self.size, 0) // self.block_size
+            if kept > max(left, self.limits.kept()):
+                missing = format_size((kept - left) * self.block_size)
+                raise NoSpace(f"the pool cannot keep so much: {missing} are missing (nbdthin extend SIZE, or remove)")
+
+    def _check_min_free(self) -> None:
+        usage, least = self.usage(), self.policy.min_free
+        if usage.free < least * usage.total:
+            raise NoSpace(
+                f"{format_size(usage.free)} of {format_size(usage.total)} are free, less than min_free of {least:.0%}: "
+                "no new volumes or clones (remove snapshots or volumes, trim, or: nbdthin extend SIZE)"
+            )
+
+    def _check_size(self, size: int) -> int:
+        """Have a data file or device of `size`; what it is then, 0 for no change. Raises Invalid or OSError."""
+        size -= size % self.block_size
+        if size == self.size:
+            return 0
+        if size < self.size:
+            raise Invalid(f"the pool has {format_size(self.size)}, it cannot shrink to {format_size(size)}")
+        if size > MAX_BLOCKS * self.block_size:
+            raise Invalid(f"a pool of {format_size(self.block_size)} blocks has at most {MAX_BLOCKS} of them")
+        try:
+            self.data.grow(size)
+        except OSError as error:
+            if error.errno in (errno.EFBIG, errno.EINVAL):
+                raise Invalid(f"the file system cannot hold a file of {format_size(size)}") from error
+            if error.errno in FULL_DISK:
+                raise NoSpace(f"the file system refuses a file of {format_size(size)}") from error
+            raise
+        return size
 
     def apply(self, records: Iterable[Record]) -> None:
         """The live side of `State.apply`: frees what is gone, tells open volumes, notes it for the journal."""
@@ -409,7 +576,11 @@ class Pool:
                 self._changed.pop(layer.number, None)
             if before is not None:
                 self.allocator.drop_run(before.layer)
-            if isinstance(record, Name):
+            if isinstance(record, Size):
+                self._grown(record.size)
+            elif isinstance(record, Name):
+                if record.reservation:  # what others have at hand may be more than they may have now
+                    self.allocator.drop_runs()
                 volume = self._volumes.get(record.name)
                 if volume is not None:
                     volume.layer = self.state.layers[record.layer]
@@ -417,6 +588,68 @@ class Pool:
             elif isinstance(record, Unname):
                 self._follow(record.name, before)
             self._records.append(record)
+            self.unsynced.add(record)
+
+    # -- size
+
+    @property
+    def size(self) -> int:
+        """Bytes of data file or device that the pool uses, the header's block included."""
+        return self.allocator.total * self.block_size
+
+    def usage(self) -> Usage:
+        """How full the pool is: by its own size, or by what the file system below it has left where that is less."""
+        used = self.allocator.used * self.block_size
+        free = self.allocator.free * self.block_size
+        return Usage(used, min(free, self._room_below(used)))
+
+    def _room_below(self, used: int) -> int:
+        """Bytes that the data file can still take: what the file system has left, and what the file has at hand."""
+        if self.data.is_device:
+            return self.allocator.free * self.block_size
+        # A file that was allocated beforehand, or one that cannot be punched, has space for blocks that are free.
+        return _available(self.data.path) + max(self.data.allocated - used, 0)
+
+    def arm_growth(self) -> None:
+        """Grow, as far as the policy says so, when the pool is as full as it says."""
+        may = self.policy.auto_extend and not self.data.is_device and self.failed is None
+        at = int(self.policy.auto_extend_threshold * self.allocator.capacity)
+        self.allocator.grow_at = at if may else NEVER
+
+    def grow(self) -> bool:
+        """Grow by the policy's step, if it says so; whether it did. Not asked again before the next `arm_growth`.
+
+        What is new is used at once: the data file is synced before the frame that tells of it, as all data is.
+        """
+        self.allocator.grow_at = NEVER
+        policy = self.policy
+        if not policy.auto_extend or self.data.is_device or self.failed is not None:
+            return False
+        # Beyond what the file system can hold, size would be a promise that nobody keeps.
+        used = self.allocator.used * self.block_size
+        holds = used + HEADER_BLOCKS * self.block_size + self._room_below(used)
+        most = min(policy.max_size or holds, holds, MAX_BLOCKS * self.block_size)
+        size = min(self.size + max(int(self.size * policy.auto_extend_step), self.block_size), most)
+        size -= size % self.block_size
+        if size <= self.size:
+            return False
+        try:
+            self.data.grow(size)
+        except OSError as error:
+            if self._refused_size != size:
+                why = os.strerror(error.errno or 0)
+                self.notify(events.GROWTH_FAILED, f"the pool cannot grow to {format_size(size)}: {why}", size=size)
+            self._refused_size = size
+            return False
+        self.apply([Size(size)])
+        return True
+
+    def _grown(self, size: int) -> None:
+        before = self.size
+        self.allocator.extend(size // self.block_size)
+        self.arm_growth()
+        what = f"the pool has grown from {format_size(before)} to {format_size(size)}"
+        self.notify(events.EXTENDED, what, before=before, size=size)
 
     def _follow(self, name: str, before: Name | None) -> None:
         """`name` is gone: an open volume of it goes by the new name of its layer, or is cut off."""
@@ -447,11 +680,13 @@ class Pool:
         assert self.state.layers.get(layer.number) is layer
         layer.put(block, entry)
         self._changed[layer.number] = layer
+        self.unsynced.put(layer.number, block, entry)
 
     def put_leaf(self, layer: Layer, leaf: int, entries: array[int] | None) -> None:
         assert self.state.layers.get(layer.number) is layer
         layer.put_leaf(leaf, entries)
         self._changed[layer.number] = layer
+        self.unsynced.add(Leaf(layer.number, leaf, b"" if entries is None else entries.tobytes()))
 
     def discard_block(self, physical: int) -> None:
         """An entry gave `physical` up: free once that is durable and nobody reads it."""
@@ -470,6 +705,15 @@ class Pool:
             self.allocator.discard_many(blocks)
             self.allocator.release(blocks)
 
+    def check_journal(self) -> None:
+        """Raises NoSpace where what is left of the journal is for commands that remove something."""
+        if self.journal_low and self.journal.last:
+            raise NoSpace(JOURNAL_LOW)
+
+    def note_journal(self) -> None:
+        """See how much room the journal has, after anything that may have changed it."""
+        self.journal_low = self.journal.low
+
     def check_writable(self) -> None:
         if self.failed is not None:
             raise PoolFailed(f"the pool is read-only: {self.failed}")
@@ -479,11 +723,21 @@ class Pool:
     @property
     def has_changes(self) -> bool:
         """Something is not durable yet."""
+        return self.unwritten is not None or self._has_new
+
+    @property
+    def _has_new(self) -> bool:
         return bool(self._records or self._changed or self.data.dirty)
 
+    @property
+    def overwritten(self) -> int:
+        """Bytes of data, about, that are all that a commit would have to sync; 0 where there is more to it."""
+        return 0 if self._records or self._changed or self.unwritten is not None else self.data.dirty
+
     def begin(self) -> Batch:
-        """Pack what has changed. Raises PoolFailed."""
+        """Pack what has changed. Raises PoolFailed. The batch before must be finished."""
         self.check_writable()
+        assert self.unwritten is None
         records = self._records
         self._records = []
         for layer in self._changed.values():
@@ -494,53 +748,79 @@ class Pool:
             freed.append(np.array(self._freed_blocks, dtype=np.uint64))
         self._freed_blocks, self._freed_arrays = [], []
         self._settling, self.state.unsettled = self.state.unsettled, set()
-        sync_data, self.data.dirty = self.data.dirty, False
+        sync_data = bool(self.data.dirty)
+        if sync_data:  # only then: what a thread has written since that look must not be forgotten
+            self.data.dirty = 0
         journal = self.journal
         payload = encode(records) if records else None
+        if payload is not None:
+            self.unsynced.next_batch()
         grown = journal.bytes_since_checkpoint + (len(payload) if payload is not None else 0)
-        due = not self._checkpointing and grown > max(self._checkpoint_at, journal.checkpoint_bytes)
-        self._checkpointing |= due
-        return Batch(self, payload, sync_data, freed, Capture(self.state) if due else None)
+        capture = None
+        if self._capture is None and grown > max(self._checkpoint_at, journal.checkpoint_bytes):
+            self._capture = capture = Capture(self.state)
+        self.unwritten = Batch(self, payload, sync_data, freed, capture)
+        return self.unwritten
 
     def finish(self, batch: Batch) -> None:
         """`batch` is durable."""
+        self.unwritten = None
         self._settling = set()
+        self.note_journal()
+        if batch.checkpoint_lost:
+            self.checkpoint_ended(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         if batch.freed:
             self._limbo.append((self._epoch, np.concatenate(batch.freed)))
             self._epoch += 1
 
     def checkpoint_ended(self, error: OSError | None) -> None:
         """The checkpoint of a batch was written, or not: then the next try is some way off."""
-        self._checkpointing = False
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
         grown = self.journal.bytes_since_checkpoint if error is not None else 0
         self._checkpoint_at = grown + CHECKPOINT_JOURNAL
 
     def fail(self, error: OSError) -> None:
         """A sync failed: from now on the pool is read-only."""
+        self.unsynced.clear()
+        self.unwritten = None  # never again
         if self.failed is None:
             self.failed = f"a sync failed ({os.strerror(error.errno or errno.EIO)}); check the disk, then restart"
 
     def commit(self) -> None:
-        """Make everything so far durable, in this thread. Raises PoolFailed."""
+        """Make everything so far durable, in this thread.
+
+        Raises PoolFailed, or NoSpace where the journal finds no room: then it is tried again with the next commit.
+        """
         self.check_writable()
-        if self._records or self._changed or self.data.dirty:
-            batch = self.begin()
-            try:
-                batch.sync()
-            except OSError as error:
-                self.fail(error)
-                raise PoolFailed(f"the pool is read-only: {self.failed}") from error
-            self.finish(batch)
-            if batch.checkpoint_due:
-                try:
-                    batch.write_checkpoint()
-                except OSError as error:
-                    self.checkpoint_ended(error)
-                else:
-                    self.checkpoint_ended(None)
+        if self.unwritten is not None:
+            self._write(self.unwritten)
+        if self._has_new:
+            self._write(self.begin())
         while (blocks := self.take_reclaimable()) is not None:
             self.punch(blocks)
             self.allocator.release(blocks)
+        if not self.journal.next_ready:
+            with contextlib.suppress(OSError):
+                self.journal.prepare_next()
+            self.note_journal()
+        self.arm_growth()
+
+    def _write(self, batch: Batch) -> None:
+        try:
+            batch.sync()
+        except OSError as error:
+            self.fail(error)
+            raise PoolFailed(f"the pool is read-only: {self.failed}") from error
+        self.finish(batch)
+        if batch.checkpoint_due:
+            try:
+                batch.write_checkpoint()
+            except OSError as error:
+                self.checkpoint_ended(error)
+            else:
+                self.checkpoint_ended(None)
 
     # -- freed space
 
@@ -570,8 +850,17 @@ class Pool:
         """Freed blocks that are durable so and that no read can still be using: to `punch`, then to release."""
         return self._limbo.popleft()[1] if self.can_reclaim else None
 
-    def punch(self, blocks: Words) -> None:
-        """Give the space of `blocks` back to the file system. An error there loses space, not data."""
+    def sweep(self, start: int, end: int) -> None:
+        """Have the free blocks between two bytes of the data file reclaimed as if they had just been freed."""
+        blocks = self.allocator.hold_free(start // self.block_size, -(-end // self.block_size))
+        if len(blocks):
+            self._limbo.append((self._epoch, blocks))
+
+    def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> None:
+        """Give the space of `blocks` back to the file system. An error there loses space, not data.
+
+        `give_way` is called after each piece.
+        """
         ordered = np.sort(blocks)
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
         for run in np.split(ordered, breaks):
@@ -579,6 +868,7 @@ class Pool:
             for position in range(start, end, PUNCH_BYTES):
                 with contextlib.suppress(OSError):
                     self.data.punch(position, min(PUNCH_BYTES, end - position))
+                give_way()
 
     # -- merging of layers that lost their name
 
@@ -636,6 +926,9 @@ class Pool:
             parent=space.named_parent(layer),
             created=row.created,
             labels=dict(row.labels),
+            quota=row.quota or None,
+            reservation=row.reservation or None,
+            charged=0 if row.snapshot else charged(layer, row.origin) * self.block_size,
         )
 
     def diff(self, before: str, after: str) -> builtins.list[Extent]:
@@ -669,7 +962,6 @@ class Pool:
         total = self.allocator.capacity * self.block_size
         metadata = self.journal.disk_bytes + (self.path / "superblock").stat().st_size
         room = _available(self.path)
-        free = self.allocator.free * self.block_size
         leaves = sum(len(layer.own) for layer in self.state.layers.values())
         return PoolInfo(
             path=self.path.absolute(),
@@ -678,7 +970,8 @@ class Pool:
             data_path=self.data.path.absolute(),
             data_total=total,
             data_used=self.allocator.used * self.block_size,
-            data_available=free if is_device(self.data.path) else min(free, _available(self.data.path)),
+            data_available=self.usage().free,
+            data_reserved=self.limits.kept() * self.block_size,
             metadata_used=metadata,
             metadata_total=metadata + room,
             metadata_available=room,

@@ -28,7 +28,11 @@ class Layer(NamedTuple):
 
 
 class Name(NamedTuple):
-    """`name` is a snapshot or volume of `size` bytes whose content is `layer`. A volume's layer is its head."""
+    """`name` is a snapshot or volume of `size` bytes whose content is `layer`. A volume's layer is its head.
+
+    `quota` and `reservation` are bytes of blocks, 0 for none; what counts against them is what the layers above
+    `origin` own (limits.py).
+    """
 
     name: str
     snapshot: bool
@@ -36,6 +40,9 @@ class Name(NamedTuple):
     size: int
     created: float
     labels: Mapping[str, str]
+    quota: int = 0
+    reservation: int = 0
+    origin: int = 0
 
 
 class Unname(NamedTuple):
@@ -70,17 +77,24 @@ class End(NamedTuple):
     records: int
 
 
-Record = Layer | Name | Unname | Entries | Leaf | Counter | End
+class Size(NamedTuple):
+    """The pool has grown to `size` bytes of data file or device, the header's block included."""
 
-_TYPES: dict[int, type[Record]] = {1: Layer, 2: Name, 3: Unname, 4: Entries, 5: Leaf, 6: Counter, 7: End}
+    size: int
+
+
+Record = Layer | Name | Unname | Entries | Leaf | Counter | End | Size
+
+_TYPES: dict[int, type[Record]] = {1: Layer, 2: Name, 3: Unname, 4: Entries, 5: Leaf, 6: Counter, 7: End, 8: Size}
 _FIELDS: dict[type[Record], tuple[type, ...]] = {
     Layer: (int, int),
-    Name: (str, bool, int, int, float, dict),
+    Name: (str, bool, int, int, float, dict, int, int, int),
     Unname: (str,),
     Entries: (int, bytes, bytes),
     Leaf: (int, int, bytes),
     Counter: (int,),
     End: (int,),
+    Size: (int,),
 }
 _TAGS = {kind: tag for tag, kind in _TYPES.items()}
 

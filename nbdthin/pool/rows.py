@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,25 @@ class Row:
     parent: str | None
     created: float
     labels: Mapping[str, str]
+    quota: int | None  # of a volume: what it may be charged with
+    reservation: int | None  # what it can be charged with whatever others do
+    charged: int  # what its head and its snapshots since it was made, cloned or rolled back own; 0 for snapshots
+
+
+class Usage(NamedTuple):
+    """How full a pool is."""
+
+    used: int
+    free: int  # what it can still take: its own size's, or the file system's below it
+
+    @property
+    def total(self) -> int:
+        return self.used + self.free
+
+    @property
+    def fraction(self) -> float:
+        """In use, of 1."""
+        return self.used / self.total if self.total else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +58,7 @@ class PoolInfo:
     data_total: int
     data_used: int
     data_available: int  # what the pool has left, or the file system under it where that is less
+    data_reserved: int  # of what is available: kept for volumes with a reservation
     metadata_used: int  # bytes of the journal directory
     metadata_total: int  # used and what the file system under it has left
     metadata_available: int

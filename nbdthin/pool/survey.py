@@ -160,7 +160,7 @@ def _files(directory: Path, result: Survey) -> list[File]:
                 found.append(file)
             if path.name == "next" and not file.pieces:
                 _look_at_next(path, result)
-        elif path.suffix != ".new":
+        elif path.suffix != ".new" and path.stem != "unsynced":
             result.findings.append(Finding(path, None, "not a file of a journal", harmless=True))
     return found
 

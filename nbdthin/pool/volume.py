@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 ZERO = -1  # the position of a segment that reads as zero
 SUB_BITS = 4  # 16 subblocks a block
+JOURNAL_LOW = (
+    "the file system of the pool's journal is full: what is left of the journal is kept for removing things "
+    "(remove snapshots or volumes, trim, or free space there)"
+)
 _LARGE_RANGE = 4096  # leaves: beyond this many, a discard looks at the leaves that exist instead of all
 
 
@@ -252,6 +256,8 @@ class Volume:
             return True
         if (offset | length) & self._sub_mask:
             return False
+        if self.pool.journal_low:
+            raise NoSpace(JOURNAL_LOW)
         physical = entry >> 32
         if physical:
             self.pool.data.write((payload,), (physical << self._shift) + within, length)
@@ -286,9 +292,12 @@ class Volume:
                 entry = layer.entry(block)
                 physical = entry >> 32
                 if entry & touched != touched:
+                    if self.pool.journal_low:
+                        raise NoSpace(JOURNAL_LOW)
                     if not physical:
                         physical = self.pool.allocator.allocate(layer.number)
                         write.fresh.append(physical)
+                        layer.in_flight += 1
                     write.entries.append((block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched))
                 write.add_run((physical << shift) + within, count)
                 position += count
@@ -301,9 +310,11 @@ class Volume:
         """The data is in place: let the entries say so."""
         for block, entry in write.entries:
             self.pool.put(self.layer, block, entry)
+        self.layer.in_flight -= len(write.fresh)
 
     def abandon(self, write: Write) -> None:
         """The write failed: what was allocated for it goes back. Bytes that it overwrote in place are unspecified."""
+        self.layer.in_flight -= len(write.fresh)
         self.pool.give_back(write.fresh)
 
     def _owns(self, offset: int) -> bool:
@@ -317,6 +328,7 @@ class Volume:
         """Give back what the range holds; whole subblocks read as zero afterwards, parts of one keep their bytes."""
         self._check_range(offset, length)
         self._check_writable()
+        self.pool.check_journal()
         self.discard(*self._inside(offset, offset + length))
 
     def write_zeroes(self, offset: int, length: int, *, allocate: bool = False) -> None:
@@ -376,15 +388,26 @@ class Volume:
     def check_space(self, parts: list[tuple[int, int]]) -> None:
         """Raises NoSpace where writing `parts`, each inside one block, needs more blocks than there are."""
         blocks = {start >> self._shift for start, _ in parts}
-        self.check_free(sum(not self.layer.entry(block) >> 32 for block in blocks))
+        self.pool.allocator.check(self.layer.number, sum(not self.layer.entry(block) >> 32 for block in blocks))
 
-    def check_free(self, count: int) -> None:
-        """Raises NoSpace where the pool has not `count` blocks to give."""
-        if count > self.pool.allocator.free - self.pool.allocator.pending:
-            raise NoSpace(f"the pool has no {count} free blocks (remove snapshots or volumes, or trim)")
+    def check_provision(self, offset: int, length: int) -> None:
+        """Raises NoSpace where `provision` of the range would: a look at each leaf, not at each block."""
+        if self.pool.journal_low:
+            raise NoSpace(JOURNAL_LOW)
+        first, end = offset >> self._shift, ((offset + length - 1) >> self._shift) + 1
+        count = end - first
+        for leaf in self._own_leaves(first >> LEAF_SHIFT, (end - 1) >> LEAF_SHIFT):
+            base = leaf << LEAF_SHIFT
+            part = words(self.layer.own[leaf])[max(first - base, 0) : end - base]
+            count -= int(np.count_nonzero(part >> np.uint64(32)))
+        self.pool.allocator.check(self.layer.number, count)
+
+    def _own_leaves(self, first: int, last: int) -> list[int]:
+        return [leaf for leaf in range(first, last + 1) if leaf in self.layer.own]
 
     def zero_whole(self, offset: int, length: int, allocate: bool) -> None:
         """Zero the subblocks that lie wholly in the range; with `allocate` their blocks stay provisioned."""
+        self.pool.check_journal()
         start, stop = self._inside(offset, offset + length)
         if allocate and start < stop:
             self._zero_owned(start, stop)
@@ -478,8 +501,9 @@ class Volume:
 
         Returns the blocks that had none, for `unprovision`.
         """
+        if length:
+            self.check_provision(offset, length)
         blocks = list(self._without_block(offset, length))
-        self.check_free(len(blocks))
         for block in blocks:
             physical = self.pool.allocator.allocate(self.layer.number)
             self.pool.put(self.layer, block, physical << 32 | self.layer.entry(block))

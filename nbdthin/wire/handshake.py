@@ -92,7 +92,6 @@ class Handshake:
         self._client_flags: int | None = None  # None until they came
         self._options = 0  # seen so far
         self._option_limit = FREE_OPTIONS
-        self._shutting_down = False
         self._structured = False
         self._selected_for = ""  # the export that SET_META_CONTEXT named
         self._selected: tuple[tuple[int, str], ...] = ()
@@ -117,10 +116,6 @@ class Handshake:
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest
-
-    def shut_down(self) -> None:
-        """From now on no export is given out: ABORT is answered as ever, all else is told of the shutdown."""
-        self._shutting_down = True
 
     def step(self) -> bytes | None:
         """Handle the client flags or one option: its reply, perhaps empty. None: nothing to handle yet, or ever."""
@@ -183,8 +178,6 @@ class Handshake:
     def _answer(self, option: int, data: bytes) -> bytes:
         if not self._agreed(HandshakeFlag.FIXED_NEWSTYLE) and option != Option.EXPORT_NAME:
             raise _Violation(f"option {option} from a client without fixed newstyle, which knows no replies")
-        if self._shutting_down and option != Option.ABORT:
-            raise _Refusal(Reply.ERR_SHUTDOWN, "The server is shutting down.")
         match option:
             case Option.EXPORT_NAME:
                 return self._export_name(data)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import nbdthin
@@ -42,6 +42,24 @@ def free_port() -> int:
         return port
 
 
+# What a service manager does between fork and exec: LISTEN_PID is known only there. The arguments: names, joined by
+# colons, their descriptors, by commas, and the command.
+HAND_OVER = """
+import fcntl, os, sys
+names, fds = sys.argv[1], [int(fd) for fd in sys.argv[2].split(",")]
+for index, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3 + len(fds)) for fd in fds]):
+    os.dup2(fd, 3 + index)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_FDNAMES=names)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+def handing_over(sockets: Mapping[str, socket.socket]) -> list[str]:
+    """What to put before a command so that it gets these sockets as from systemd; its process inherits them."""
+    fds = ",".join(str(each.fileno()) for each in sockets.values())
+    return [sys.executable, "-S", "-E", "-c", HAND_OVER, ":".join(sockets), fds]
+
+
 class Daemon:
     """`directory` holds its config, its pool, its sockets and what it says (`log`)."""
 
@@ -54,6 +72,7 @@ class Daemon:
         self.log = directory / "daemon.log"
         self.port = free_port()
         self.config.write_text(CONFIG.format(size=size >> 20, port=self.port))
+        self.handed: dict[str, socket.socket] = {}  # listening sockets that it is given, by name
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -61,12 +80,24 @@ class Daemon:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
+    def launch(self) -> None:
+        """Start it and wait for nothing."""
         assert self._process is None
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                nbdthin_command("serve", "--config", self.config), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self._handing_over(), *nbdthin_command("serve", "--config", self.config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[each.fileno() for each in self.handed.values()],
             )
+
+    def _handing_over(self) -> list[str]:
+        return handing_over(self.handed) if self.handed else []
+
+    def start(self) -> None:
+        self.launch()
+        assert self._process is not None
         deadline = time.monotonic() + PATIENCE
         while not self._answers():
             assert self._process.poll() is None, f"the daemon did not start:\n{self.log.read_text()}"
@@ -151,6 +182,30 @@ def running(directory: Path) -> Iterator[Daemon]:
         yield daemon
     finally:
         daemon.close()
+
+
+@contextlib.contextmanager
+def supervised(directory: Path) -> Iterator[Daemon]:
+    """A daemon whose sockets this process holds, as systemd does: those who connect while it is down are queued.
+
+    It has not been started.
+    """
+    daemon = Daemon(directory)
+    with contextlib.ExitStack() as stack:
+        for name, family, address in (
+            ("nbd", socket.AF_UNIX, str(daemon.socket)),
+            ("nbd-tcp", socket.AF_INET, ("127.0.0.1", daemon.port)),
+            ("control", socket.AF_UNIX, str(daemon.control)),
+        ):
+            listening = daemon.handed[name] = stack.enter_context(socket.socket(family))
+            if family == socket.AF_INET:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(128)
+        try:
+            yield daemon
+        finally:
+            daemon.close()
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:

@@ -51,6 +51,35 @@ def nbdfuse(uri: str, *, read_only: bool = False) -> Iterator[Path]:
                 process.wait()
 
 
+@contextlib.contextmanager
+def storage_daemon(path: Path, name: str) -> Iterator[Path]:
+    """Export `name` of the server at the unix socket `path`, as a file.
+
+    By QEMU's client, which comes back to a server that went away; nbdfuse would give up.
+    """
+    need("fusermount3")
+    with tempfile.TemporaryDirectory(prefix="storage.") as directory:
+        file = Path(directory, "disk")
+        file.touch()
+        node = f"driver=nbd,node-name=disk,server.type=unix,server.path={path},export={name}"
+        export = f"type=fuse,id=fuse,node-name=disk,mountpoint={file},writable=on,allow-other=off"
+        command = [need("qemu-storage-daemon"), "--blockdev", f"{node},reconnect-delay={PATIENCE},discard=unmap"]
+        process = subprocess.Popen([*command, "--export", export])
+        try:
+            wait_until(lambda: is_mounted(file) or process.poll() is not None, "a mount of qemu-storage-daemon")
+            assert process.poll() is None, "qemu-storage-daemon ended"
+            yield file
+        finally:
+            process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if is_mounted(file):
+                run("fusermount3", "-u", "-z", file)
+
+
 def is_mounted(path: Path) -> bool:
     """Asks the table: a mount whose process has died cannot be looked at."""
     return f" {path} " in Path("/proc/self/mounts").read_text()

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
+import signal
+import socket
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nbdthin.units import MiB
 from tests.clients import libnbd
-from tests.clients.daemon import Daemon, nbdthin_command
+from tests.clients.daemon import Daemon, nbdthin_command, supervised
 from tests.conftest import need
 
 HERE = Path(__file__).parent
 RUN = HERE.parents[1] / "tools/vm/run.sh"
-PROGRAMS = ("qemu-system-x86_64", "busybox", "nbd-client", "cpio", "modprobe", "unxz", "mkfs.ext4", "mkfs.xfs")
+PROGRAMS = ("qemu-system-x86_64", "busybox", "gcc", "nbd-client", "cpio", "modprobe", "unxz", "mkfs.ext4", "mkfs.xfs")
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 
-def run_guest(daemon: Daemon, script: Path, **variables: str | int) -> str:
-    """Run a guest script against a daemon; its `host WORDS` are verbs of nbdthin. Returns the console."""
+def run_guest(daemon: Daemon, script: Path, hook: list[str] | None = None, **variables: str | int) -> str:
+    """Run a guest script against a daemon; its `host WORDS` are words for `hook`, or verbs of nbdthin.
+
+    Returns the console.
+    """
     for program in PROGRAMS:
         need(program)
-    hook = shlex.join(nbdthin_command("--socket", daemon.control))
+    hook = hook or nbdthin_command("--socket", daemon.control)
     options = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
-    command = [str(RUN), "--hook", hook, *options, str(daemon.port), str(script)]
+    command = [str(RUN), "--hook", shlex.join(hook), *options, str(daemon.port), str(script)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as guest:
         try:
             console = guest.communicate()[0].decode(errors="replace")
@@ -52,3 +61,61 @@ def test_the_kernel_formats_mounts_trims_and_checks_a_volume_its_snapshot_and_it
     assert not any(row.connections for row in rows.values())
     with libnbd.connected(daemon.uri("clone")) as handle:
         assert handle.pread(4096, 0) != bytes(4096)
+
+
+# What the guest's `host WORDS` runs here to have this process do something.
+ASK = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as asking:
+    asking.connect(sys.argv[1])
+    asking.sendall(" ".join(sys.argv[2:]).encode())
+    asking.shutdown(socket.SHUT_WR)
+    sys.exit(asking.recv(1000).decode() or 0)
+"""
+
+
+@contextlib.contextmanager
+def answering(directory: Path, answer: Callable[[str], None]) -> Iterator[list[str]]:
+    """A hook command whose words `answer` is called with, in a thread. It has no spaces, as run.sh wants it."""
+    program, path = directory / "ask.py", directory / "ask.sock"
+    program.write_text(ASK)
+    hook = [sys.executable, str(program), str(path)]
+    with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor(1) as thread:
+        listening.bind(str(path))
+        listening.listen()
+        serving = thread.submit(_serve, listening, answer)
+        try:
+            yield hook
+        finally:
+            subprocess.run(hook)  # no words: it is over
+            serving.result()
+
+
+def _serve(listening: socket.socket, answer: Callable[[str], None]) -> None:
+    while True:
+        connected, _ = listening.accept()
+        with connected, connected.makefile() as words:
+            asked = words.read()
+            if not asked:
+                return
+            try:
+                answer(asked)
+            except Exception as error:  # the guest fails, and with it the test
+                connected.sendall(repr(error).encode())
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+def test_a_mounted_busy_ext4_rides_through_restarts(connections: int, tmp_path: Path) -> None:
+    with supervised(tmp_path) as daemon:
+        daemon.start()
+        daemon.create("disk", "256 MiB")
+
+        def restart(words: str) -> None:
+            number = signal.Signals[words]
+            daemon.signal(number)
+            assert daemon.wait() == (0 if number == signal.SIGTERM else -number)
+            daemon.start()
+
+        with answering(tmp_path, restart) as hook:
+            console = run_guest(daemon, HERE / "guest/restart.sh", hook, CONNECTIONS=connections)
+    assert console.count("a new one was taken") >= 6, console

@@ -118,6 +118,31 @@ def test_sigint_ends_it_as_politely(daemon: Daemon) -> None:
         assert handle.pread(4, 0) == b"kept"
 
 
+def test_a_killed_daemon_comes_back_with_what_was_answered_though_nobody_flushed(daemon: Daemon) -> None:
+    """A client that connects again does not know that there was a crash, and flushes as if nothing had been."""
+    nbd = libnbd.load()
+    uri = daemon.create("kept", "256 MiB")
+    recorder = Recorder(uri)
+    while len(recorder.answered) < 2000:
+        recorder.work()
+    with libnbd.connected(uri) as handle:
+        handle.trim(8 * KiB, 0)
+        handle.zero(4 * KiB, 16 * KiB)
+        handle.pwrite(b"unaligned", 200 * MiB + 5)
+        daemon.kill()
+    while recorder.alive:
+        try:
+            recorder.work()
+        except nbd.Error as error:
+            assert error.errnum in (errno.EPIPE, errno.ECONNRESET, errno.EINVAL, errno.ENOTCONN), error
+    daemon.start()
+    recorder.answered.update({0: bytes(WRITE), 4 * KiB: bytes(WRITE), 16 * KiB: bytes(WRITE)})
+    with libnbd.connected(uri) as handle:
+        for offset, data in recorder.answered.items():
+            assert handle.pread(WRITE, offset) == data, f"at {offset}"
+        assert handle.pread(9, 200 * MiB + 5) == b"unaligned"
+
+
 # -- one pool, one user
 
 

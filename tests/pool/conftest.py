@@ -21,12 +21,14 @@ from nbdthin.pool import journal as journal_module
 from nbdthin.pool import pool as pool_module
 from nbdthin.pool.check import check, check_path
 from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer, words
+from nbdthin.pool.policy import Policy
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.volume import Volume
 from nbdthin.units import KiB, MiB
 
 BLOCK = 64 * KiB
 SUB = BLOCK // SUBBLOCKS
+FIXED = Policy(min_free=0, auto_extend=False)  # a pool that can be filled, and stays as it is
 LEAF = 512 * BLOCK  # bytes that one leaf maps
 
 
@@ -45,20 +47,25 @@ class Pools:
         data: Path | None = None,
         path: Path | None = None,
         autocommit: bool = True,
+        policy: Policy = FIXED,
     ) -> Pool:
         if path is None:
             path = self._directory / f"pool{len(list(self._directory.glob('pool*')))}"
         Pool.init(path, size=size, block_size=block_size, data=data)
-        return self.open(path, autocommit=autocommit)
+        return self.open(path, autocommit=autocommit, policy=policy)
 
-    def open(self, path: Path, *, autocommit: bool = True) -> Pool:
-        pool = self._open[path] = Pool.open(path, autocommit=autocommit)
+    def open(self, path: Path, *, autocommit: bool = True, policy: Policy = FIXED) -> Pool:
+        pool = self._open[path] = Pool.open(path, autocommit=autocommit, policy=policy)
         return pool
 
     def close(self, pool: Pool) -> Path:
         """Close `pool` for good or for the test to damage: nothing is checked."""
         self._open.pop(pool.path).close()
         return pool.path
+
+    def kill(self, pool: Pool) -> Path:
+        """End `pool` as SIGKILL ends its process."""
+        return kill(self._open.pop(pool.path))
 
     def crash(self, pool: Pool) -> Path:
         """End `pool` without a commit: what was not durable is gone, but for data written in place."""
@@ -71,7 +78,7 @@ class Pools:
             assert check(pool) == []
             pool.commit()
             assert check(pool) == []
-        again = self.open(self.close(pool), autocommit=autocommit)
+        again = self.open(self.close(pool), autocommit=autocommit, policy=pool.policy)
         assert check(again) == []
         return again
 
@@ -227,6 +234,15 @@ def walk(layer: Layer, block: int) -> tuple[int, ...]:
 def used(pool: Pool) -> int:
     """Blocks of the pool in use."""
     return pool.allocator.used
+
+
+def kill(pool: Pool) -> Path:
+    """End `pool` as SIGKILL ends its process: no commit, nothing tidied up; the page cache keeps what it has."""
+    pool.unsynced.close(clean=False)
+    pool.journal.close()
+    pool.data.close()
+    os.close(pool._lock)
+    return pool.path
 
 
 def fill(pool: Pool, name: str = "filler") -> None:

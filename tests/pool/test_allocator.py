@@ -77,7 +77,7 @@ def test_a_refusal_changes_no_figure() -> None:
     space = Allocator(4, 4)
     take(space, 1, 3)
     before = space.used, space.pending, space.free, space.states().tolist()
-    with pytest.raises(NoSpace, match="remove snapshots or volumes, or trim"):
+    with pytest.raises(NoSpace, match="remove snapshots or volumes, trim"):
         space.allocate(2)
     assert (space.used, space.pending, space.free, space.states().tolist()) == before
 
@@ -97,6 +97,22 @@ def test_loading_claims_blocks_and_names_those_that_cannot_be() -> None:
     assert Allocator(16, 4).claim(blocks(2, 16)).tolist() == [16], "outside"
     assert Allocator(16, 4).claim(blocks(2, 7, 2)).tolist() == [2], "twice at once"
     assert Allocator(16, 4).claim(blocks(0)).tolist() == [0], "the header"
+
+
+@pytest.mark.parametrize("between", [1, 255, 256, 257, 65535, 65536, 100_000])
+def test_a_block_that_comes_twice_at_once_is_found_however_far_apart(between: int) -> None:
+    claimed = np.random.default_rng(between).permutation(np.arange(1, 150_000, dtype=np.uint64))
+    claimed[20_000 + between] = claimed[20_000]
+    assert Allocator(150_000, 4).claim(claimed).tolist() == [claimed[20_000]]
+
+
+def test_what_was_claimed_is_in_use_and_nothing_else() -> None:
+    space = Allocator(200_000, 4)
+    claimed = np.random.default_rng(1).permutation(np.arange(1, 200_000, dtype=np.uint64))[:150_000]
+    for part in np.split(claimed, 3):
+        assert not len(space.claim(part))
+    assert space.used == 150_000
+    assert np.flatnonzero(space.states() == USED).tolist() == sorted([0, *claimed.tolist()])
 
 
 # -- the pool's use of it

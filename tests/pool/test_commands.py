@@ -42,9 +42,9 @@ def test_each_command_becomes_these_records() -> None:
         Layer(3, 2),
         Name("v", False, 3, 4096, 1.0, {"a": "b"}),
     ]
-    assert records(Clone("s", "x")) == [Layer(3, 1), Name("x", False, 3, 2048, 5.0, {})]
-    assert records(Clone("s", "x", 8192)) == [Layer(3, 1), Name("x", False, 3, 8192, 5.0, {})]
-    assert records(Rollback("v", "s")) == [Layer(3, 1), Name("v", False, 3, 2048, 1.0, {"a": "b"})]
+    assert records(Clone("s", "x")) == [Layer(3, 1), Name("x", False, 3, 2048, 5.0, {}, origin=1)]
+    assert records(Clone("s", "x", 8192)) == [Layer(3, 1), Name("x", False, 3, 8192, 5.0, {}, origin=1)]
+    assert records(Rollback("v", "s")) == [Layer(3, 1), Name("v", False, 3, 2048, 1.0, {"a": "b"}, origin=1)]
     assert records(Rename("v", "x")) == [Name("x", False, 2, 4096, 1.0, {"a": "b"}), Unname("v")]
     assert records(Remove("v")) == [Unname("v")]
     assert records(Resize("v", 8192)) == [Name("v", False, 2, 8192, 1.0, {"a": "b"})]

@@ -18,10 +18,11 @@ import pytest
 
 from nbdthin.errors import Corrupt, Error, Locked
 from nbdthin.pool.check import check_path
+from nbdthin.pool.dump import dump, restore
 from nbdthin.pool.files import Files
 from nbdthin.pool.journal import HEADER
 from nbdthin.pool.pool import Pool
-from nbdthin.pool.records import Entries, Layer, Name, encode, u64
+from nbdthin.pool.records import Entries, Layer, Name, Size, encode, u64
 from nbdthin.pool.repair import Repair, repair
 from nbdthin.pool.salvage import DOUBTFUL, GONE, Loss
 from nbdthin.pool.superblock import DATA_HEADER
@@ -517,6 +518,58 @@ def test_data_that_was_cut_off_is_named_by_volume_and_range(sample: Sample) -> N
     with Pool.open(path) as pool:
         assert_right(sample.contents, pool, done.lost)
         assert pool.volume("base").read(8 * BLOCK, SUB) == bytes(SUB)
+
+
+@pytest.fixture
+def grown(pools: Pools) -> Pool:
+    """A pool that has grown, with data in what it has grown by."""
+    pool = pools.make(size=32 * BLOCK, block_size=BLOCK)
+    pool.create("a", 40 * BLOCK)
+    os.truncate(pool.data.path, 64 * BLOCK)
+    pool.journal.append(encode([Size(64 * BLOCK)]))
+    pool = pools.open(pools.crash(pool))
+    pool.volume("a").write(0, pattern(40 * BLOCK))
+    pool.commit()
+    return pool
+
+
+def test_a_pool_that_has_grown_is_repaired_in_its_size(pools: Pools, grown: Pool) -> None:
+    contents = read_all(grown)
+    path = pools.close(grown)
+    flip(logs(path)[0], frames(logs(path)[0])[1][0] + HEADER.size)
+    done = repair(path)
+    assert done.damage and done.lost == ()
+    assert check_path(path).problems == ()
+    again = pools.open(path)
+    assert again.state.size == 64 * BLOCK and read_all(again) == contents
+
+
+def test_a_pool_whose_growth_is_lost_keeps_what_is_in_use(pools: Pools, grown: Pool) -> None:
+    contents = read_all(grown)
+    path = pools.close(grown)
+    wipe(logs(path)[0], 1)
+    done = repair(path)
+    assert any("had grown" in loss.what for loss in done.lost)
+    assert check_path(path).problems == ()
+    assert read_all(pools.open(path)) == contents
+
+
+def test_data_that_was_cut_below_what_the_pool_has_grown_to_is_found(pools: Pools, grown: Pool) -> None:
+    path = pools.close(grown)
+    os.truncate(path / "data", 36 * BLOCK)
+    assert any("the pool needs 1048576: it was truncated" in problem for problem in check_path(path).problems)
+    done = repair(path)
+    assert {(loss.name, loss.what) for loss in done.lost} == {("a", GONE)}
+    assert check_path(path).problems == ()
+    pools.open(path)
+
+
+def test_a_grown_pool_is_dumped_and_restored(pools: Pools, grown: Pool, tmp_path: Path) -> None:
+    path = pools.close(grown)
+    (tmp_path / "dump").write_text("".join(dump(path)))
+    restore(tmp_path / "dump", path, force=True)
+    assert "".join(dump(path)) == (tmp_path / "dump").read_text()
+    assert pools.open(path).state.size == 64 * BLOCK
 
 
 # -- how repair behaves

@@ -13,12 +13,13 @@ import pytest
 
 from nbdthin.errors import Corrupt
 from nbdthin.pool import journal as journal_module
+from nbdthin.pool.check import check
 from nbdthin.pool.journal import HEADER, Frame, Journal, frame, mark, parse_frame
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import BadRecord, Layer, Name, decode, encode
 from nbdthin.units import KiB, MiB
 
-from .conftest import BLOCK, Pools, checkpoints, contents, fill, flip, frames, logs, pattern
+from .conftest import BLOCK, LEAF, Pools, checkpoints, contents, fill, flip, frames, logs, pattern
 
 FIRST = b"the checkpoint"
 
@@ -701,6 +702,104 @@ def test_a_background_checkpoint_does_not_follow_a_volume_that_is_written_meanwh
     again = pools.open(pools.crash(pool))
     assert again.allocator.used == 1, "nothing points to data that was never synced"
     assert again.volume("a").read(0, 2 * BLOCK) == pattern(BLOCK) + bytes(BLOCK)
+
+
+@pytest.mark.parametrize("parent", [False, True])
+def test_a_leaf_that_a_checkpoint_holds_is_copied_by_who_changes_it(pools: Pools, parent: bool) -> None:
+    """Once, and by whoever can change one: a write, a trim, a whole leaf. The others stay the same object."""
+    pool = pools.make(size="4G", autocommit=False)
+    pool.create("a", "1G")
+    volume = pool.volume("a")
+    if parent:
+        volume.write(BLOCK, pattern(BLOCK))
+        pool.snapshot("a", "s")
+    for leaf in range(4):
+        volume.write(leaf * LEAF, pattern(BLOCK, leaf))
+        volume.read(leaf * LEAF, BLOCK)  # the effective leaf is there, too
+    pool.journal.bytes_since_checkpoint = 1 << 40
+    batch = pool.begin()
+    batch.sync()
+    pool.finish(batch)
+    assert batch._capture is not None
+    own, before = volume.layer.own, dict(volume.layer.own)
+    expected = list(batch._capture.payloads())
+    assert all(held is before[leaf] for leaf, held in (volume.layer.captured or {}).items())
+    volume.write(BLOCK, pattern(BLOCK, 9))
+    changed = own[0]
+    assert changed is not before[0]
+    volume.write(2 * BLOCK, pattern(BLOCK, 9))
+    assert own[0] is changed, "one copy is enough"
+    volume.trim(LEAF, BLOCK)
+    volume.trim(2 * LEAF, LEAF)
+    volume.write(4 * LEAF, pattern(BLOCK, 4))  # a leaf that the checkpoint does not know
+    assert own[3] is before[3], "nobody changed it"
+    assert list(batch._capture.payloads()) == expected
+    assert check(pool) == []
+    batch.write_checkpoint()
+    pool.checkpoint_ended(None)
+    volume.write(3 * LEAF + BLOCK, pattern(BLOCK, 9))
+    assert own[3] is before[3], "the checkpoint is written: nothing is copied any more"
+
+
+def test_a_checkpoint_that_failed_holds_no_leaf_any_more(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pool = pools.make(autocommit=False)
+    pool.create("a", MiB)
+    pool.volume("a").write(0, pattern(BLOCK))
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.journal, "write_checkpoint", full)
+        pool.journal.bytes_since_checkpoint = 1 << 40
+        pool.commit()
+    assert pool.failed is None
+    own = pool.volume("a").layer.own[0]
+    pool.volume("a").write(BLOCK, pattern(BLOCK))
+    assert pool.volume("a").layer.own[0] is own
+
+
+def test_a_checkpoint_gives_way_after_each_frame(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbdthin.pool.pool._CHECKPOINT_FRAME", 4 * KiB)
+    pool = pools.make(size="1G", autocommit=False)
+    pool.create("a", "1G")
+    for leaf in range(4):
+        pool.volume("a").write(leaf * LEAF, pattern(BLOCK))
+    pool.journal.bytes_since_checkpoint = 1 << 40
+    batch = pool.begin()
+    batch.sync()
+    pool.finish(batch)
+    turns: list[None] = []
+    batch.write_checkpoint(lambda: turns.append(None))
+    pool.checkpoint_ended(None)
+    assert len(turns) == len(frames(checkpoints(pool.path)[-1])) > 4
+
+
+def test_a_flipped_byte_in_any_frame_of_a_checkpoint_is_found_there(
+    pools: Pools, eager_checkpoints: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdthin.pool.pool._CHECKPOINT_FRAME", 4 * KiB)
+    pool = pools.make(size="1G", autocommit=False)
+    pool.create("a", "1G")
+    for leaf in range(4):
+        pool.volume("a").write(leaf * LEAF, pattern(BLOCK))
+    pool.commit()
+    path = checkpoints(pools.close(pool))[-1]
+    places = frames(path)
+    assert len(places) > 4
+    for start, end in places:
+        for offset in (start, start + 16, start + HEADER.size, (start + end) // 2, end - 1):
+            flip(path, offset)
+            with pytest.raises(Corrupt) as caught:
+                Pool.open(pool.path)
+            assert (caught.value.path, caught.value.offset) == (path, start)
+            flip(path, offset)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[places[0][0] : places[0][1] - 1])
+    with pytest.raises(Corrupt) as caught:
+        Pool.open(pool.path)
+    assert caught.value.offset == places[-1][1], "cut within a frame"
+    path.write_bytes(whole)
+    pools.open(pool.path)
 
 
 def test_a_bad_record_says_what_is_wrong() -> None:

@@ -242,6 +242,19 @@ def test_recovery_sets_entries_across_leaves_and_the_later_one_wins() -> None:
     assert layer.entry(5) == 0
 
 
+@pytest.mark.parametrize("spread", [1, 100, 1 << 20])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 1000])
+def test_recovery_sets_entries_alike_whether_they_lie_together_or_apart(count: int, spread: int) -> None:
+    rng = random.Random(count * spread)
+    blocks = sorted(rng.randrange(count * spread) for _ in range(count))
+    entries = [rng.getrandbits(64) for _ in blocks]
+    layer = Layer(3, None)
+    layer.load_entries(Entries(3, u64(blocks), u64(entries)))
+    expected = dict(zip(blocks, entries, strict=True))
+    assert {block: layer.entry(block) for block in expected} == expected
+    assert sum(entry != 0 for own in layer.own.values() for entry in own) == len(expected)
+
+
 @pytest.mark.parametrize(
     "record", [Entries(1, u64([1, 2]), u64([1])), Entries(1, b"123", b""), Leaf(1, 0, b"12345678"), Leaf(1, 0, b"123")]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 
+import numpy as np
 import pytest
 
 from nbdthin.pool import merge
@@ -326,3 +327,66 @@ def test_pruning_keeps_a_block_of_which_one_child_shows_one_subblock(pools: Pool
     assert pool.allocator.used == used - 1
     assert volume.read(0, 2 * BLOCK) == pattern(2 * BLOCK, 2)
     assert other.read(0, 2 * BLOCK) == pattern(2 * BLOCK - SUB, 3) + pattern(2 * BLOCK)[-SUB:]
+
+
+def joined_one_by_one(upper: int, lower: int) -> tuple[int, int] | None:
+    """What stands for both entries of a block and the physical block that comes free, said case by case.
+
+    None: it takes a copy.
+    """
+    if not lower:
+        return upper, 0
+    covered = (upper | upper >> 16) & 0xFFFF
+    shows = lower & 0xFFFF & ~covered
+    zero = (upper >> 16 | lower >> 16 & ~covered) & 0xFFFF
+    above, below = upper >> 32, lower >> 32
+    if upper & 0xFFFF:
+        return None if shows else (above << 32 | zero << 16 | upper & 0xFFFF, below)
+    if shows or (below and not above and not covered):
+        return below << 32 | zero << 16 | shows, above
+    return above << 32 | zero << 16, below
+
+
+def some_entries(rng: random.Random, first: int) -> list[int]:
+    """A leaf of sound entries of all kinds, each with a physical block of its own."""
+    found = []
+    for index in range(512):
+        mask = rng.choice((0, 0xFFFF, rng.getrandbits(16), 1 << rng.randrange(16)))
+        data = mask & rng.choice((0, 0xFFFF, rng.getrandbits(16)))
+        zero = mask & ~data
+        provisioned = rng.random() < 0.3
+        found.append((first + index if data or provisioned else 0) << 32 | zero << 16 | data)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_leaf_joined_at_once_is_its_blocks_joined_one_by_one(seed: int) -> None:
+    rng = random.Random(seed)
+    upper, lower = some_entries(rng, 1), some_entries(rng, 1000)
+    joined, gone, done = merge._join(np.array(upper, dtype=np.uint64), np.array(lower, dtype=np.uint64))
+    for index in range(512):
+        expected = joined_one_by_one(upper[index], lower[index])
+        assert bool(done[index]) == (expected is not None)
+        if expected is not None:
+            assert (int(joined[index]), int(gone[index])) == expected
+        else:
+            assert (int(joined[index]), int(gone[index])) == (upper[index], 0)
+
+
+def test_a_leaf_of_which_much_must_be_copied_takes_several_steps(quiet: Pool) -> None:
+    count = 2 * merge.COPIES + 1
+    quiet.create("v", count * BLOCK)
+    quiet.volume("v").write(0, pattern(count * BLOCK))
+    quiet.snapshot("v", "s")
+    for block in range(count):
+        quiet.volume("v").write(block * BLOCK, pattern(SUB, 2))
+    number = unname(quiet, "s")
+    before = contents(quiet)
+    copied = []
+    for step in merge.steps(quiet, quiet.state.layers[number]):
+        copied.append(len(step.blocks))
+        step.copy()
+        assert step.finish() == (sum(copied) == count)
+        assert check(quiet) == []
+        assert contents(quiet) == before
+    assert copied == [merge.COPIES, merge.COPIES, 1]

@@ -28,12 +28,12 @@ from nbdthin.pool import extents, merge
 from nbdthin.pool.check import check
 from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer
 from nbdthin.pool.pool import Pool
-from nbdthin.pool.records import LEAF_BLOCKS
+from nbdthin.pool.records import LEAF_BLOCKS, Name
 from nbdthin.pool.rows import Row
 from nbdthin.pool.volume import Volume
 from nbdthin.units import KiB
 
-from .conftest import chain, walk
+from .conftest import FIXED, chain, kill, walk
 
 LONG = os.environ.get("NBDTHIN_LONG") == "1"
 MOST_NAMES = 7
@@ -172,7 +172,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(block_size=st.sampled_from([16 * KiB, 64 * KiB]), size=st.sampled_from([16, 24, 64, 64]))
     def start(self, block_size: int, size: int) -> None:
         Pool.init(self.path, size=size * block_size, block_size=block_size)
-        self.pool = Pool.open(self.path, autocommit=False)
+        self.open()
         self.oracle = Oracle(block_size // SUBBLOCKS)
         self.create((5, 3, 512))
         self.io(0, [("write", (0, 0, 0), (2, 7, 0)), ("write", (3, 0, 5), (0, 0, 512))])
@@ -232,10 +232,10 @@ class Machine(RuleBasedStateMachine):
 
     # -- refusals for want of space
 
-    def attempt(self, work: Callable[[], None], needs: int | None = None) -> bool:
-        """Do `work`; refused, it must have changed nothing. `needs`: blocks without which it must be refused."""
+    def attempt(self, work: Callable[[], None], needs: int | None = None, name: str = "") -> bool:
+        """Do `work`; refused, it must have changed nothing. `needs`: blocks that volume `name` must get for it."""
         before = self.accounting()
-        room = self.pool.allocator.free - self.pool.allocator.pending
+        room = self.room(name)
         try:
             work()
         except NoSpace:
@@ -244,6 +244,21 @@ class Machine(RuleBasedStateMachine):
             return False
         assert needs is None or needs <= room
         return True
+
+    def room(self, name: str) -> int:
+        """Blocks that volume `name` may take, by the definition of quota and reservation."""
+        rows = [row for row in self.pool.state.names.values() if not row.snapshot]
+        bounds = [self.pool.allocator.free - self.pool.allocator.pending]
+        for row in rows:
+            if row.name != name:
+                bounds[0] -= max(-(-row.reservation // self.block) - self.charged(row), 0)
+            elif row.quota:
+                bounds.append(row.quota // self.block - self.charged(row))
+        return max(min(bounds), 0)
+
+    def charged(self, row: Name) -> int:
+        layers = chain(self.pool.state.layers[row.layer])
+        return sum(len(layer.physical_blocks()) for layer in layers if layer.number > row.origin)
 
     def accounting(self) -> tuple[list[Row], int, int]:
         return self.pool.list(), self.pool.allocator.used, self.pool.allocator.pending
@@ -279,7 +294,7 @@ class Machine(RuleBasedStateMachine):
         elif kind in ("zero", "allocate"):
             allocate = kind == "allocate"
             needs = self.lacking(name, offset, length) if allocate else None
-            if self.attempt(lambda: volume.write_zeroes(offset, length, allocate=allocate), needs):
+            if self.attempt(lambda: volume.write_zeroes(offset, length, allocate=allocate), needs, name):
                 self.oracle.zero(name, offset, length, parts=True)
         else:
             self.write(name, offset, length, short=kind == "short")
@@ -293,7 +308,7 @@ class Machine(RuleBasedStateMachine):
             if not (short and volume.write_block(offset, memoryview(payload))):
                 volume.write(offset, payload)
 
-        if self.attempt(work, self.lacking(name, offset, length)):
+        if self.attempt(work, self.lacking(name, offset, length), name):
             self.oracle.write(name, offset, payload)
 
     @precondition(has_volume)
@@ -310,6 +325,19 @@ class Machine(RuleBasedStateMachine):
         name = self.fresh_name()
         self.pool.create(name, self.bytes_of(size))
         self.oracle.images[name] = Image(self.bytes_of(size), {}, Age(None))
+
+    @precondition(has_volume)
+    @rule(index=which, kind=st.sampled_from(["quota", "reserve"]), blocks=st.sampled_from([0, 1, 4, 7, 12]))
+    def limit(self, index: int, kind: str, blocks: int) -> None:
+        name = self.volume_name(index)
+        size = blocks * self.block - 100 if blocks else None
+        try:
+            (self.pool.quota if kind == "quota" else self.pool.reserve)(name, size)
+        except Invalid:
+            row = self.pool.state.names[name]
+            assert (row.reservation > (size or 0)) if kind == "quota" else ((size or 0) > row.quota > 0)
+        except NoSpace:
+            assert kind == "reserve" and -(-(size or 0) // self.block) > self.charged(self.pool.state.names[name])
 
     @precondition(lambda self: self.has_volume() and self.has_room())
     @rule(index=which)
@@ -361,7 +389,10 @@ class Machine(RuleBasedStateMachine):
 
     # -- time
 
-    @rule(what=st.sampled_from(["commit"] * 5 + ["reopen", "crash", "merge_all", "exclusive"]), index=which)
+    @rule(
+        what=st.sampled_from(["commit"] * 5 + ["reopen", "crash", "kill", "kill", "merge_all", "exclusive"]),
+        index=which,
+    )
     def time(self, what: str, index: int) -> None:
         match what:
             case "commit":
@@ -370,6 +401,8 @@ class Machine(RuleBasedStateMachine):
                 self.reopen()
             case "crash":
                 self.crash()
+            case "kill":
+                self.kill()
             case "merge_all":
                 self.merge_all()
             case "exclusive" if self.oracle.images and not self.pool.state.mergeable:
@@ -385,7 +418,21 @@ class Machine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.reader = None
         self.pool.close()
-        self.pool = Pool.open(self.path, autocommit=False)
+        self.open()
+        self.durable = {name: image.copy() for name, image in self.oracle.images.items()}
+        self.oracle.seen = {}
+
+    def open(self) -> None:
+        """As a daemon does: what is answered survives the end of the process."""
+        self.pool = Pool.open(self.path, autocommit=False, policy=FIXED)
+        self.pool.unsynced.start(self.pool.journal.sequence + 1)
+
+    def kill(self) -> None:
+        """The process ends and the machine goes on: everything that was answered is there."""
+        self.reader = None
+        self.pool.unsynced.publish()
+        kill(self.pool)
+        self.open()
         self.durable = {name: image.copy() for name, image in self.oracle.images.items()}
         self.oracle.seen = {}
 
@@ -394,7 +441,7 @@ class Machine(RuleBasedStateMachine):
         self.reader = None
         self.pool.fail(OSError(5, "crashed"))
         self.pool.close()
-        self.pool = Pool.open(self.path, autocommit=False)
+        self.open()
         later, self.oracle.seen = self.oracle.seen, {}
         self.oracle.images = {name: image.copy() for name, image in self.durable.items()}
         for name, image in self.oracle.images.items():
@@ -555,6 +602,7 @@ class Machine(RuleBasedStateMachine):
 
     def exclusive(self, index: int) -> None:
         """What `exclusive` promises is what a copy of the pool gives back."""
+        self.reopen()  # as the copy will be: at load, every layer without a name is pruned anew
         self.merge_all()
         name = self.any_name(index)
         promised = self.pool.show(name).exclusive

@@ -523,7 +523,8 @@ def test_a_discard_reaches_what_is_below_the_device(loop: Path, pools: Pools, tm
     assert full >= 32 * MiB
     pool.volume("v").trim(0, 32 * MiB)
     pool.commit()
-    assert backing.stat().st_blocks * 512 <= full - 32 * MiB
+    # The file system may need a block of its own to say where the holes are.
+    assert backing.stat().st_blocks * 512 <= full - 32 * MiB + 64 * KiB
     assert pool.volume("v").read(0, MiB) == bytes(MiB)
 
 

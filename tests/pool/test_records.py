@@ -17,6 +17,7 @@ from nbdthin.pool.records import (
     Leaf,
     Name,
     Record,
+    Size,
     Unname,
     decode,
     encode,
@@ -27,8 +28,13 @@ GOLDEN: list[tuple[Record, str, object]] = [
     (Layer(5, 3), "9193010503", [1, 5, 3]),
     (
         Name("web@1", True, 5, 1 << 30, 1.5, {"os": "debian"}),
-        "919702a5776562403 1c305ce40000000cb3ff800000000000081a26f73a664656269616e".replace(" ", ""),
-        [2, "web@1", True, 5, 1 << 30, 1.5, {"os": "debian"}],
+        "919a02a57765624031c305ce40000000cb3ff800000000000081a26f73a664656269616e000000",
+        [2, "web@1", True, 5, 1 << 30, 1.5, {"os": "debian"}, 0, 0, 0],
+    ),
+    (
+        Name("web", False, 6, 1 << 30, 1.5, {}, quota=1 << 20, reservation=1 << 16, origin=5),
+        "919a02a3776562c206ce40000000cb3ff800000000000080ce00100000ce0001000005",
+        [2, "web", False, 6, 1 << 30, 1.5, {}, 1 << 20, 1 << 16, 5],
     ),
     (Unname("web@1"), "919203a57765624031", [3, "web@1"]),
     (
@@ -44,6 +50,7 @@ GOLDEN: list[tuple[Record, str, object]] = [
     (Leaf(5, 2, b""), "9194050502c400", [5, 5, 2, b""]),
     (Counter(9), "91920609", [6, 9]),
     (End(12), "9192070c", [7, 12]),
+    (Size(1 << 30), "919208ce40000000", [8, 1 << 30]),
 ]
 
 
@@ -79,7 +86,7 @@ def test_an_empty_list_is_a_payload() -> None:
         b"\x91\x01",
         b"\x91\x90",
         b"\x91\x92\x00\x01",  # tag 0
-        b"\x91\x92\x08\x01",  # the tag after the last
+        b"\x91\x92\x09\x01",  # the tag after the last
         b"\x91\x92\xff\x01",
         b"\x91\x92\xa11\x01",  # a tag that is text
         b"\x91\x92\x01\x01",  # too few fields

@@ -16,7 +16,7 @@ GIB = 1 << 30
 EXPORT_NAME, ABORT, LIST, PEEK_EXPORT, STARTTLS, INFO, GO, STRUCTURED_REPLY = 1, 2, 3, 4, 5, 6, 7, 8
 LIST_META, SET_META, EXTENDED_HEADERS = 9, 10, 11
 ACK, SERVER, REP_INFO, META = 1, 2, 3, 4
-UNSUP, INVALID, UNKNOWN, SHUTDOWN = 0x80000001, 0x80000003, 0x80000006, 0x80000007
+UNSUP, INVALID, UNKNOWN = 0x80000001, 0x80000003, 0x80000006
 BASE, DEPTH = "base:allocation", "qemu:allocation-depth"
 BOTH_FLAGS = pack(">I", 3)
 
@@ -506,28 +506,6 @@ def test_requests_sent_with_the_last_option_are_handed_over_once(last: bytes) ->
     handshake.receive(b"more")
     assert handshake.rest() == request + b"more"
     assert handshake.rest() == b""
-
-
-@pytest.mark.parametrize("number", [LIST, STARTTLS, INFO, GO, STRUCTURED_REPLY, LIST_META, SET_META, 99])
-def test_a_server_that_shuts_down_says_so(number: int) -> None:
-    handshake = opened()
-    handshake.shut_down()
-    assert_refused(ask(handshake, number, info_data("web")), SHUTDOWN)
-    assert_refused(ask(handshake, number), SHUTDOWN)
-    assert handshake.state is HandshakeState.OPEN
-
-
-def test_a_server_that_shuts_down_still_acknowledges_abort() -> None:
-    handshake = opened()
-    handshake.shut_down()
-    assert ask(handshake, ABORT) == [(ACK, b"")]
-
-
-def test_a_server_that_shuts_down_closes_on_export_name() -> None:
-    handshake = opened()
-    handshake.shut_down()
-    assert send(handshake, option(EXPORT_NAME, b"web")) == b""
-    assert_failed(handshake)
 
 
 # Any bytes, in any pieces ---------------------------------------------------------------------------------

@@ -6,6 +6,12 @@
     peers       the servers nbdthin is measured beside, their best settings and why
     ours        nbdthin as one of them
     rounds      the measuring: prepare, then A B C A B C, then verify
+    trials      what depends on the mapping's size: nbdthin against its own limits
+    bigpool     a pool with millions of mapped blocks and no data
+    upkeep      the daemon with checkpoints or merges all the time
+    load        one process that opens a pool
+    latency     reads, each timed
+    slowdisk    a sync that takes longer
     fio         one run of fio, its report as numbers
     images      what blocks hold, so that every byte can be checked afterwards
     client      a small NBD client to fill and to read back (not nbdthin's own code, which is what is tested)

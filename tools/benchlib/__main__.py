@@ -18,12 +18,14 @@ from rich.console import Console
 from nbdthin.errors import Invalid
 from nbdthin.units import GiB, MiB, format_size, parse_size
 
-from . import machine, process, report
+from . import bigpool, machine, process, report
 from .errors import BenchError
 from .ours import Nbdthin
 from .peers import PEERS
 from .rounds import Bench, Cell, Plan, cells
 from .servers import Ground, Server
+from .trials import Trial, trials
+from .trials import run as run_trials
 from .works import FIRST_WRITE_SHARE, WORKS
 
 SERVERS: tuple[Server, ...] = (Nbdthin(), *PEERS)
@@ -38,6 +40,16 @@ def _size(text: str) -> int:
     if size < MiB or size % FIRST_WRITE_SHARE:
         raise argparse.ArgumentTypeError(f"{text}: at least 1M, and a multiple of 64K")
     return size
+
+
+def _blocks(text: str) -> int:
+    try:
+        blocks = parse_size(text)
+    except Invalid as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not blocks or blocks % bigpool.STEP:
+        raise argparse.ArgumentTypeError(f"{text}: a multiple of {bigpool.STEP >> 10}K")
+    return blocks
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -57,6 +69,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="small and short, under 3 minutes: proves the data, not the times")
     add("--rounds", type=int, metavar="N", help="rounds in turn, of which the median counts (3; quick: 1)")
     add("--seconds", type=float, metavar="S", help="length of one run of one cell (2; quick: 0.3)")
+    add("--mapped", type=_blocks, metavar="N", help="blocks mapped for the last works (1M; quick: 64K)")
     add("--size", type=_size, metavar="SIZE", help="of each image (1G; quick: 128M)")
     add("--only", type=_pattern, default=_pattern(""), metavar="REGEX", help="only the cells whose name it finds")
     add("--directory", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where images go (/var/tmp)")
@@ -71,6 +84,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         size=arguments.size or (128 * MiB if quick else GiB),
         seconds=arguments.seconds or (0.3 if quick else 2.0),
         rounds=arguments.rounds or (1 if quick else 3),
+        mapped=arguments.mapped or (64 << 10 if quick else 1 << 20),
         warm_up=not quick,
     )
 
@@ -78,13 +92,17 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     chosen = [cell for cell in cells(WORKS, SERVERS) if arguments.only.search(cell.name)]
+    tried = [trial for trial in trials() if arguments.only.search(trial.name)]
     if arguments.list:
         for cell in chosen:
             print(f"{cell.name} ({cell.reason})" if cell.reason else cell.name)
+        for trial in tried:
+            print(trial.name)
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too: a script's background job starts with it ignored
+        signal.signal(number, _interrupt)
     try:
-        return _bench(chosen, _plan(arguments), arguments.directory, arguments.json)
+        return _bench(chosen, tried, _plan(arguments), arguments.directory, arguments.json)
     except (BenchError, OSError) as error:
         print(f"tools/bench: {error}", file=sys.stderr)
         return 1
@@ -97,15 +115,20 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _bench(chosen: Sequence[Cell], plan: Plan, directory: Path, json: Path | None) -> int:
-    _check_programs(chosen)
-    _check_room(plan.size, directory)
-    facts = machine.describe(["fio", *(program for cell in chosen for program in cell.server.programs[:1])], directory)
+def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, directory: Path, json: Path | None) -> int:
+    if not chosen and not tried:
+        raise BenchError("--only leaves no cell; --list shows their names")
+    if chosen:
+        _check_programs(chosen)
+        _check_room(plan.size, directory)
+    programs = [program for cell in chosen for program in ("fio", *cell.server.programs[:1])]
+    facts = machine.describe(programs, directory)
     with tempfile.TemporaryDirectory(prefix="nbench-", dir=directory) as place:
         with _servers_ended(), Console(stderr=True).status("") as status:
             bench = Bench(Ground(Path(place), plan.size), plan, status.update)
             bench.run(chosen)
-    result = report.Result(facts, plan, chosen, bench.verdicts)
+            run_trials(tried, Path(place), plan, status.update)
+    result = report.Result(facts, plan, chosen, bench.verdicts, tried)
     report.print_report(result)
     if json is not None:
         report.write_json(json, result)
@@ -123,8 +146,6 @@ def _servers_ended() -> Iterator[None]:
 
 
 def _check_programs(chosen: Sequence[Cell]) -> None:
-    if not chosen:
-        raise BenchError("--only leaves no cell; --list shows their names")
     needed = {"fio", *(program for cell in chosen for program in cell.server.programs)}
     missing = machine.missing_packages(needed)
     if missing:

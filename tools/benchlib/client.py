@@ -1,4 +1,4 @@
-"""A blocking NBD client, one request at a time: fills images, reads them back, flushes.
+"""A blocking NBD client: fills images, reads them back, flushes; one request at a time, but for `ask` and `answer`.
 
 It speaks the least there is (EXPORT_NAME, simple replies), which every server has. It is not for measuring, and
 it shares nothing with nbdthin, so that a mistake there cannot hide itself here.
@@ -78,6 +78,18 @@ class Client:
 
     def flush(self) -> None:
         self._request(_FLUSH, 0, 0)
+
+    def ask(self, cookie: int, offset: int, length: int) -> None:
+        """Ask for a range and do not wait: `answer` does."""
+        self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, _READ, cookie, offset, length))
+
+    def answer(self, length: int) -> tuple[int, bytearray]:
+        """The next answer to one of several reads of `length` bytes each: its cookie and data."""
+        reply = self._receive(_REPLY.size + length)
+        magic, error, cookie = _REPLY.unpack_from(reply)
+        if magic != _REPLY_MAGIC or error:
+            raise BenchError(f"not an answer to a read: magic {magic:#x}, error {error}")
+        return cookie, reply[_REPLY.size :]
 
     def close(self) -> None:
         try:

@@ -16,7 +16,10 @@ _CONNECT_AND_GO = 60.0  # seconds beyond the job's own after which a server coun
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What fio reports of one job. `busy` is fio's own CPU time over its run time: near 1, the client is the limit."""
+    """What fio reports of one job, or of several as one.
+
+    `busy` is fio's own CPU time over its run time: near 1, the client is the limit.
+    """
 
     requests: int
     seconds: float
@@ -33,7 +36,9 @@ def measure(uri: str, work: Work, size: int, seconds: float, requests: int | Non
     )
     pattern = [f"--buffer_pattern={WRITTEN_BYTE:#x}"] if work.writes else []
     shape = [f"--rw={work.rw}", f"--bs={work.block}", f"--iodepth={work.depth}", f"--randseed={seed}"]
-    return _run(uri, [*shape, *amount, *pattern, f"--size={size}"], seconds)
+    many = [f"--numjobs={work.writers}", "--group_reporting"] if work.writers > 1 else []
+    flush = ["--fsync=1"] if work.flushes else []
+    return _run(uri, [*shape, *amount, *pattern, *many, *flush, f"--size={size}"], seconds)
 
 
 def verify(uri: str, size: int, amount: int) -> None:
@@ -71,9 +76,10 @@ def _parse(output: str) -> Job:
     side = job["read"] if job["read"]["total_ios"] else job["write"]
     if not side["total_ios"]:
         raise BenchError("fio did not get a single request through")
+    slow = job["sync"]["lat_ns"] if job["sync"]["total_ios"] else side["clat_ns"]  # of the flush, where there are any
     return Job(
         requests=int(side["total_ios"]),
         seconds=float(side["runtime"]) / 1000,
-        p99=float(side["clat_ns"]["percentile"]["99.000000"]) / 1e9,
+        p99=float(slow["percentile"]["99.000000"]) / 1e9,
         busy=(float(job["usr_cpu"]) + float(job["sys_cpu"])) / 100,
     )

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from . import images
+from . import images, slowdisk
 from .client import Client
 from .errors import BenchError
 from .process import Daemon
 from .servers import Export, Ground, Server, Setting, State, write_some
+
+_ONE_IS_ENOUGH = "the raw file is the measure"
 
 
 class _Peer:
@@ -64,13 +66,16 @@ class NbdkitFile(_Peer):
     settings = (Setting(("--threads=16",), "the default; 1 and 2 threads are no faster, beyond the noise"),)
 
     def lacks(self, state: State) -> str | None:
+        if state is State.SLOW:
+            return slowdisk.missing()
         return None if state is State.FULL else "a raw file: no parent, no snapshots"
 
     def open(self, state: State, ground: Ground) -> Export:
         place = ground.place(self.name)
         image = _sparse(place / "image", ground.size)
         argv = ["nbdkit", "-f", *_arguments(self.settings), "-U", str(place / "s"), "file", str(image)]
-        return _filled(_export(Daemon(argv, place / "s"), place, "", images.blank(ground.size)), ground)
+        daemon = Daemon(argv, place / "s", env=ground.environment(state))
+        return _filled(_export(daemon, place, "", images.blank(ground.size)), ground)
 
 
 class NbdkitCow(_Peer):
@@ -83,6 +88,8 @@ class NbdkitCow(_Peer):
         self.settings = (Setting((f"cow-block-size={block}",), reason),)
 
     def lacks(self, state: State) -> str | None:
+        if state is State.SLOW:
+            return _ONE_IS_ENOUGH
         return "one overlay, no chain" if state.depth else None
 
     def open(self, state: State, ground: Ground) -> Export:
@@ -108,7 +115,7 @@ class QemuNbd(_Peer):
         return (self._form, *_QEMU_NBD, *self._aio)
 
     def lacks(self, state: State) -> str | None:
-        return None
+        return _ONE_IS_ENOUGH if state is State.SLOW else None
 
     def open(self, state: State, ground: Ground) -> Export:
         place = ground.place("qemu")
@@ -171,6 +178,8 @@ class NbdServer(_Peer):
     )
 
     def lacks(self, state: State) -> str | None:
+        if state is State.SLOW:
+            return _ONE_IS_ENOUGH
         return "copy-on-write for one connection, no snapshots" if state.depth else None
 
     def keeps(self, state: State) -> bool:

@@ -17,6 +17,7 @@ from nbdthin.units import format_size
 from .ours import Nbdthin
 from .rounds import Cell, Plan, Verdict
 from .servers import State
+from .trials import Trial
 
 _PIPED_WIDTH = 160  # without a terminal to ask: wide enough for the longest row
 
@@ -37,11 +38,13 @@ class Result:
     plan: Plan
     cells: Sequence[Cell]
     verdicts: Sequence[Verdict]
+    trials: Sequence[Trial]
 
     @property
     def sound(self) -> bool:
         """Every cell that can be measured was, and all data was right."""
-        return not any(cell.failure for cell in self.cells) and not any(verdict.wrong for verdict in self.verdicts)
+        failed = any(cell.failure for cell in self.cells) or any(trial.failure for trial in self.trials)
+        return not failed and not any(verdict.wrong for verdict in self.verdicts)
 
 
 def print_report(result: Result) -> None:
@@ -54,8 +57,12 @@ def print_report(result: Result) -> None:
     )
     console.print(", ".join(f"{name} {value}" for name, value in result.facts.items()))
     console.print()
-    console.print(_table(result.cells, box.MARKDOWN if piped else box.ROUNDED))
-    _print_verdicts(console, result.verdicts)
+    style = box.MARKDOWN if piped else box.ROUNDED
+    if result.cells:
+        console.print(_table(result.cells, style))
+        _print_verdicts(console, result.verdicts)
+    if result.trials:
+        console.print(_trials(result, style))
 
 
 def _table(measured: Sequence[Cell], style: box.Box) -> Table:
@@ -101,10 +108,34 @@ def cpu_per_request(cell: Cell) -> float:
 def _note(cell: Cell, measured: Sequence[Cell]) -> str:
     if cell.failure or cell.reason:
         return cell.failure or cell.reason or ""
+    if (gain := ratio_to_one_writer(cell, measured)) is not None:
+        return f"{gain:.1f} times one writer"
     if cell.state is not State.CHAIN_100:
         return ""
     short = [c for c in measured if c.server is cell.server and c.work is cell.work and c.state is State.CHAIN_1]
     return f"{cell.rate / short[0].rate:.2f} of its chain of 1" if short and short[0].samples else ""
+
+
+def _trials(result: Result, style: box.Box) -> Table:
+    table = Table(box=style)
+    for heading in (f"nbdthin, {result.plan.mapped:,} mapped blocks", "figures", "limit"):
+        table.add_column(heading)
+    for trial in result.trials:
+        figures = ", ".join(f"{name} {_number(value)}" for name, value in trial.figures.items())
+        limits = ", ".join(f"{name} < {_number(value)}" for name, value in trial.limits.items())
+        missed = trial.missed(result.plan)
+        table.add_row(trial.title, trial.failure or figures, f"MISSED: {', '.join(missed)}" if missed else limits)
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio_to_one_writer(cell: Cell, measured: Sequence[Cell]) -> float | None:
+    """Of a work of many writers, where the same server was measured with one."""
+    one = [c for c in measured if c.server is cell.server and c.work.key == cell.work.one and c.samples]
+    return cell.rate / one[0].rate if one and cell.samples else None
 
 
 def _print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
@@ -131,6 +162,18 @@ def write_json(path: Path, result: Result) -> None:
             for name, server in servers.items()
         },
         "cells": [_cell(cell, result.cells) for cell in result.cells],
+        "mapped": result.plan.mapped,
+        "trials": [
+            {
+                "work": trial.key,
+                "title": trial.title,
+                "figures": trial.figures,
+                "limits": trial.limits,
+                "missed": trial.missed(result.plan),
+                "failure": trial.failure,
+            }
+            for trial in result.trials
+        ],
         "verified": [
             {"server": v.server, "image": v.state, "checked": v.checked, "wrong": v.wrong} for v in result.verdicts
         ],
@@ -156,5 +199,6 @@ def _cell(cell: Cell, measured: Sequence[Cell]) -> dict[str, object]:
         "cpu_us_per_request": cpu_per_request(cell),
         "p99_us": 1e6 * cell.median(lambda sample: sample.p99),
         "client_busy": cell.median(lambda sample: sample.busy),
+        "ratio_to_one_writer": ratio_to_one_writer(cell, measured),
         "failure": cell.failure,
     }

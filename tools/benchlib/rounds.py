@@ -90,6 +90,7 @@ class Plan:
     seconds: float  # of one run
     rounds: int
     warm_up: bool
+    mapped: int  # blocks of the pools of trials.py
 
 
 def cells(works: Sequence[Work], servers: Sequence[Server]) -> list[Cell]:
@@ -219,7 +220,7 @@ def _kept_in(cell: Cell) -> Iterator[None]:
 
 def _check_blocks(export: Export, state: State) -> None:
     """Of the images that stay open, fio's measured writes went to the full ones alone."""
-    check = images.check if state is State.FULL else images.check_kept
+    check = images.check if state in (State.FULL, State.SLOW) else images.check_kept
     with export.client() as client:
         check(client, export.generations)
 

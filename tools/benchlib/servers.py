@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from . import images
+from . import images, slowdisk
 from .client import Client
 
 CHAIN = 100  # snapshots in the long chain
@@ -28,12 +28,14 @@ class State(Enum):
     """What an image has behind it when its work begins."""
 
     FULL = "full"  # every block written, and owned by the image itself
+    SLOW = "full, slow sync"  # the same, on a disk whose sync takes longer (slowdisk.py)
     CLONE = "clone"  # nothing of its own, over a full parent; a fresh one for each run of a bounded work
     CHAIN_1 = "chain of 1"  # a clone with one snapshot below, a few blocks written before it
     CHAIN_100 = f"chain of {CHAIN}"  # the same with many
 
     @property
     def depth(self) -> int:
+        """Snapshots below."""
         return {State.CHAIN_1: 1, State.CHAIN_100: CHAIN}.get(self, 0)
 
 
@@ -77,6 +79,10 @@ class Ground:
         path = self.directory / "base.raw"
         images.fill_file(path, self.size)
         return path
+
+    def environment(self, state: State) -> dict[str, str]:
+        """What the process of a server needs for an image in `state`."""
+        return slowdisk.environment(self.directory) if state is State.SLOW else {}
 
     def place(self, name: str) -> Path:
         """A new directory; its name is short because a socket's path has at most 107 bytes."""

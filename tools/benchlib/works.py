@@ -23,12 +23,16 @@ class Work:
     depth: int
     states: tuple[State, ...] = (State.FULL,)
     bounded: bool = False
+    flushes: bool = False  # each write is followed by a flush, and both count as one request
+    writers: int = 1  # connections, each of `depth`
+    one: str | None = None  # the work of one such writer, by its key: what many are compared with
 
     @property
     def writes(self) -> bool:
         return self.rw == "randwrite"
 
 
+_SLOW = (State.SLOW,)
 _CLONE = (State.CLONE,)
 _CHAINS = (State.CHAIN_1, State.CHAIN_100)
 
@@ -45,4 +49,22 @@ WORKS = (
     Work("write-64k-d8", "64 KiB random overwrite, depth 8", "randwrite", 64 * KiB, 8),
     Work("read-1m-d8", "1 MiB random read, depth 8", "randread", MiB, 8),
     Work("write-1m-d8", "1 MiB random overwrite, depth 8", "randwrite", MiB, 8),
+    Work("fsync-4k", "4 KiB overwrite and flush, 1 writer", "randwrite", 4 * KiB, 1, flushes=True),
+    Work(
+        "fsync-4k-w16",
+        "4 KiB overwrite and flush, 16 writers",
+        *("randwrite", 4 * KiB, 1),
+        flushes=True,
+        writers=16,
+        one="fsync-4k",
+    ),
+    Work("slow-4k", "4 KiB overwrite and flush, sync + 1 ms, 1 writer", "randwrite", 4 * KiB, 1, _SLOW, flushes=True),
+    Work(
+        "slow-4k-w16",
+        "4 KiB overwrite and flush, sync + 1 ms, 16 writers",
+        *("randwrite", 4 * KiB, 1, _SLOW),
+        flushes=True,
+        writers=16,
+        one="slow-4k",
+    ),
 )

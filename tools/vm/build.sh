@@ -12,7 +12,7 @@ modules=(virtio_pci virtio_net virtio_console nbd ext4 xfs crc32c_generic)
 export PATH=$PATH:/usr/sbin:/sbin
 
 die() { echo "build.sh: $*" >&2; exit 3; }
-for program in qemu-system-x86_64 busybox cpio depmod modprobe "${programs[@]}"; do
+for program in qemu-system-x86_64 busybox gcc cpio depmod modprobe "${programs[@]}"; do
     command -v "$program" >/dev/null || die "missing $program: tools/test lists the packages"
 done
 mkdir -p "$cache"
@@ -39,7 +39,7 @@ fetch_kernel() {
 kernel=$(cat "$cache/kver")
 
 # ---- the initramfs ---------------------------------------------------------------------------------
-stamp=$(cat "$here/build.sh" "$here/init" "$here/guestlib.sh" | sha256sum | cut -c1-16)-$kernel
+stamp=$(cat "$here/build.sh" "$here/init" "$here/guestlib.sh" "$here/nbdattach.c" | sha256sum | cut -c1-16)-$kernel
 [ "$force" != --force ] && [ -s "$cache/guest.cpio" ] && [ "$(cat "$cache/guest.stamp" 2>/dev/null)" = "$stamp" ] && exit 0
 
 root=$(mktemp -d "$cache/root.XXXX")
@@ -70,6 +70,7 @@ done
 cp "$cache/k/lib/modules/$kernel"/modules.{builtin,order} "$root/lib/modules/$kernel/"
 busybox depmod -b "$root" "$kernel"
 
+gcc -std=gnu11 -O2 -Wall -static -o "$root/bin/nbdattach" "$here/nbdattach.c"
 install -m 755 "$here/init" "$root/init"
 cp "$here/guestlib.sh" "$root/guestlib.sh"
 echo 'root::0:0:root:/root:/bin/sh' > "$root/etc/passwd"

@@ -27,6 +27,10 @@ attach() {
     done
 }
 
+# attach_for_good NUMBER EXPORT CONNECTIONS: nbdNUMBER reconnects when its server is restarted. A request is sent again
+# after 5 seconds without an answer, and waits a minute for a server.
+attach_for_good() { nbdattach "$NBD_HOST" "$NBD_PORT" "$2" "$1" "$3" 5 60; }
+
 # detach DEVICE, and wait until the kernel has let go of it
 detach() {
     nbd-client -d "/dev/$1" >/dev/null || return 1

@@ -1,0 +1,182 @@
+"""What was answered and is not durable yet, kept where the end of the process cannot reach it.
+
+A write is answered when its bytes are in the page cache; the entry that says where they are is only in memory, until
+the next commit. A process that is killed would take it along although the machine goes on, and a client that connects
+again would never learn of it: it sent its write, it got its answer, it will flush and be told that all is well. So
+before replies leave, the records behind them are appended here, without a sync: the page cache outlives the process.
+
+    POOL/journal/unsynced.0, .1    groups: frames as in the journal, numbered as the journal's frame that will make
+                                   them durable; even numbers in one file, odd ones in the other
+
+Rules:
+- nothing here is worth anything to another boot of the machine than the one that a group names: then the page cache is
+  gone, and a group may be on the disk while the data that it points to is not;
+- a group takes effect as a whole: whoever calls `publish` does so between operations, not within one;
+- groups of the journal's next frame count, and those of the one behind it; a batch that could not be kept whole (too
+  large, no space) is not kept at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from array import array
+from pathlib import Path
+
+from nbdthin.pool.files import Files, write_all
+from nbdthin.pool.journal import HEADER, MAGIC, frame, parse_frame
+from nbdthin.pool.records import Entries, Record, decode, encode
+from nbdthin.units import MiB
+
+ENOUGH = 2 * MiB  # bytes of one batch from which on a commit is due
+MOST = 16 * MiB  # bytes of one batch that are kept
+_BOOT = 36  # bytes that name a boot
+
+log = logging.getLogger("nbdthin.pool")
+
+
+class Unsynced:
+    """The two files of an open pool. Not thread-safe; no call waits for a disk."""
+
+    def __init__(self, directory: Path, files: Files) -> None:
+        self._paths = (directory / "unsynced.0", directory / "unsynced.1")
+        self._files = files
+        self._fds: list[int] = []
+        self._boot = files.boot_id().encode().ljust(_BOOT, b"\0")[:_BOOT]
+        self._sequence = 0  # of the journal's frame that will make durable what is noted from now on
+        self._position = 0  # behind the last group of that number
+        self._whole = True  # everything of that number is kept
+        self._records: list[Record] = []  # noted, and in no group yet
+        self._layer = -1  # whose entries are being collected
+        self._blocks = array("Q")
+        self._entries = array("Q")
+
+    # -- after a start
+
+    @property
+    def left(self) -> bool:
+        """The process that had the pool before did not close it."""
+        return any(path.exists() for path in self._paths)
+
+    def recover(self, sequence: int) -> list[Record]:
+        """What a process of this boot had answered beyond frame `sequence` of the journal, in order."""
+        found: list[Record] = []
+        for number in (sequence + 1, sequence + 2):
+            groups = self._read(self._paths[number & 1], number)
+            if not groups:
+                break
+            for group in groups:
+                found.extend(decode(group))
+        return found
+
+    def _read(self, path: Path, number: int) -> list[bytes]:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return []
+        groups = []
+        offset = 0
+        while (parsed := parse_frame(data, offset)) is not None and self._counts(parsed, number):
+            groups.append(parsed[1][_BOOT:])
+            offset += HEADER.size + len(parsed[1])
+        later = data.find(MAGIC, offset + 1)
+        while later >= 0:
+            parsed = parse_frame(data, later)
+            if parsed is not None and self._counts(parsed, number):
+                log.error("%s is damaged at byte %d: unflushed writes are lost", path, offset)
+                return []
+            later = data.find(MAGIC, later + 1)
+        return groups
+
+    def _counts(self, parsed: tuple[int, bytes], number: int) -> bool:
+        sequence, payload = parsed
+        return sequence == number and payload.startswith(self._boot)
+
+    def start(self, sequence: int) -> None:
+        """Keep from now on what frame `sequence` and later ones will make durable; what was kept before goes.
+
+        Without it nothing is kept, and noting costs next to nothing: a pool without clients owes nobody an answer.
+        """
+        self._sequence = sequence
+        try:
+            for path in self._paths:
+                self._fds.append(self._files.open(path, os.O_CREAT))
+                self._files.truncate(self._fds[-1], 0)
+        except OSError as error:
+            log.warning("a kill will lose unflushed writes: %s", error)
+            self._whole = False
+
+    # -- noting
+
+    def put(self, layer: int, block: int, entry: int) -> None:
+        """An own entry has changed."""
+        if layer != self._layer:
+            self._end_entries()
+            self._layer = layer
+        self._blocks.append(block)
+        self._entries.append(entry)
+
+    def add(self, record: Record) -> None:
+        """Something else has changed."""
+        self._end_entries()
+        self._records.append(record)
+
+    def _end_entries(self) -> None:
+        if self._blocks:
+            self._records.append(Entries(self._layer, self._blocks.tobytes(), self._entries.tobytes()))
+            self._blocks, self._entries = array("Q"), array("Q")
+        self._layer = -1
+
+    def publish(self) -> bool:
+        """Put what was noted out of the reach of a kill. True when so much is waiting that a commit is due."""
+        if self._layer >= 0:
+            self._end_entries()
+        if not self._records:
+            return False
+        records, self._records = self._records, []
+        if not self._whole or len(self._fds) < len(self._paths):
+            return False
+        group = frame(self._sequence, self._boot + encode(records))
+        try:
+            if self._position + len(group) > MOST:
+                raise OSError("too much for one batch")
+            write_all(self._files, self._fds[self._sequence & 1], group, self._position)
+        except OSError as error:
+            log.warning("until the next commit, a kill would lose unflushed writes: %s", error)
+            self._drop()
+            return False
+        before, self._position = self._position, self._position + len(group)
+        return before < ENOUGH <= self._position
+
+    def _drop(self) -> None:
+        """A part of a batch would be worse than nothing of it: what comes later counts on what is missing."""
+        self._whole = False
+        with contextlib.suppress(OSError):
+            self._files.truncate(self._fds[self._sequence & 1], 0)
+
+    def next_batch(self) -> None:
+        """What was noted so far has been packed as one frame."""
+        self.publish()
+        self._sequence += 1
+        self._position = 0
+        self._whole = True
+
+    # -- the end
+
+    def clear(self) -> None:
+        """A sync failed: what the page cache holds may never reach the disk, and nothing may be built on it."""
+        self._whole = False
+        for fd in self._fds:
+            with contextlib.suppress(OSError):
+                self._files.truncate(fd, 0)
+
+    def close(self, *, clean: bool) -> None:
+        """With `clean`, everything is durable: there is nothing to be found here."""
+        for fd in self._fds:
+            self._files.close(fd)
+        self._fds = []
+        if clean:
+            for path in self._paths:
+                if path.exists():
+                    self._files.unlink(path)

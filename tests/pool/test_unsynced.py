@@ -1,0 +1,241 @@
+"""What survives the end of the process, though no sync covers it, and what must not survive more than that."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from nbdthin.errors import PoolFailed
+from nbdthin.pool import unsynced
+from nbdthin.pool.files import Files
+from nbdthin.pool.pool import Pool
+from nbdthin.units import KiB
+
+from .conftest import BLOCK, Faults, Pools, flip, pattern
+
+
+class OtherBoot(Files):
+    """The machine went down and came up again."""
+
+    def boot_id(self) -> str:
+        return "00000000-0000-0000-0000-000000000000"
+
+
+@pytest.fixture
+def served(pools: Pools) -> Pool:
+    """A pool as a daemon opens it, with a volume `v` that is durable."""
+    pool = pools.make(autocommit=False)
+    pool.unsynced.start(pool.journal.sequence + 1)
+    pool.create("v", 64 * BLOCK)
+    pool.commit()
+    return pool
+
+
+def group(pool: Pool) -> Path:
+    """The file that holds what has been published of the batch that is open."""
+    return pool.path / "journal" / f"unsynced.{(pool.journal.sequence + 1) & 1}"
+
+
+def test_what_was_published_survives_a_kill(pools: Pools, served: Pool) -> None:
+    volume = served.volume("v")
+    volume.write(0, pattern(3 * BLOCK))
+    served.unsynced.publish()
+    volume.trim(BLOCK, BLOCK)
+    served.snapshot("v", "v@1")
+    volume.write(5 * BLOCK + 100, b"unaligned")
+    served.unsynced.publish()
+    again = pools.open(pools.kill(served), autocommit=False)
+    volume = again.volume("v")
+    assert volume.read(0, BLOCK) == pattern(3 * BLOCK)[:BLOCK]
+    assert volume.read(BLOCK, BLOCK) == bytes(BLOCK)
+    assert volume.read(5 * BLOCK + 100, 9) == b"unaligned"
+    assert again.volume("v@1").read(5 * BLOCK, BLOCK) == bytes(BLOCK)
+
+
+def test_what_was_recovered_is_durable_before_anything_builds_on_it(pools: Pools, served: Pool) -> None:
+    """Else a block that it frees could be written by another volume, and a power cut bring the old owner back."""
+    served.volume("v").write(0, pattern(BLOCK))
+    served.commit()
+    served.volume("v").trim(0, BLOCK)
+    served.unsynced.publish()
+    again = pools.open(pools.kill(served), autocommit=False)
+    assert not again.has_changes
+    pools.kill(again)
+    third = Pool.open(again.path, files=OtherBoot())
+    assert third.volume("v").read(0, BLOCK) == bytes(BLOCK)
+    third.close()
+
+
+def test_a_kill_in_the_middle_of_a_commit_loses_neither_batch(pools: Pools, served: Pool) -> None:
+    volume = served.volume("v")
+    for steps in range(3):
+        volume.write(3 * steps * BLOCK, pattern(BLOCK, 3 * steps))
+        batch = served.begin()
+        volume.write((3 * steps + 1) * BLOCK, pattern(BLOCK, 3 * steps + 1))
+        served.unsynced.publish()
+        if steps > 0:
+            batch.sync()
+        if steps > 1:
+            served.finish(batch)
+        volume.write((3 * steps + 2) * BLOCK, pattern(BLOCK, 3 * steps + 2))
+        served.unsynced.publish()
+        served = pools.open(pools.kill(served), autocommit=False)
+        served.unsynced.start(served.journal.sequence + 1)
+        volume = served.volume("v")
+        for block in range(3 * steps + 3):
+            assert volume.read(block * BLOCK, BLOCK) == pattern(BLOCK, block), f"block {block} after {steps} steps"
+
+
+def test_another_boot_believes_nothing_of_it(pools: Pools, served: Pool) -> None:
+    """Its data may not have reached the disk."""
+    served.volume("v").write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    path = pools.kill(served)
+    with Pool.open(path, files=OtherBoot()) as again:
+        assert again.volume("v").read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_what_no_reply_promised_need_not_survive(pools: Pools, served: Pool) -> None:
+    served.volume("v").write(0, pattern(BLOCK))
+    again = pools.open(pools.kill(served))
+    assert again.volume("v").read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_a_killed_pool_syncs_what_was_written_in_place_at_the_next_flush(
+    pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.volume("v").write(0, pattern(BLOCK))
+    served.commit()
+    served.volume("v").write(0, pattern(BLOCK, 2))  # answered; its client flushes after the restart
+    again = pools.open(pools.kill(served), autocommit=False)
+    syncs = Faults(monkeypatch, again.data, "sync", errno.EIO)
+    with pytest.raises(PoolFailed):
+        again.commit()
+    assert syncs.calls == 1
+
+
+def test_a_clean_end_leaves_nothing_to_recover(pools: Pools, served: Pool) -> None:
+    served.volume("v").write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    path = pools.close(served)
+    assert not list(path.glob("journal/unsynced*"))
+    again = pools.open(path, autocommit=False)
+    assert not again.has_changes
+
+
+def test_after_a_failed_sync_nothing_of_it_is_believed(
+    pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page cache may hold what the disk refused."""
+    served.volume("v").write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    with monkeypatch.context() as patch:
+        Faults(patch, served.data, "sync", errno.EIO)
+        with pytest.raises(PoolFailed):
+            served.commit()
+    again = pools.open(pools.kill(served))
+    assert again.volume("v").read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_a_batch_that_grows_too_large_is_not_kept_in_part(
+    pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unsynced, "MOST", 2 * KiB)
+    volume = served.volume("v")
+    for block in range(32):
+        volume.write(block * BLOCK, pattern(KiB))
+        served.unsynced.publish()
+    again = pools.open(pools.kill(served), autocommit=False)
+    assert again.volume("v").read(0, 32 * BLOCK) == bytes(32 * BLOCK)
+
+
+def test_the_batch_behind_a_large_one_is_kept_again(
+    pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unsynced, "MOST", 200)
+    volume = served.volume("v")
+    for block in range(2):
+        volume.write(block * BLOCK, pattern(BLOCK, block))
+        served.unsynced.publish()
+    served.commit()
+    volume.write(2 * BLOCK, pattern(BLOCK, 2))
+    served.unsynced.publish()
+    again = pools.open(pools.kill(served), autocommit=False)
+    for block in range(3):
+        assert again.volume("v").read(block * BLOCK, BLOCK) == pattern(BLOCK, block)
+
+
+def test_a_full_batch_asks_once_for_a_commit(served: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsynced, "ENOUGH", KiB)
+    asked = 0
+    for block in range(64):
+        served.volume("v").write(block * BLOCK, b"x" * 4 * KiB)
+        asked += served.unsynced.publish()
+    assert asked == 1
+
+
+def test_a_group_that_a_kill_cut_is_as_if_it_had_not_begun(pools: Pools, served: Pool) -> None:
+    volume = served.volume("v")
+    volume.write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    first = group(served).stat().st_size
+    volume.write(BLOCK, pattern(BLOCK, 2))
+    served.unsynced.publish()
+    os.truncate(group(served), group(served).stat().st_size - 1)
+    assert group(served).stat().st_size > first
+    again = pools.open(pools.kill(served))
+    assert again.volume("v").read(0, BLOCK) == pattern(BLOCK)
+    assert again.volume("v").read(BLOCK, BLOCK) == bytes(BLOCK)
+
+
+def test_damage_in_it_is_said(pools: Pools, served: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    for block in range(2):
+        served.volume("v").write(block * BLOCK, pattern(BLOCK, block))
+        served.unsynced.publish()
+    flip(group(served), 60)
+    path = pools.kill(served)
+    again = pools.open(path)
+    assert "unflushed" in caplog.text
+    assert again.volume("v").read(0, 2 * BLOCK) == bytes(2 * BLOCK)
+
+
+def test_a_second_kill_during_the_recovery_changes_nothing(
+    pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.volume("v").write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    path = pools.kill(served)
+
+    class Killed(Exception):
+        pass
+
+    def killed(pool: Pool) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "commit", killed)
+        with pytest.raises(Killed):
+            Pool.open(path)
+    again = pools.open(path)
+    assert again.volume("v").read(0, BLOCK) == pattern(BLOCK)
+
+
+def test_a_file_system_without_room_costs_the_protection_and_nothing_else(
+    pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(unsynced, "write_all", _no_space)
+        served.volume("v").write(0, pattern(BLOCK))
+        assert served.unsynced.publish() is False
+    served.volume("v").write(BLOCK, pattern(BLOCK, 2))
+    served.unsynced.publish()
+    served.commit()
+    again = pools.open(pools.kill(served))
+    assert again.volume("v").read(0, 2 * BLOCK) == pattern(BLOCK) + pattern(BLOCK, 2)
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
