@@ -725,8 +725,6 @@ class Connection(asyncio.BufferedProtocol):
     async def _run(self, command: int, cookie: int, cost: int, work: Coroutine[object, object, None]) -> None:
         try:
             await work
-        except GivenUp:
-            pass  # it gets no answer, so that a client that comes back sends it again
         except Exception as error:
             self._fail(command, cookie, error)
         self._ended(cost)
@@ -759,6 +757,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _fail(self, command: int, cookie: int, error: Exception) -> None:
         """The one place where an error of a request becomes a reply."""
+        if isinstance(error, GivenUp):
+            return  # it gets no answer, so that a client that comes back sends it again
         if not isinstance(error, OSError | Error):
             log.error("%s: a request failed: %s", self.peer, Command(command).name, exc_info=error)
         self._answer_error(command, cookie, _errno(error))

@@ -187,6 +187,7 @@ class Serving:
         self._live_type = live
         self.path = path
         self.socket = socket_path
+        self.failed = False  # a test has made it so, which is final
         self._rules = rules
         self._policy = policy
         self._ready = threading.Event()
@@ -213,7 +214,8 @@ class Serving:
         self._ready.set()
         await self._end.wait()
         await self.server.shutdown(5)
-        await self.live.commit()
+        if not self.failed:
+            await self.live.commit()
         self.problems = check(self.live.pool)
         await self.live.close()
         self.listener.close()

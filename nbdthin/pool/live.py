@@ -537,6 +537,8 @@ class LivePool:
         """
         if self._committing is not None or self._sync_took >= QUICK_SYNC or not 0 < self.pool.overwritten <= LITTLE:
             return False
+        if self.pool.unwritten is not None:  # given up for want of room
+            return False
         batch = self.pool.begin()
         try:
             self._time_sync(batch)
@@ -872,7 +874,7 @@ class LivePool:
             try:
                 self.pool.close()
             except NoSpace as error:
-                log.error("what nobody was told is durable is lost: %s", error)
+                log.error("what nobody was told is durable may be lost: %s", error)
 
 
 def _settle(durable: asyncio.Future[None], failure: Exception | None) -> None:
