@@ -40,6 +40,7 @@ HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload l
 FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
 SEGMENT_BYTES = 4 * MiB
 MAX_PAYLOAD = 1 << 30
+SECTOR = 512  # what a disk writes whole or not at all
 _HEADER_BODY = struct.Struct("<4sHHQII")
 _LOG = re.compile(r"([0-9a-f]{16})\.log")
 _CHECKPOINT = re.compile(r"([0-9a-f]{16})\.checkpoint")
@@ -62,6 +63,18 @@ def frame(sequence: int, payload: bytes) -> bytes:
 def mark(sequence: int, kind: int = MARK) -> bytes:
     """What says that frame `sequence` is durable; as LAST_MARK, that another segment follows, too."""
     return _header(kind, sequence, b"")
+
+
+def _is_torn_mark(data: bytes, offset: int, sequence: int) -> bool:
+    """What a power cut leaves of a mark that lies in two sectors, one of them written: marks are not synced.
+
+    In the last segment that is a torn tail like any other. Before a later segment, which begins with the next frame, it
+    hides nothing.
+    """
+    found = data[offset : offset + HEADER.size].ljust(HEADER.size, b"\0")
+    cut = -offset % SECTOR
+    states = (bytes(HEADER.size), mark(sequence), mark(sequence, LAST_MARK))
+    return any(found[:cut] == each[:cut] for each in states) and any(found[cut:] == each[cut:] for each in states)
 
 
 def _header(kind: int, sequence: int, payload: bytes) -> bytes:
@@ -197,6 +210,8 @@ class Journal:
                 raise Corrupt(path, offset, f"a mark of frame {header.sequence} behind frame {self.sequence}")
             if last and header.kind == LAST_MARK:
                 raise Corrupt(self.directory, None, f"segment {self.sequence + 1:016x}.log is missing")
+            end += HEADER.size
+        elif not last and _is_torn_mark(data, offset, self.sequence):
             end += HEADER.size
         rest = data[end:]
         if rest.count(0) != len(rest):

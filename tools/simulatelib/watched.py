@@ -1,0 +1,30 @@
+"""The engine's Pool, which tells an oracle what it was asked and what it says is durable. It changes nothing of either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nbdthin.pool.commands import Command
+from nbdthin.pool.pool import Batch, Pool
+from simulatelib.oracle import Oracle
+
+
+class WatchedPool(Pool):
+    oracle: Oracle
+    want_checkpoint = False  # the next batch writes one, however short the journal is
+
+    def execute(self, wanted: Sequence[Command]) -> None:
+        super().execute(wanted)
+        self.oracle.execute(wanted)
+
+    def begin(self) -> Batch:
+        if self.want_checkpoint and not self._checkpointing:
+            self.want_checkpoint = False
+            self._checkpoint_at = self.journal.checkpoint_bytes = -1
+        batch = super().begin()
+        self.oracle.begin_commit(self.journal.sequence + (batch._payload is not None))
+        return batch
+
+    def finish(self, batch: Batch) -> None:
+        super().finish(batch)
+        self.oracle.end_commit()
