@@ -42,6 +42,8 @@ class Change:
     data: bytes
     begun: int
     mapped: bool  # only entries change (a trim, a zeroed subblock): it is there with its commit, or not at all
+    start: int  # where `bytes` begin
+    bytes: bytes  # what may be written in place: `data`, and what surrounds it in its subblocks
     ended: int = NEVER
 
 
@@ -130,8 +132,13 @@ class Bounds(NamedTuple):
 
 
 class Oracle:
-    def __init__(self, note: Callable[[str], int], subblock: int, frame: int) -> None:
-        """`note` puts a line in the log and returns the position behind it; `frame` is the journal's last."""
+    def __init__(self, note: Callable[[str], int], subblock: int, frame: int, exact: bool = True) -> None:
+        """`note` puts a line in the log and returns the position behind it; `frame` is the journal's last.
+
+        `exact`: changes are told of in the order in which the engine makes them (one thread). Then what a trim makes
+        zero cannot be seen before its commit, but where a later write to the same subblock wrote the zeroes out.
+        """
+        self.exact = exact
         self._note = note
         self._subblock = subblock
         self.images: dict[str, Image] = {}
@@ -154,7 +161,11 @@ class Oracle:
         """A write, or a trim or zeroing of whole subblocks, begins."""
         image = self.images[name]
         assert isinstance(image.kept, Head)
-        change = Change(offset, data, self._note(f"{'zero' if mapped else 'write'} {name} {offset}+{len(data)}"), mapped)
+        begun = self._note(f"{'zero' if mapped else 'write'} {name} {offset}+{len(data)}")
+        start, after = offset // self._subblock * self._subblock, offset + len(data)
+        stop = min(-(-after // self._subblock) * self._subblock, image.size)
+        whole = bytes(image.kept.content[start:offset]) + data + bytes(image.kept.content[after:stop])
+        change = Change(offset, data, begun, mapped, start, whole)
         image.kept.changes.append(change)
         self._active[id(change)] = (image.kept, change)
         if not mapped:
@@ -318,11 +329,12 @@ class Oracle:
         """The moment of the batch that wrote `frame`: the first one with that number."""
         return next(moment for moment in self.moments if moment.frame == frame and moment.position <= position)
 
-    @staticmethod
-    def _since(head: Head, begun: int, cut: int) -> Iterator[Change]:
+    def _since(self, head: Head, begun: int, cut: int) -> Iterator[Change]:
         """Changes that a volume which was read at `begun` may show too, when the power is cut at `cut`."""
         for change in head.changes:
-            if change.ended > begun and change.begun < cut and not (change.mapped and change.begun > begun):
+            if change.ended > begun and change.begun < cut and not (
+                self.exact and change.mapped and change.begun > begun
+            ):
                 yield change
 
     @staticmethod
@@ -341,8 +353,8 @@ class Oracle:
         there, right = _array(found), _array(wanted)
         wrong = there != right
         for change in others:
-            part = slice(change.offset, change.offset + len(change.data))
-            data = _array(change.data)[: max(len(found) - change.offset, 0)]
+            part = slice(change.start, change.start + len(change.bytes))
+            data = _array(change.bytes)[: max(len(found) - change.start, 0)]
             wrong[part] &= there[part] != data
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
