@@ -51,6 +51,10 @@ class Files:
     def unlink(self, path: Path) -> None:
         os.unlink(path)
 
+    def mkdir(self, path: Path, mode: int = 0o700) -> None:
+        """A new directory. Raises FileExistsError."""
+        os.mkdir(path, mode)
+
     def sync_directory(self, path: Path) -> None:
         """Names made, changed and removed in `path` are so durably."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

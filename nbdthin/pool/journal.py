@@ -136,7 +136,7 @@ class Journal:
     @staticmethod
     def create(directory: Path, first_payload: bytes, files: Files = FILES) -> None:
         """A new journal that starts with the checkpoint `first_payload`."""
-        directory.mkdir()
+        files.mkdir(directory)
         journal = Journal(directory, files)
         journal.write_checkpoint(1, [first_payload])
         journal._prepare(journal._log_path(1))

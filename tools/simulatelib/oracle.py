@@ -195,6 +195,11 @@ class Oracle:
         for command in wanted:
             self._note(str(command))
             self._command(command)
+        self._executed = self.ask_flush()
+
+    def answered(self) -> None:
+        """Who asked for the last commands was told that they are done, which means durable."""
+        self.flushed(self._executed)
 
     def _command(self, command: Command) -> None:
         images = self.images
@@ -228,9 +233,7 @@ class Oracle:
                 kept.resize(size)
             case commands.Label(name, changes):
                 labels = images[name].labels
-                images[name].labels = {
-                    key: value for key, value in {**labels, **changes}.items() if value is not None
-                }
+                images[name].labels = {key: value for key, value in {**labels, **changes}.items() if value is not None}
 
     @staticmethod
     def _settled(image: Image) -> None:
@@ -332,8 +335,10 @@ class Oracle:
     def _since(self, head: Head, begun: int, cut: int) -> Iterator[Change]:
         """Changes that a volume which was read at `begun` may show too, when the power is cut at `cut`."""
         for change in head.changes:
-            if change.ended > begun and change.begun < cut and not (
-                self.exact and change.mapped and change.begun > begun
+            if (
+                change.ended > begun
+                and change.begun < cut
+                and not (self.exact and change.mapped and change.begun > begun)
             ):
                 yield change
 

@@ -94,7 +94,9 @@ class Recorder(Files):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.log: list[Event] = []
-        self.before: Callable[[], None] | None = None  # called before each call is made: more work, as by another thread
+        self.before: Callable[[], None] | None = (
+            None  # called before each call is made: more work, as by another thread
+        )
         self.slow: Callable[[], None] | None = None  # called within each sync: a disk that takes its time
         self._lock = threading.RLock()
         self._nodes: dict[tuple[int, str], int] = {}  # what each name in each directory is now
@@ -220,8 +222,8 @@ class Recorder(Files):
             del self._nodes[parent, path.name]
             self.log.append(Unlink(parent, path.name))
 
-    def mkdir(self, path: Path) -> None:
+    def mkdir(self, path: Path, mode: int = 0o700) -> None:
         self._interrupt()
         with self._lock:
-            super().mkdir(path)
+            super().mkdir(path, mode)
             self._enter(self._directory(path.parent), path.name, directory=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from nbdthin.pool import journal as journal_module
 from nbdthin.pool import pool as pool_module
@@ -27,7 +28,7 @@ from simulatelib.work import Work
 
 BLOCK = 16 * KiB
 LIFE = 150  # steps of work between two cuts that the run goes on from
-_POLICIES = (LOST, KEPT, MIXED, MIXED)
+POLICIES = (LOST, KEPT, MIXED, MIXED)
 
 
 class Failure(Exception):
@@ -55,13 +56,14 @@ class Counts:
 
 
 @contextmanager
-def small() -> Iterator[None]:
-    """Constants of the engine for pools whose journals turn over within a few commits."""
+def small(module: object = None, constants: Mapping[str, object] = MappingProxyType({})) -> Iterator[None]:
+    """Constants of the engine for pools whose journals turn over within a few commits, and `constants` of `module`."""
     values: list[tuple[object, str, object]] = [
         (journal_module, "SEGMENT_BYTES", 8 * KiB),
         (journal_module, "_ZEROES", bytes(2 * KiB)),
         (pool_module, "CHECKPOINT_JOURNAL", 24 * KiB),
         (pool_module, "RUN_BYTES", 4 * BLOCK),
+        *((module, name, value) for name, value in constants.items()),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in values]
     for module, name, value in values:
@@ -85,10 +87,10 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def start(recorder: Recorder, path: Path) -> WatchedPool:
+def start(recorder: Recorder, path: Path, *, exact: bool = True) -> WatchedPool:
     """Open the pool at `path`, recorded, with an oracle that knows what it holds now."""
     pool = WatchedPool.open(path, autocommit=False, files=recorder)
-    oracle = Oracle(recorder.note, pool.block_size // 16, pool.journal.sequence)
+    oracle = Oracle(recorder.note, pool.block_size // 16, pool.journal.sequence, exact)
     for name, each in contents(pool).items():
         kept = Frozen(each.content) if each.snapshot else Head(bytearray(each.content))
         oracle.images[name] = Image(each.size, dict(each.labels), kept)
@@ -126,11 +128,19 @@ class Cuts:
 
 
 def judge_log(
-    recorder: Recorder, oracle: Oracle, judge: Judge, cuts: Iterable[int], policies: Iterable[str], chance: random.Random
+    recorder: Recorder,
+    oracle: Oracle,
+    judge: Judge,
+    cuts: Iterable[int],
+    chance: random.Random,
+    policies: Sequence[str] = POLICIES,
+    deep: float = 0.03,
 ) -> tuple[int, Tree | None]:
-    """Judge disks for every cut; the number of cuts, and one disk that was found sound. Raises Lost."""
+    """Judge disks for every cut; the number of cuts, and one disk that was found sound. Raises Lost.
+
+    `deep` is the part of them whose recovery is cut as well.
+    """
     disk, count, kept = Disk(), 0, None
-    policies = list(policies)
     for cut in cuts:
         disk.feed(recorder.log[disk.time : cut])
         bounds = oracle.bounds(cut)
@@ -142,9 +152,11 @@ def judge_log(
                 continue
             seen.append(tree)
             try:
-                judge.image(tree, oracle, bounds, deep=chance.random() < 0.03)
+                judge.image(tree, oracle, bounds, deep=chance.random() < deep)
             except Lost as lost:
-                raise Lost(f"cut behind event {cut} of {len(recorder.log)}, {kind}: {lost}\n{_near(recorder, cut)}") from lost
+                raise Lost(
+                    f"cut behind event {cut} of {len(recorder.log)}, {kind}: {lost}\n{_near(recorder, cut)}"
+                ) from lost
             if kept is None or chance.random() < 0.05:
                 kept = tree
     return count, kept
@@ -195,7 +207,6 @@ def _live(root: Path, chance: random.Random, judge: Judge, steps: int, cuts: str
         abandon(work.pool)
     counts.events += len(recorder.log) - recorder.adopted
     moments = Cuts(cuts, chance).at(recorder.log, recorder.adopted)
-    done, tree = judge_log(recorder, pool.oracle, judge, moments, _POLICIES, chance)
+    done, tree = judge_log(recorder, pool.oracle, judge, moments, chance)
     counts.cuts += done
     return tree
-

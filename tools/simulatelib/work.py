@@ -55,7 +55,9 @@ class Reading:
 
 
 class Work:
-    def __init__(self, chance: random.Random, recorder: Recorder, pool: WatchedPool) -> None:
+    def __init__(self, chance: random.Random, recorder: Recorder, pool: WatchedPool, *, nested: bool = True) -> None:
+        """`nested`: work comes in the middle of other work, too."""
+        self._nested = nested
         self.chance = chance
         self.recorder = recorder
         self.pool = pool
@@ -99,7 +101,12 @@ class Work:
 
     def _interrupt(self) -> None:
         """Called before each call that the engine makes of its files."""
-        if self._may_interrupt and self._depth < DEEPEST and self.chance.random() < self._may_interrupt:
+        if (
+            self._nested
+            and self._may_interrupt
+            and self._depth < DEEPEST
+            and self.chance.random() < self._may_interrupt
+        ):
             self.step()
 
     @contextmanager
@@ -139,7 +146,9 @@ class Work:
         if chance.random() < 0.3:
             offset += chance.choice((1, 511, 512, 513, 700))
         offset = min(offset, size - 1)
-        length = chance.choice((1, 512, sub, sub, 2 * sub, 3 * sub + 7, 8 * sub, block, block, block + 512, 2 * block + sub))
+        length = chance.choice(
+            (1, 512, sub, sub, 2 * sub, 3 * sub + 7, 8 * sub, block, block, block + 512, 2 * block + sub)
+        )
         return offset, min(length, size - offset)
 
     def _is_held(self, name: str, offset: int = 0, length: int = 1 << 40) -> bool:
@@ -154,8 +163,10 @@ class Work:
             return
         name = self.chance.choice(names)
         offset, length = self._range(name)
-        if self._is_held(name, offset, length):
-            return
+        if not self._is_held(name, offset, length):
+            self.write_at(name, offset, length)
+
+    def write_at(self, name: str, offset: int, length: int) -> None:
         data = payload(self.chance, length)
         volume = self.pool.volume(name)
         change = self.oracle.begin_change(name, offset, data)
@@ -181,8 +192,10 @@ class Work:
             return
         name = self.chance.choice(names)
         offset, length = self._range(name)
-        if self._is_held(name, offset, length):
-            return
+        if not self._is_held(name, offset, length):
+            self.trim_at(name, offset, length)
+
+    def trim_at(self, name: str, offset: int, length: int) -> None:
         self.pool.volume(name).trim(offset, length)
         self._zeroed(name, offset, length)
 
@@ -283,6 +296,9 @@ class Work:
         read = {reading.name for reading in self._readings}
         if any(needs_unused(command)[1] in read for command in wanted):
             return
+        self.execute(*wanted)
+
+    def execute(self, *wanted: Command) -> None:
         try:
             with self._uninterrupted():
                 self.pool.execute(wanted)
