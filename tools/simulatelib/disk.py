@@ -9,7 +9,9 @@ Assumed of the disk, and no more than that:
 - names made, changed and removed in a directory are durable when a sync of that directory completes, and not by a
   sync of the file. Until then each of them may have happened or not, later ones without earlier ones too. One rename is
   one change: the new name is either what it was or the renamed file, never neither;
-- a sync that had not completed may have covered anything, or nothing.
+- a sync that had not completed may have covered anything, or nothing;
+- a sync that failed made nothing durable, and no later one makes durable what it should have: the kernel has forgotten
+  that it is not written (ext4, XFS and Btrfs all do, each in its way).
 
 A file system may be kinder (ext4 orders renames), none that is POSIX may be worse in what the engine relies on.
 """
@@ -30,12 +32,14 @@ from simulatelib.record import (
     Rename,
     SyncBegins,
     SyncEnds,
+    SyncFails,
     Truncate,
     Unlink,
     Write,
 )
 
 SECTOR = 512
+NEVER = 1 << 62  # a time that no sync covers
 _ZEROES = bytes(SECTOR)
 
 
@@ -99,6 +103,8 @@ class _File:
             self.sizes = [item for item in self.sizes if item[0] >= begun]
         left: dict[int, list[tuple[int, bytes]]] = {}
         for sector, values in self.later.items():
+            if any(time < begun for time, _ in values):  # written again: what an earlier sync lost is past
+                values = [item for item in values if item[0] != NEVER]
             if values[-1][0] < begun:
                 self._settle(sector, values[-1][1])
                 continue
@@ -107,6 +113,15 @@ class _File:
                 self._settle(sector, covered[-1])
             left[sector] = [item for item in values if item[0] >= begun]
         self.later = left
+
+    def sync_fails(self, number: int) -> None:
+        """What it covered may be there or not, for ever."""
+        begun = self._syncing.pop(number)
+        self.later = {
+            sector: [(NEVER if time < begun else time, value) for time, value in values]
+            for sector, values in self.later.items()
+        }
+        self.sizes = [(NEVER if time < begun else time, size) for time, size in self.sizes]
 
     def _settle(self, sector: int, value: bytes) -> None:
         start = sector * SECTOR
@@ -214,6 +229,9 @@ class Disk:
                 self._files[node].sync_begins(time, number)
             case SyncEnds(node, number) if node in self._files:
                 self._files[node].sync_ends(number)
+            case SyncFails(node, number):
+                if node in self._files:
+                    self._files[node].sync_fails(number)
             case SyncBegins(node, number):
                 self._directories[node].syncing[number] = time
             case SyncEnds(node, number):

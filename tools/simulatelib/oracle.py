@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -177,6 +177,10 @@ class Oracle:
         head, _ = self._active.pop(id(change))
         change.ended = self._note(f"done {name} {change.offset}+{len(change.data)}")
         head.set(change.offset, change.data)
+
+    def active(self) -> Iterable[tuple[Head, Change]]:
+        """The changes under way, and what they belong to."""
+        return self._active.values()
 
     def drop_change(self, change: Change) -> None:
         """It was refused: nothing of it was written."""
@@ -350,7 +354,7 @@ class Oracle:
             if there.get(name) != wanted.get(name):
                 raise Lost(f"{name!r} is {there.get(name, 'missing')}, was {wanted.get(name, 'not there')}")
 
-    def _compare(self, name: str, found: bytes, wanted: bytes, others: Iterator[Change] | list[Change]) -> None:
+    def _compare(self, name: str, found: bytes, wanted: bytes, others: Iterable[Change]) -> None:
         if found == wanted:
             return
         if len(found) != len(wanted):

@@ -10,6 +10,7 @@ outside of it is refused.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -79,13 +80,19 @@ class SyncEnds:
 
 
 @dataclass(frozen=True, slots=True)
+class SyncFails:
+    node: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Not the disk's business: something was decided or answered."""
 
     text: str
 
 
-Event = Create | Write | Truncate | Punch | Rename | Unlink | SyncBegins | SyncEnds | Note
+Event = Create | Write | Truncate | Punch | Rename | Unlink | SyncBegins | SyncEnds | SyncFails | Note
 
 
 class Recorder(Files):
@@ -97,7 +104,8 @@ class Recorder(Files):
         self.before: Callable[[], None] | None = (
             None  # called before each call is made: more work, as by another thread
         )
-        self.slow: Callable[[], None] | None = None  # called within each sync: a disk that takes its time
+        self.slow: Callable[[], None] | None = None  # called within each sync and each thread's write: a disk that takes its time
+        self.syncs_left: int | None = None  # of file syncs that succeed; then one fails
         self._lock = threading.RLock()
         self._nodes: dict[tuple[int, str], int] = {}  # what each name in each directory is now
         self._open: dict[int, int] = {}  # descriptor -> node
@@ -167,6 +175,8 @@ class Recorder(Files):
 
     def write(self, fd: int, buffers: Sequence[bytes | bytearray | memoryview], position: int) -> int:  # type: ignore[override]
         self._interrupt()
+        if self.slow is not None and threading.current_thread() is not threading.main_thread():
+            self.slow()
         with self._lock:
             data = b"".join(buffers)
             count = os.pwrite(fd, data, position)
@@ -191,7 +201,19 @@ class Recorder(Files):
             self.slow()
         self._interrupt()
         with self._lock:
+            if self._fails():
+                self.log.append(SyncFails(node, number))
+                raise OSError(errno.EIO, "the disk refused a sync")
             self.log.append(SyncEnds(node, number))
+
+    def _fails(self) -> bool:
+        if self.syncs_left is None:
+            return False
+        self.syncs_left -= 1
+        if self.syncs_left >= 0:
+            return False
+        self.syncs_left = None  # the next one "succeeds", as on Linux
+        return True
 
     def truncate(self, fd: int, size: int) -> None:
         self._interrupt()

@@ -200,6 +200,8 @@ def _live(root: Path, chance: random.Random, judge: Judge, steps: int, cuts: str
     recorder = Recorder(root)
     pool = start(recorder, root / "pool")
     work = Work(chance, recorder, pool)
+    if chance.random() < 0.15:
+        recorder.syncs_left = chance.randrange(60)
     try:
         work.run(steps)
     finally:

@@ -11,17 +11,17 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from nbdthin.errors import Error, NoSpace
+from nbdthin.errors import Error, NoSpace, PoolFailed
 from nbdthin.pool import commands, merge
 from nbdthin.pool.commands import Command
 from nbdthin.pool.layers import LEAF_SHIFT
 from nbdthin.pool.live import _changed as changed_by
 from nbdthin.pool.live import _needs_unused as needs_unused
 from nbdthin.pool.volume import Volume, Write
-from simulatelib.oracle import Change, Frozen, Head, Oracle, payload
+from simulatelib.oracle import Change, Frozen, Head, Lost, Oracle, payload
 from simulatelib.record import Recorder
 from simulatelib.watched import WatchedPool
 
@@ -81,11 +81,28 @@ class Work:
     # -- running
 
     def run(self, steps: int) -> None:
-        for step in range(steps):
-            self.step()
-            if step % 25 == 24:
-                self.verify()
-        self.finish()
+        try:
+            for step in range(steps):
+                self.step()
+                if step % 25 == 24:
+                    self.verify()
+            self.finish()
+        except PoolFailed:
+            self._failed()
+
+    def _failed(self) -> None:
+        """A sync failed: reads go on, all else is refused."""
+        self._may_interrupt = 0.0
+        self.recorder.before = None
+        pool = self.pool
+        assert pool.failed is not None
+        for refused in (lambda: pool.execute([]), pool.begin, pool.commit):
+            try:
+                refused()
+            except PoolFailed:
+                continue
+            raise Lost("a pool whose sync failed goes on")
+        self.verify()
 
     def finish(self) -> None:
         """End what is under way; the pool stays open."""
@@ -302,6 +319,8 @@ class Work:
         try:
             with self._uninterrupted():
                 self.pool.execute(wanted)
+        except PoolFailed:
+            raise
         except Error:
             self.recorder.note("refused: " + ", ".join(map(str, wanted)))
 
@@ -350,22 +369,34 @@ class Work:
             self._committing = True
             batch = pool.begin()
             with self._interruptible(0.4):
-                batch.sync()
+                try:
+                    batch.sync()
+                except OSError as error:
+                    pool.fail(error)
+                    raise PoolFailed(str(error)) from error
                 self._interrupt()  # the thread is done, the loop does not know yet
             pool.finish(batch)
             self._committing = False
             if batch.checkpoint_due:
 
                 def checkpoint() -> None:
-                    batch.write_checkpoint()
-                    pool.checkpoint_ended(None)
+                    try:
+                        batch.write_checkpoint()
+                    except OSError as error:
+                        pool.checkpoint_ended(error)
+                    else:
+                        pool.checkpoint_ended(None)
 
                 self._upkeep.append(checkpoint)
             elif not pool.journal.next_ready and chance.random() < 0.5:
-                self._upkeep.append(pool.journal.prepare_next)
+                self._upkeep.append(self._prepare_next)
         self.oracle.flushed(flush)
         if chance.random() < 0.8:
             self.upkeep()
+
+    def _prepare_next(self) -> None:
+        with suppress(OSError):
+            self.pool.journal.prepare_next()
 
     def checkpoint(self) -> None:
         self.pool.want_checkpoint = True
@@ -441,16 +472,19 @@ class Work:
         self._upkeep.clear()
         self._pruning = None
         with self._uninterrupted():
-            self.pool.close()
+            self.pool.commit()
             oracle.flushed(flush)
+            self.pool.close()
             self.pool = WatchedPool.open(self.pool.path, autocommit=False, files=self.recorder)
         self.pool.oracle = oracle
 
     def verify(self) -> None:
         """What is read now is what was written last."""
+        if self.pool.state.names.keys() != self.oracle.images.keys():
+            raise Lost(f"the pool has {sorted(self.pool.state.names)}, not {sorted(self.oracle.images)}")
         for name, image in self.oracle.images.items():
             found = self.pool.volume(name).read(0, image.size)
-            under_way = [slow.change for slow in self._slow if slow.name == name and slow.performed]
+            under_way = [change for head, change in self.oracle.active() if head is image.kept]
             self.oracle.check_now(name, found, under_way)
 
 
