@@ -8,14 +8,14 @@ from __future__ import annotations
 import random
 
 import pytest
-from simulatelib.directed import HISTORIES, run_directed
+from simulatelib.directed import ALL, run_directed
 from simulatelib.livework import run_live
 from simulatelib.run import run_seed
 
 NEW = random.SystemRandom().randrange(1 << 31)  # of this run; a failure names it
 
 
-@pytest.mark.parametrize("history", ["init", *HISTORIES])
+@pytest.mark.parametrize("history", ALL)
 def test_a_cut_at_any_call_of_a_history_loses_nothing(history: str) -> None:
     for seed in (0, NEW):
         print(history, seed, run_directed(history, seed))

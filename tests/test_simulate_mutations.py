@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from simulatelib.directed import run_directed
 from simulatelib.livework import run_live
@@ -308,18 +307,6 @@ def smaller_end_cut_in_place(patch: Patch) -> None:
     patch.setattr(volume.Volume, "prepare_end", prepare_end)
 
 
-def run_of_a_removed_volume_kept(patch: Patch) -> None:
-    """Blocks of a removed layer are freed twice: once by the layer, once more by the batch."""
-
-    def discard_blocks(self: Pool, physical: layers.Words) -> None:
-        if len(physical):
-            self.allocator.discard_many(physical)
-            self._freed_arrays.append(np.unique(physical))
-            self.allocator._bytes[physical] = 0  # free already
-
-    patch.setattr(Pool, "discard_blocks", discard_blocks)
-
-
 Run = Callable[[], Counts]
 
 
@@ -343,16 +330,16 @@ MUTATIONS: dict[Callable[[Patch], None], list[Run]] = {
     data_marked_clean_after_its_sync: RANDOM,
     live_commit_answered_before_it_is_made: _live(1, 2),
     live_commit_shares_the_batch_under_way: _live(1, 2),
-    freed_blocks_reused_at_once: [*_directed("delete"), *RANDOM],
-    freed_blocks_released_when_the_batch_begins: RANDOM,
+    freed_blocks_reused_at_once: _directed("full_pool"),
+    freed_blocks_released_when_the_batch_begins: _directed("full_pool"),
     freed_blocks_reused_while_read: RANDOM,
-    failed_sync_retried: RANDOM,
-    failed_journal_sync_retried: RANDOM,
+    failed_sync_retried: _directed("failed_sync"),
+    failed_journal_sync_retried: _directed("failed_sync"),
     failed_sync_forgotten: RANDOM,
     snapshot_beside_writes: _live(1, 2, 3, 4),
     refused_batch_done_in_part: RANDOM,
-    merge_copies_not_flushed: [*_directed("merge_with_copies"), *RANDOM],
-    merged_before_settled: [*_directed("merge_with_copies"), *RANDOM],
+    merge_copies_not_flushed: _directed("merge_and_nothing_else"),
+    merged_before_settled: _directed("merge_with_copies"),
     files_renamed_before_their_sync: _directed("checkpoint"),
     files_not_synced: _directed("checkpoint"),
     superblock_not_synced: _directed("init"),
@@ -361,7 +348,7 @@ MUTATIONS: dict[Callable[[Patch], None], list[Run]] = {
     directories_not_synced_by_init: _directed("init"),
     data_directory_not_synced_by_init: _directed("init"),
     journal_removed_before_the_checkpoint: _directed("checkpoint"),
-    checkpoint_of_a_later_moment: _directed("checkpoint_beside_commits"),
+    checkpoint_of_a_later_moment: _directed("checkpoint_beside_writes"),
     payload_crc_not_checked: _directed("rotation"),
     torn_tail_not_cut: [*_directed("rotation", "large_frames"), *RANDOM],
     torn_mark_taken_for_damage: RANDOM,

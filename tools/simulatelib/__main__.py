@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from simulatelib.directed import HISTORIES, run_directed
+from simulatelib.directed import ALL, run_directed
 from simulatelib.livework import run_live
 from simulatelib.run import Counts, Failure, run_seed
 
@@ -37,7 +37,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="through the event loop and its threads; timing is part of it: may not repeat",
     )
-    add("--directed", choices=("init", *HISTORIES), help="a short history instead, cut at every call")
+    add("--directed", choices=ALL, help="a short history instead, cut at every call")
     add("--minutes", type=float, default=0.0, metavar="M", help="go on with the seeds that follow for so long")
     return parser.parse_args(argv)
 

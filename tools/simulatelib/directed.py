@@ -20,7 +20,7 @@ from nbdthin.pool.superblock import read_superblock
 from simulatelib.disk import KEPT, LOST, MIXED, Disk, Policy, materialise
 from simulatelib.judge import Judge
 from simulatelib.oracle import Lost
-from simulatelib.record import Recorder
+from simulatelib.record import Recorder, SyncFails
 from simulatelib.run import BLOCK, Counts, Cuts, Failure, abandon, judge_log, scratch, small, start
 from simulatelib.work import Work
 
@@ -109,11 +109,19 @@ def merge_with_copies(work: Work) -> None:
     work.execute(Remove("web@1"))
     work.write_at("web", 2 * BLOCK, SUB)
     work.merge()  # not yet: it is not settled
+    work.write_at("web", BLOCK, SUB)
     work.commit()
     _merge(work, lambda: work.write_at("web", BLOCK, SUB))
     work.execute(Create("new", 4 * BLOCK))
     work.write_at("new", 0, 4 * BLOCK)
     work.commit()
+
+
+def merge_and_nothing_else(work: Work) -> None:
+    """What is synced is synced for the merge's sake."""
+    work.execute(Remove("fork"), Remove("web@1"))
+    work.commit()
+    _merge(work, lambda: None)
 
 
 def merge_into_a_snapshot(work: Work) -> None:
@@ -181,26 +189,72 @@ def checkpoint(work: Work) -> None:
 
 
 def checkpoint_beside_commits(work: Work) -> None:
-    """A commit, with a rotation now and then, before every call of a checkpoint."""
-    work.write_at("web", 0, SUB)
-    work.pool.want_checkpoint = True
+    """Commits, with a rotation now and then, before calls of a checkpoint."""
+
+    def commit() -> None:
+        if work.chance.random() < 0.5:
+            work.execute(Label("web", {"filling": "x" * work.chance.choice((10, 3000))}))
+            work.write_at("web", 0, SUB)
+            work.pool.commit()
+
+    _checkpoint_beside(work, commit)
+
+
+def checkpoint_beside_writes(work: Work) -> None:
+    """Before every call of a checkpoint, writes to new places, which nobody has synced."""
+
+    def write() -> None:
+        work.trim_at("web", BLOCK, BLOCK)
+        work.write_at("web", BLOCK, BLOCK)
+
+    _checkpoint_beside(work, write)
+
+
+def _checkpoint_beside(work: Work, between: Callable[[], None]) -> None:
+    def hook() -> None:
+        work.recorder.before = None
+        between()
+        work.recorder.before = hook
+
     pool = work.pool
+    pool.want_checkpoint = True
+    work.write_at("web", 0, SUB)
     batch = pool.begin()
     batch.sync()
     pool.finish(batch)
-
-    def commit() -> None:
-        work.recorder.before = None
-        work.execute(Label("web", {"filling": "x" * work.chance.choice((10, 3000)), "n": str(len(work.recorder.log))}))
-        work.write_at("web", 0, BLOCK)
-        pool.commit()
-        work.recorder.before = commit
-
-    work.recorder.before = commit
+    work.recorder.before = hook
     batch.write_checkpoint()
-    pool.checkpoint_ended(None)
     work.recorder.before = None
+    pool.checkpoint_ended(None)
     work.commit()
+
+
+def full_pool(work: Work) -> None:
+    """What is freed is what is written next, as soon as it may be; also before every call of a commit."""
+    pool = work.pool
+    offsets = list(range(0, 24 * BLOCK, BLOCK))
+
+    def fill() -> None:
+        before, work.recorder.before = work.recorder.before, None
+        while work.write_at("filler", offsets[0], SUB):
+            del offsets[0]
+        work.recorder.before = before
+
+    work.execute(Create("filler", 24 * BLOCK))
+    fill()
+    work.commit()
+    for gone in ("fork", "web", "web@1"):
+        work.execute(Remove(gone))
+        fill()
+        batch = pool.begin()
+        work.recorder.before = fill
+        batch.sync()
+        work.recorder.before = None
+        pool.finish(batch)
+        fill()
+        work.upkeep()
+        fill()
+        work.commit()
 
 
 def rotation(work: Work) -> None:
@@ -235,20 +289,26 @@ def close_and_open(work: Work) -> None:
 HISTORIES: dict[str, Callable[[Work], None]] = {
     each.__name__: each
     for each in (
-        *(snapshot, clone, rollback, rename_and_label, delete, merge_with_copies, merge_into_a_snapshot, prune, resize),
-        *(trim, checkpoint, checkpoint_beside_commits, rotation, large_frames, close_and_open),
+        *(snapshot, clone, rollback, rename_and_label, delete, merge_with_copies),
+        *(merge_and_nothing_else, merge_into_a_snapshot, prune, resize, full_pool),
+        *(trim, checkpoint, checkpoint_beside_commits, checkpoint_beside_writes, rotation, large_frames, close_and_open),
     )
 }
 
 
+ALL = ("init", "failed_sync", *HISTORIES)
+
+
 def run_directed(name: str, seed: int = 0) -> Counts:
-    """Cut the power at every event of a history, init's included. Raises Failure."""
+    """Cut the power at every event of the history `name`, one of ALL. Raises Failure."""
     chance = random.Random(f"{name} {seed}")
     counts = Counts(steps=1)
     with small(), scratch() as directory:
         judge = Judge(directory, random.Random(seed))
         try:
-            if name == "init":
+            if name == "failed_sync":
+                counts.cuts = _fail_each_sync(directory, chance, judge)
+            elif name == "init":
                 counts.cuts = sum(_cut_init(directory, place, chance, judge) for place in _INITS)
             else:
                 counts.cuts, counts.events = _cut_history(HISTORIES[name], directory, chance, judge)
@@ -279,6 +339,44 @@ def _cut_history(
     moments = Cuts("all", chance).at(recorder.log, first)
     cuts, _ = judge_log(recorder, pool.oracle, judge, moments, chance, POLICIES, deep=0.2)
     return cuts, len(recorder.log) - first
+
+
+def _fail_each_sync(directory: Path, chance: random.Random, judge: Judge) -> int:
+    """Each sync of a history fails once. It is the last word: no commit is answered after it, and the power is cut."""
+    cuts = 0
+    for failing in range(1000):
+        root = directory / f"fail{failing}"
+        root.mkdir()
+        Pool.init(root / "pool", size=24 * BLOCK, block_size=BLOCK)
+        recorder = Recorder(root)
+        pool = start(recorder, root / "pool")
+        work = Work(chance, recorder, pool, nested=False)
+        recorder.syncs_left = failing
+        try:
+            work.run_one(_failing)
+        finally:
+            abandon(work.pool)
+        log = recorder.log
+        first = next((index for index, event in enumerate(log) if isinstance(event, SyncFails)), len(log))
+        count, _ = judge_log(recorder, pool.oracle, judge, Cuts("all", chance).at(log, first), chance, POLICIES)
+        shutil.rmtree(root)
+        cuts += count
+        if first == len(log):  # there are no more syncs
+            return cuts
+    raise AssertionError("a history without an end")
+
+
+def _failing(work: Work) -> None:
+    _prepare(work)
+    work.execute(Remove("web@1"))
+    work.commit()
+    work.merge()
+    work.commit()
+    work.write_at("web", 0, BLOCK)
+    work.checkpoint()
+    work.upkeep()
+    work.write_at("web", 0, BLOCK)
+    work.commit()
 
 
 def _cut_init(directory: Path, place: str, chance: random.Random, judge: Judge) -> int:

@@ -125,6 +125,8 @@ class Judge:
             name = chance.choice(list(found))
             pool.execute([commands.Remove(name)])
             del wanted[name]
+        if chance.random() < 0.3:
+            pool.journal.start_segment()  # what lies behind the last frame is then in the middle of the journal
         pool.commit()
         if chance.random() < 0.3:
             pool.merge_all()

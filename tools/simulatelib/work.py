@@ -81,11 +81,18 @@ class Work:
     # -- running
 
     def run(self, steps: int) -> None:
-        try:
+        def all_steps(work: Work) -> None:
             for step in range(steps):
-                self.step()
+                work.step()
                 if step % 25 == 24:
-                    self.verify()
+                    work.verify()
+
+        self.run_one(all_steps)
+
+    def run_one(self, history: Callable[[Work], None]) -> None:
+        """To its end, or until a sync fails."""
+        try:
+            history(self)
             self.finish()
         except PoolFailed:
             self._failed()
@@ -183,7 +190,8 @@ class Work:
         if not self._is_held(name, offset, length):
             self.write_at(name, offset, length)
 
-    def write_at(self, name: str, offset: int, length: int) -> None:
+    def write_at(self, name: str, offset: int, length: int) -> bool:
+        """False: there is no space."""
         data = payload(self.chance, length)
         volume = self.pool.volume(name)
         change = self.oracle.begin_change(name, offset, data)
@@ -193,8 +201,9 @@ class Work:
                     volume.write(offset, data)
         except NoSpace:
             self.oracle.drop_change(change)
-        else:
-            self.oracle.end_change(name, change)
+            return False
+        self.oracle.end_change(name, change)
+        return True
 
     @contextmanager
     def _uninterrupted(self) -> Iterator[None]:
