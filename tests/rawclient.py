@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import uvloop
 
 from nbdthin.pool.check import check
+from nbdthin.pool.files import FILES, Files
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.server import Rule, Server
@@ -165,8 +166,9 @@ class Client:
 class Serving:
     """A pool, served on a unix socket from a thread of this process."""
 
-    def __init__(self, path: Path, socket_path: Path, rules: tuple[Rule, ...] = ()) -> None:
+    def __init__(self, path: Path, socket_path: Path, rules: tuple[Rule, ...] = (), *, files: Files = FILES) -> None:
         self.path = path
+        self._files = files
         self.socket = socket_path
         self._rules = rules
         self._ready = threading.Event()
@@ -183,7 +185,7 @@ class Serving:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
-        self.live = LivePool(Pool.open(self.path, autocommit=False))
+        self.live = LivePool(Pool.open(self.path, autocommit=False, files=self._files))
         self.server = Server(self.live, self._rules)
         self.socket.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX)
@@ -193,7 +195,8 @@ class Serving:
         self._ready.set()
         await self._end.wait()
         await self.server.shutdown(5)
-        await self.live.commit()
+        if self.live.pool.failed is None:
+            await self.live.commit()
         self.problems = check(self.live.pool)
         await self.live.close()
 

@@ -6,8 +6,11 @@ found here is a hole in the simulator.
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,6 @@ from simulatelib.record import Recorder
 from simulatelib.run import Counts, Failure, run_seed
 
 from nbdthin.pool import commands, journal, layers, merge, superblock, volume
-from nbdthin.pool import live as live_module
 from nbdthin.pool import pool as pool_module
 from nbdthin.pool.files import Files, write_all
 from nbdthin.pool.journal import Journal
@@ -78,7 +80,7 @@ def live_commit_shares_the_batch_under_way(patch: Patch) -> None:
     async def commit(self: LivePool) -> None:
         if self._committing is not None:
             while self._committing is not None:
-                await live_module.asyncio.sleep(0)
+                await asyncio.sleep(0)
                 if not self._waiters:
                     return
         await real(self)
@@ -153,8 +155,8 @@ def failed_sync_forgotten(patch: Patch) -> None:
 def snapshot_beside_writes(patch: Patch) -> None:
     """A snapshot does not wait for the writes under way."""
 
-    @live_module.asynccontextmanager
-    async def gated(self: LiveVolume) -> live_module.AsyncIterator[None]:
+    @asynccontextmanager
+    async def gated(self: LiveVolume) -> AsyncIterator[None]:
         yield
 
     patch.setattr(LiveVolume, "gated", gated)
@@ -188,7 +190,7 @@ def _written_file(*steps: str) -> Callable[..., int]:
 
     def write_file(files: Files, path: Path, parts: Iterable[bytes]) -> int:
         partial = path.with_name(path.name + ".new")
-        fd = files.open(partial, journal.os.O_CREAT | journal.os.O_TRUNC)
+        fd = files.open(partial, os.O_CREAT | os.O_TRUNC)
         size = 0
         for part in parts:
             write_all(files, fd, part, size)
@@ -277,7 +279,7 @@ def torn_tail_not_cut(patch: Patch) -> None:
     def open_segment(self: Journal, path: Path, position: int) -> None:
         self._segment = path
         self._fd = self._files.open(path, 0)
-        self._position, self._limit = position, journal.os.fstat(self._fd).st_size
+        self._position, self._limit = position, os.fstat(self._fd).st_size
 
     patch.setattr(Journal, "_open_segment", open_segment)
 

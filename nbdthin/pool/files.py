@@ -9,6 +9,7 @@ Every call may be made from any thread. A write may be short, as pwritev(2) says
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,10 +69,12 @@ FILES = Files()
 
 
 def write_all(files: Files, fd: int, data: bytes | memoryview, position: int) -> None:
-    """Write all of `data` at `position`."""
+    """Write all of `data` at `position`. A write that gets nowhere is an error: it would be tried for ever."""
     view = memoryview(data)
     while view:
         written = files.write(fd, (view,), position)
+        if not written:
+            raise OSError(errno.EIO, "a write of nothing")
         view = view[written:]
         position += written
 

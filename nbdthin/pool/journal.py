@@ -40,7 +40,6 @@ HEADER = struct.Struct("<4sHHQIII")  # magic, version, kind, sequence, payload l
 FRAME, MARK, LAST_MARK = range(3)  # kinds; a mark is a header alone, with the number of the frame before it
 SEGMENT_BYTES = 4 * MiB
 MAX_PAYLOAD = 1 << 30
-SECTOR = 512  # what a disk writes whole or not at all
 _HEADER_BODY = struct.Struct("<4sHHQII")
 _LOG = re.compile(r"([0-9a-f]{16})\.log")
 _CHECKPOINT = re.compile(r"([0-9a-f]{16})\.checkpoint")
@@ -66,15 +65,14 @@ def mark(sequence: int, kind: int = MARK) -> bytes:
 
 
 def _is_torn_mark(data: bytes, offset: int, sequence: int) -> bool:
-    """What a power cut leaves of a mark that lies in two sectors, one of them written: marks are not synced.
+    """What is left of a mark that was written in part: it is not synced, may lie in two sectors, and errors are ignored.
 
     In the last segment that is a torn tail like any other. Before a later segment, which begins with the next frame, it
     hides nothing.
     """
     found = data[offset : offset + HEADER.size].ljust(HEADER.size, b"\0")
-    cut = -offset % SECTOR
     states = (bytes(HEADER.size), mark(sequence), mark(sequence, LAST_MARK))
-    return any(found[:cut] == each[:cut] for each in states) and any(found[cut:] == each[cut:] for each in states)
+    return any(found == a[:cut] + b[cut:] for cut in range(HEADER.size) for a in states for b in states)
 
 
 def _header(kind: int, sequence: int, payload: bytes) -> bytes:

@@ -95,7 +95,7 @@ def delete(work: Work) -> None:
     work.commit()
 
 
-def _merge(work: Work, write: Callable[[], None]) -> None:
+def _merge(work: Work, write: Callable[[], object]) -> None:
     while work.pool.next_unnamed() is not None:
         work.merge()
         write()
@@ -291,7 +291,15 @@ HISTORIES: dict[str, Callable[[Work], None]] = {
     for each in (
         *(snapshot, clone, rollback, rename_and_label, delete, merge_with_copies),
         *(merge_and_nothing_else, merge_into_a_snapshot, prune, resize, full_pool),
-        *(trim, checkpoint, checkpoint_beside_commits, checkpoint_beside_writes, rotation, large_frames, close_and_open),
+        *(
+            trim,
+            checkpoint,
+            checkpoint_beside_commits,
+            checkpoint_beside_writes,
+            rotation,
+            large_frames,
+            close_and_open,
+        ),
     )
 }
 

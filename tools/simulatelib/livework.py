@@ -11,11 +11,13 @@ import asyncio
 import random
 import shutil
 import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvloop
 
-from nbdthin.errors import NoSpace
+from nbdthin.errors import NoSpace, PoolFailed
 from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Command, Create, Label, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.live import LivePool
@@ -37,19 +39,23 @@ LIFE = 30  # commands between two cuts that the run goes on from
 
 
 class LiveWork:
+    """`steps` commands, and writers beside them for as long. `errors` are those that requests and commands met."""
+
     def __init__(self, seed: int, recorder: Recorder, pool: WatchedPool, steps: int) -> None:
+        self.errors: list[OSError] = []
         self._chance = random.Random(seed)
         self._recorder = recorder
-        self._pool = pool
+        self._pool = self.pool = pool
         self._oracle: Oracle = pool.oracle
         self._steps = steps
         self._count = 0
         self._running = True
 
-    async def run(self) -> None:
+    async def run(self, at_end: Callable[[LivePool], Awaitable[None]] | None = None) -> None:
+        """The pool crashes at the end; with `at_end`, that is called, and then the pool is closed."""
         live = self._live = LivePool(self._pool)
         try:
-            await self._create(*(name for name in VOLUMES if name not in self._oracle.images))
+            await self._attempt(self._create(*(name for name in VOLUMES if name not in self._oracle.images)))
             async with asyncio.TaskGroup() as group:
                 for name in VOLUMES:
                     for index in range(WRITERS):
@@ -58,8 +64,10 @@ class LiveWork:
             while live.merging is not None:
                 await live.merging
             await self._check_all()
+            if at_end is not None:
+                await at_end(live)
         finally:
-            if self._pool.failed is None:
+            if self._pool.failed is None and at_end is None:
                 self._pool.fail(OSError(5, "the power is gone"))
             await live.close()
 
@@ -76,57 +84,73 @@ class LiveWork:
 
     async def _writer(self, name: str, index: int, chance: random.Random) -> None:
         """One client: what it writes, and no one else, is what it reads."""
-        base = index * REGION
         while self._running:
-            start = chance.randrange(REGION)
-            length = min(chance.choice((1, 512, SUB, 3 * SUB, 5000, 9 * SUB)), REGION - start)
-            kind = chance.random()
-            if kind < 0.6:
-                await self._write(name, base + start, chance.randbytes(length))
-            elif kind < 0.7:
-                await self._zero(name, base + start, length, chance.random() < 0.3)
-            elif kind < 0.8:
-                await self._read(name, base, REGION)
-            else:
-                await self._flush()
-            if chance.random() < 0.05:  # FUA
-                await self._write(name, base + start, chance.randbytes(length))
-                await self._flush()
+            await self._attempt(self._request(name, index * REGION, chance))
             await asyncio.sleep(0)
+
+    async def _attempt(self, work: Coroutine[object, object, None]) -> None:
+        """The errors that a client may meet: each is its own, but that of a failed pool."""
+        try:
+            await work
+        except NoSpace:
+            pass
+        except PoolFailed:
+            self._running = False
+        except OSError as error:
+            self.errors.append(error)
+
+    async def _request(self, name: str, base: int, chance: random.Random) -> None:
+        start = chance.randrange(REGION)
+        length = min(chance.choice((1, 512, SUB, 3 * SUB, 5000, 9 * SUB)), REGION - start)
+        kind = chance.random()
+        if kind < 0.6:
+            await self._write(name, base + start, chance.randbytes(length))
+        elif kind < 0.7:
+            await self._zero(name, base + start, length, chance.random() < 0.3)
+        elif kind < 0.8:
+            await self._read(name, base, REGION)
+        else:
+            await self._flush()
+        if chance.random() < 0.05:  # FUA
+            await self._write(name, base + start, chance.randbytes(length))
+            await self._flush()
 
     async def _write(self, name: str, offset: int, data: bytes) -> None:
         volume = self._live.open(name)
-        change = self._oracle.begin_change(name, offset, data)
-        try:
+        with self._change(name, offset, data):
             if not volume.write_now(offset, memoryview(data)):
                 await volume.write(offset, memoryview(data))
-        except NoSpace:
-            self._oracle.drop_change(change)
-        else:
-            self._oracle.end_change(name, change)
 
     async def _zero(self, name: str, offset: int, length: int, allocate: bool) -> None:
         volume = self._live.open(name)
-        change = self._oracle.begin_change(name, offset, bytes(length))
-        try:
+        with self._change(name, offset, bytes(length)):
             if allocate or not volume.zero_now(offset, length):
                 await volume.write_zeroes(offset, length, allocate)
+
+    @contextmanager
+    def _change(self, name: str, offset: int, data: bytes) -> Iterator[None]:
+        change = self._oracle.begin_change(name, offset, data)
+        try:
+            yield
         except NoSpace:
             self._oracle.drop_change(change)
-        else:
-            self._oracle.end_change(name, change)
+            raise
+        except (OSError, PoolFailed):  # of a large one, a part may be done
+            self._oracle.fail_change(change)
+            raise
+        self._oracle.end_change(name, change)
 
-    async def _read(self, name: str, offset: int, length: int) -> bytes:
+    async def _read(self, name: str, offset: int, length: int) -> None:
         """A read of what nobody writes meanwhile."""
         volume = self._live.open(name)
         view = memoryview(bytearray(length))
-        expected = self._oracle.images[name].content()[offset : offset + length]
         segments = volume.volume.segments(offset, length)
         if self._chance.random() < 0.3 or not volume.read_now(segments, view):
             await volume.read(segments, view)
-        if view != expected:
-            self._oracle.check_read(name, bytes(view), expected, None, 0, 0)
-        return bytes(view)
+        image = self._oracle.images[name]
+        kept, whole = image.kept, bytearray(image.content())
+        whole[offset : offset + length] = view
+        self._oracle.check_now(name, bytes(whole), [change for head, change in self._oracle.active() if head is kept])
 
     # -- commands
 
@@ -146,7 +170,9 @@ class LiveWork:
     async def _commander(self) -> None:
         try:
             for step in range(self._steps):
-                await self._command()
+                if not self._running:
+                    break
+                await self._attempt(self._command())
                 if step % 10 == 9:
                     self._pool.want_checkpoint = True
                 await asyncio.sleep(0.001 * self._chance.random())
@@ -193,7 +219,12 @@ class LiveWork:
 
     async def _check_all(self) -> None:
         for name, image in self._oracle.images.items():
-            self._oracle.check_now(name, await self._read_all(name, image), [])
+            found = await self._read_all(name, image)
+            kept = image.kept
+            if isinstance(kept, Frozen):
+                self._oracle.check_now(name, found, kept.under_way)
+            else:
+                self._oracle.check_now(name, found, [change for head, change in self._oracle.active() if head is kept])
 
 
 def run_live(seed: int, steps: int) -> Counts:

@@ -53,6 +53,7 @@ class Head:
 
     content: bytearray
     changes: list[Change] = field(default_factory=list)
+    failed: list[Change] = field(default_factory=list)  # that the disk refused
     sealed_by: Head | None = None  # what the volume is written as since a snapshot was taken
     _version: bytes | None = None
 
@@ -178,9 +179,16 @@ class Oracle:
         change.ended = self._note(f"done {name} {change.offset}+{len(change.data)}")
         head.set(change.offset, change.data)
 
-    def active(self) -> Iterable[tuple[Head, Change]]:
-        """The changes under way, and what they belong to."""
-        return self._active.values()
+    def fail_change(self, change: Change) -> None:
+        """The disk refused it: bytes that it overwrote may be the old ones or the new, from now on."""
+        head, _ = self._active.pop(id(change))
+        head.failed.append(change)
+
+    def active(self) -> Iterator[tuple[Head, Change]]:
+        """The changes under way, and those that were never finished, and what they belong to."""
+        yield from self._active.values()
+        heads = [image.kept for image in self.images.values() if isinstance(image.kept, Head)]
+        yield from ((head, change) for head in heads for change in head.failed)
 
     def drop_change(self, change: Change) -> None:
         """It was refused: nothing of it was written."""
@@ -213,7 +221,7 @@ class Oracle:
             case commands.Snapshot(volume, name, labels):
                 image = images[volume]
                 assert isinstance(image.kept, Head)
-                under_way = [change for head, change in self._active.values() if head is image.kept]
+                under_way = [change for head, change in self.active() if head is image.kept]
                 images[name] = Image(image.size, dict(labels), Frozen(image.content(), under_way))
                 old = image.kept
                 old.sealed_by = self._new_head(image, image.content(), image.size)
@@ -248,6 +256,9 @@ class Oracle:
         old = image.kept
         new = Head(bytearray(content))
         image.kept, image.size = new, size
+        if isinstance(old, Head):
+            new.failed = list(old.failed)
+            new.changes += old.failed
         for key, (head, change) in list(self._active.items()):
             if head is old:
                 new.changes.append(change)
@@ -327,7 +338,7 @@ class Oracle:
             self._same_names(found, moment)
         for name, row in moment.rows.items():
             if isinstance(row.kept, Frozen):
-                self._compare(name, found[name].content, row.kept.content, [])
+                self._compare(name, found[name].content, row.kept.content, row.kept.under_way)
             else:
                 since = self._since(row.kept, moment.position, bounds.position)
                 self._compare(name, found[name].content, row.content, since)

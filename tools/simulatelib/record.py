@@ -104,7 +104,9 @@ class Recorder(Files):
         self.before: Callable[[], None] | None = (
             None  # called before each call is made: more work, as by another thread
         )
-        self.slow: Callable[[], None] | None = None  # called within each sync and each thread's write: a disk that takes its time
+        self.slow: Callable[[], None] | None = (
+            None  # called within each sync and each thread's write: a disk that takes its time
+        )
         self.syncs_left: int | None = None  # of file syncs that succeed; then one fails
         self._lock = threading.RLock()
         self._nodes: dict[tuple[int, str], int] = {}  # what each name in each directory is now

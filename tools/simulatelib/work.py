@@ -58,6 +58,7 @@ class Work:
     def __init__(self, chance: random.Random, recorder: Recorder, pool: WatchedPool, *, nested: bool = True) -> None:
         """`nested`: work comes in the middle of other work, too."""
         self._nested = nested
+        self.errors: list[OSError] = []  # that requests, commands and merges met
         self.chance = chance
         self.recorder = recorder
         self.pool = pool
@@ -202,6 +203,10 @@ class Work:
         except NoSpace:
             self.oracle.drop_change(change)
             return False
+        except OSError as error:
+            self.oracle.fail_change(change)
+            self.errors.append(error)
+            return False
         self.oracle.end_change(name, change)
         return True
 
@@ -330,6 +335,8 @@ class Work:
                 self.pool.execute(wanted)
         except PoolFailed:
             raise
+        except OSError as error:
+            self.errors.append(error)
         except Error:
             self.recorder.note("refused: " + ", ".join(map(str, wanted)))
 
@@ -461,12 +468,17 @@ class Work:
                 held = [(child.name, (leaf + 1 << LEAF_SHIFT) - 1, (leaf + 1 << LEAF_SHIFT) - 1)]
         self._held += held
         epoch = pool.enter()
-        with self._interruptible(0.2):
-            step.copy()
-            self._interrupt()
-        pool.leave(epoch)
-        for each in held:
-            self._held.remove(each)
+        try:
+            with self._interruptible(0.2):
+                step.copy()
+                self._interrupt()
+        except OSError as error:
+            self.errors.append(error)
+            return
+        finally:
+            pool.leave(epoch)
+            for each in held:
+                self._held.remove(each)
         if merge.child_of(pool, parent) is child:
             step.finish()
 
