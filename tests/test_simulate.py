@@ -1,4 +1,4 @@
-"""Power cuts: seeded work and directed histories, cut and compared (tools/simulate). Fixed seeds, and a new one each run.
+"""Power cuts: seeded work and directed histories, cut and compared (tools/simulate). Fixed seeds, and new ones a run.
 
 A failure prints the command that replays it.
 """

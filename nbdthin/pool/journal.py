@@ -65,7 +65,7 @@ def mark(sequence: int, kind: int = MARK) -> bytes:
 
 
 def _is_torn_mark(data: bytes, offset: int, sequence: int) -> bool:
-    """What is left of a mark that was written in part: it is not synced, may lie in two sectors, and errors are ignored.
+    """What is left of a mark that was written in part: it is not synced, may lie in two sectors, and may meet errors.
 
     In the last segment that is a torn tail like any other. Before a later segment, which begins with the next frame, it
     hides nothing.

@@ -1,5 +1,5 @@
-"""Power cuts, simulated: what the engine asks of its files is recorded, and for any moment of that record disks are made
-as a power cut at that moment may leave them. Each is opened by the real engine and held against what had been answered.
+"""Power cuts, simulated: what the engine asks of its files is recorded, and for any moment of the record disks are made
+as a power cut then may leave them. Each is opened by the real engine and held against what had been answered.
 
     record.py     Recorder: the engine's Files, which notes every call in one log
     disk.py       what a disk may hold after the first N events of the log, and one such disk as files

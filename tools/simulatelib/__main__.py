@@ -16,13 +16,14 @@ from simulatelib.run import Counts, Failure, run_seed
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools/simulate",
-        description="Cut the power during seeded work on a small pool, at every sync and at moments between, make disks as "
-        "each cut may leave them (unsynced sectors of 512 bytes and names kept or lost in any combination), open them with the "
-        "real engine, and compare with what had been answered. The same seed, steps and cuts are the same run.",
-        epilog="Without --seed: a new one each run, printed, until --minutes are over. Exit status 1: something was lost.",
+        description="Cut the power during seeded work on a small pool, at every sync and at moments between; make "
+        "disks as each cut may leave them (unsynced sectors of 512 bytes and names kept or lost in any mix); open "
+        "them with the real engine, and compare with what had been answered. The same arguments are the same run.",
+        epilog="Exit status 1: something was lost; what, where in the log, and the command that shows it again are "
+        "printed. Takes memory, not disk: pools lie in /dev/shm where there is room.",
     )
     add = parser.add_argument
-    add("--seed", type=int, metavar="N", help="the run to make (a new one)")
+    add("--seed", type=int, metavar="N", help="the run to make (a new one, printed)")
     add(
         "--steps", type=int, default=600, metavar="N", help="steps of work; every 150, the run goes on from a cut (600)"
     )

@@ -1,8 +1,8 @@
 """Work through LivePool: an event loop and its threads, writers at once, commands, merges, checkpoints beside them.
 
-What is answered to whom is in the same log as what the engine did to its files, so a cut at any event has its bounds. The
-order of events is the threads' own: a seed gives the same work, not the same run. Each writer has a part of a volume to
-itself, as a client that wants to know what it reads.
+What is answered to whom is in the same log as what the engine did to its files, so a cut at any event has its bounds.
+The order of events is the threads' own: a seed gives the same work, not the same run. Each writer has a part of a
+volume to itself, as a client that wants to know what it reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from simulatelib.disk import KEPT, LOST, MIXED, Tree, materialise
 from simulatelib.judge import Judge
-from simulatelib.oracle import Frozen, Head, Image, Lost, Oracle
+from simulatelib.oracle import Frozen, Head, Image, Oracle
 from simulatelib.record import Recorder
 from simulatelib.run import BLOCK, Counts, Failure, abandon, judge_log, scratch, small, start
 from simulatelib.watched import WatchedPool
@@ -164,8 +164,9 @@ class LiveWork:
         return [name for name, image in self._oracle.images.items() if isinstance(image.kept, kind)]
 
     def _name(self) -> str:
-        self._count += 1
-        return f"n{self._recorder.adopted}.{self._count}"
+        while f"n{self._count}" in self._oracle.images:
+            self._count += 1
+        return f"n{self._count}"
 
     async def _commander(self) -> None:
         try:
@@ -245,9 +246,8 @@ def run_live(seed: int, steps: int) -> Counts:
                     materialise(tree, root)
                 tree = _live(root, chance, judge, min(LIFE, steps - life * LIFE), counts) or tree
                 shutil.rmtree(root)
-        except (Lost, AssertionError) as error:
-            what = str(error) or "an assertion of the engine failed"
-            raise Failure(what, f"tools/simulate --live --seed {seed} --steps {steps}") from error
+        except Exception as error:
+            raise Failure(error, f"tools/simulate --live --seed {seed} --steps {steps}") from error
     counts.images = judge.images
     return counts
 
@@ -260,7 +260,7 @@ def _live(root: Path, chance: random.Random, judge: Judge, steps: int, counts: C
     try:
         uvloop.run(work.run())
     except ExceptionGroup as group:
-        raise _first(group) from group
+        raise _first(group) from None
     finally:
         if pool.failed is None:
             abandon(pool)

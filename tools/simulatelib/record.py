@@ -1,8 +1,8 @@
 """The engine's `Files` that performs every call on real files and notes it in a log.
 
-The log is one list for all threads. A call that takes effect at once (a write into the page cache, a rename) is made and
-noted under one lock, so the log has the order in which they happened. A sync has two events, as others may happen while
-it is under way: only what came before the first is durable at the second.
+The log is one list for all threads. A call that takes effect at once (a write into the page cache, a rename) is made
+and noted under one lock, so the log has the order in which they happened. A sync has two events, as others may happen
+while it is under way: only what came before the first is durable at the second.
 
 Files and directories go by a number, as an inode does: a name may change hands. `root` is the file system; what lies
 outside of it is refused.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ POLICIES = (LOST, KEPT, MIXED, MIXED)
 class Failure(Exception):
     """What was found, where, and the command that shows it again."""
 
-    def __init__(self, what: str, command: str) -> None:
+    def __init__(self, error: Exception, command: str) -> None:
+        what = str(error) if isinstance(error, Lost) else "".join(traceback.format_exception(error))
         super().__init__(f"{what}\n    {command}")
 
 
@@ -188,9 +190,8 @@ def run_seed(seed: int, steps: int, cuts: str = "sync") -> Counts:
                     materialise(tree, root)
                 tree = _live(root, chance, judge, min(LIFE, steps - life * LIFE), cuts, counts) or tree
                 shutil.rmtree(root)
-        except (Lost, AssertionError) as error:
-            what = str(error) or "an assertion of the engine failed"
-            raise Failure(what, f"tools/simulate --seed {seed} --steps {steps} --cuts {cuts}") from error
+        except Exception as error:
+            raise Failure(error, f"tools/simulate --seed {seed} --steps {steps} --cuts {cuts}") from error
         finally:
             counts.images = judge.images
     return counts

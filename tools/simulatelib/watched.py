@@ -1,4 +1,4 @@
-"""The engine's Pool, which tells an oracle what it was asked and what it says is durable. It changes nothing of either."""
+"""The engine's Pool, which tells an oracle what it was asked and what it says is durable; it changes nothing."""
 
 from __future__ import annotations
 

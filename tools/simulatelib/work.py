@@ -153,8 +153,9 @@ class Work:
         return [name for name, image in self.oracle.images.items() if isinstance(image.kept, Frozen)]
 
     def _new_name(self) -> str:
-        self._count += 1
-        return f"n{self.recorder.adopted}.{self._count}"
+        while f"n{self._count}" in self.oracle.images:
+            self._count += 1
+        return f"n{self._count}"
 
     def _size(self) -> int:
         sub, block = self.pool.block_size // 16, self.pool.block_size
@@ -344,7 +345,7 @@ class Work:
         chance = self.chance
         volumes, snapshots, names = self._volumes(), self._snapshots(), list(self.oracle.images)
         kind = chance.choice(_COMMANDS)
-        if kind in ("create", "snapshot", "clone") and len(names) >= MOST_NAMES or not volumes:
+        if (kind in ("create", "snapshot", "clone") and len(names) >= MOST_NAMES) or not volumes:
             kind = "remove" if names and volumes else "create"
         if kind in ("clone", "rollback") and not snapshots:
             kind = "snapshot"
