@@ -12,6 +12,8 @@ from simulatelib.directed import ALL, run_directed
 from simulatelib.livework import run_live
 from simulatelib.run import run_seed
 
+from .served import ServedWork
+
 NEW = random.SystemRandom().randrange(1 << 31)  # of this run; a failure names it
 
 
@@ -36,3 +38,9 @@ def test_a_cut_at_any_call_of_random_work_loses_nothing() -> None:
 @pytest.mark.parametrize("seed", [1, 2, NEW])
 def test_a_cut_of_a_live_pool_loses_nothing_that_was_answered(seed: int) -> None:
     print(f"seed {seed}:", run_live(seed, 60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, NEW])
+def test_a_cut_of_a_served_pool_loses_nothing_that_a_client_was_answered(seed: int) -> None:
+    print(f"seed {seed}:", run_live(seed, 60, ServedWork))

@@ -25,6 +25,10 @@ from nbdthin.pool.files import Files, write_all
 from nbdthin.pool.journal import Journal
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.pool import Batch, Pool
+from nbdthin.server import Connection
+from nbdthin.wire import transmission
+
+from .served import ServedWork
 
 Patch = pytest.MonkeyPatch
 
@@ -87,6 +91,27 @@ def live_commit_shares_the_batch_under_way(patch: Patch) -> None:
 
     real = LivePool.commit
     patch.setattr(LivePool, "commit", commit)
+
+
+def fua_answered_before_its_commit(patch: Patch) -> None:
+    """FUA of a write, a zeroing or a trim is taken for done when the write is."""
+
+    async def succeed(self: Connection, flags: int, cookie: int) -> None:
+        await real_succeed(self, 0, cookie)
+
+    def write(self: Connection, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> None:
+        real_write(self, 0, cookie, offset, payload, owned)
+
+    real_succeed, real_write = Connection._succeed, Connection._write
+    patch.setattr(Connection, "_succeed", succeed)
+    patch.setattr(Connection, "_write", write)
+
+
+def flush_answered_at_once(patch: Patch) -> None:
+    async def commit(self: Connection, cookie: int) -> None:
+        self._put(transmission.simple_reply(0, cookie))
+
+    patch.setattr(Connection, "_commit", commit)
 
 
 def freed_blocks_reused_at_once(patch: Patch) -> None:
@@ -324,6 +349,10 @@ def _live(*seeds: int) -> list[Run]:
     return [lambda seed=seed: run_live(seed, 30) for seed in seeds]  # type: ignore[misc]
 
 
+def _served(*seeds: int) -> list[Run]:
+    return [lambda seed=seed: run_live(seed, 30, ServedWork) for seed in seeds]  # type: ignore[misc]
+
+
 RANDOM = _seeds(*range(1, 9))
 MUTATIONS: dict[Callable[[Patch], None], list[Run]] = {
     metadata_before_data: _directed("snapshot", "clone"),
@@ -332,6 +361,8 @@ MUTATIONS: dict[Callable[[Patch], None], list[Run]] = {
     data_marked_clean_after_its_sync: RANDOM,
     live_commit_answered_before_it_is_made: _live(1, 2),
     live_commit_shares_the_batch_under_way: _live(1, 2),
+    fua_answered_before_its_commit: _served(1, 2),
+    flush_answered_at_once: _served(1, 2),
     freed_blocks_reused_at_once: _directed("full_pool"),
     freed_blocks_released_when_the_batch_begins: _directed("full_pool"),
     freed_blocks_reused_while_read: RANDOM,

@@ -11,8 +11,8 @@ import asyncio
 import random
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import uvloop
@@ -55,21 +55,29 @@ class LiveWork:
         """The pool crashes at the end; with `at_end`, that is called, and then the pool is closed."""
         live = self._live = LivePool(self._pool)
         try:
-            await self._attempt(self._create(*(name for name in VOLUMES if name not in self._oracle.images)))
-            async with asyncio.TaskGroup() as group:
-                for name in VOLUMES:
-                    for index in range(WRITERS):
-                        group.create_task(self._writer(name, index, random.Random(self._chance.random())))
-                group.create_task(self._commander())
-            while live.merging is not None:
-                await live.merging
-            await self._check_all()
-            if at_end is not None:
-                await at_end(live)
+            await self._work(at_end)
         finally:
             if self._pool.failed is None and at_end is None:
                 self._pool.fail(OSError(5, "the power is gone"))
             await live.close()
+
+    async def _work(self, at_end: Callable[[LivePool], Awaitable[None]] | None) -> None:
+        await self._attempt(self._create(*(name for name in VOLUMES if name not in self._oracle.images)))
+        async with self._connected(), asyncio.TaskGroup() as group:
+            for name in VOLUMES:
+                for index in range(WRITERS):
+                    group.create_task(self._writer(name, index, random.Random(self._chance.random())))
+            group.create_task(self._commander())
+        while self._live.merging is not None:
+            await self._live.merging
+        await self._check_all()
+        if at_end is not None:
+            await at_end(self._live)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[None]:
+        """Where the writers are clients of a server, that is there inside."""
+        yield
 
     async def _create(self, *names: str) -> None:
         if names:
@@ -228,7 +236,7 @@ class LiveWork:
                 self._oracle.check_now(name, found, [change for head, change in self._oracle.active() if head is kept])
 
 
-def run_live(seed: int, steps: int) -> Counts:
+def run_live(seed: int, steps: int, work: type[LiveWork] = LiveWork) -> Counts:
     """Commands of number `steps` beside writers; the power is cut at random events of it. Raises Failure."""
     counts = Counts(steps=steps)
     chance = random.Random(seed)
@@ -244,7 +252,7 @@ def run_live(seed: int, steps: int) -> Counts:
                     Pool.init(root / "pool", size=72 * BLOCK, block_size=BLOCK)
                 else:
                     materialise(tree, root)
-                tree = _live(root, chance, judge, min(LIFE, steps - life * LIFE), counts) or tree
+                tree = _live(root, chance, judge, min(LIFE, steps - life * LIFE), counts, work) or tree
                 shutil.rmtree(root)
         except Exception as error:
             raise Failure(error, f"tools/simulate --live --seed {seed} --steps {steps}") from error
@@ -252,11 +260,13 @@ def run_live(seed: int, steps: int) -> Counts:
     return counts
 
 
-def _live(root: Path, chance: random.Random, judge: Judge, steps: int, counts: Counts) -> Tree | None:
+def _live(
+    root: Path, chance: random.Random, judge: Judge, steps: int, counts: Counts, kind: type[LiveWork]
+) -> Tree | None:
     recorder = Recorder(root)
     recorder.slow = lambda: time.sleep(0.002 * random.random())  # threads: it draws nothing from `chance`
     pool = start(recorder, root / "pool", exact=False)
-    work = LiveWork(chance.randrange(1 << 30), recorder, pool, steps)
+    work = kind(chance.randrange(1 << 30), recorder, pool, steps)
     try:
         uvloop.run(work.run())
     except ExceptionGroup as group:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -303,6 +303,15 @@ class Oracle:
     def ask_flush(self) -> Moment:
         """Someone wants to know that everything so far is durable."""
         return Moment(self._note("flush is asked for"), -1, self._rows())
+
+    def ask_fua(self, name: str, change: Change) -> Moment:
+        """The same, with a change to `name` that has just begun."""
+        moment = self.ask_flush()
+        row = moment.rows[name]
+        content = bytearray(row.content)
+        content[change.offset : change.offset + len(change.data)] = change.data
+        moment.rows[name] = replace(row, content=bytes(content))
+        return moment
 
     def flushed(self, moment: Moment) -> None:
         """And was told so."""
