@@ -1,4 +1,4 @@
-"""simulatelib's live work with the real Server in between: what clients were answered over NBD is what must be there."""
+"""simulatelib's live work with the real Server in between: what clients were answered over NBD must be there."""
 
 from __future__ import annotations
 

@@ -95,10 +95,13 @@ class Judge:
         finally:
             if pool.failed is None:
                 pool.close()
-        with Pool.open(path, autocommit=False) as pool:
-            _sound(pool)
-            if contents(pool) != wanted:
-                raise Lost(f"recovered to frame {frame}, and what was written then is not what is read later")
+        try:
+            with Pool.open(path, autocommit=False) as pool:
+                _sound(pool)
+                if contents(pool) != wanted:
+                    raise Lost(f"recovered to frame {frame}, and what was written then is not what is read later")
+        except Error as error:
+            raise Lost(f"recovered to frame {frame}, worked on, and it does not open again: {error}") from error
         return frame
 
     def _use(self, pool: Pool, found: dict[str, Found]) -> dict[str, Found]:

@@ -38,6 +38,7 @@ class Failure(Exception):
     def __init__(self, error: Exception, command: str) -> None:
         what = str(error) if isinstance(error, Lost) else "".join(traceback.format_exception(error))
         super().__init__(f"{what}\n    {command}")
+        self.error = error
 
 
 @dataclass
