@@ -826,7 +826,7 @@ class LivePool:
                     if merge.child_of(self.pool, parent) is not child:
                         continue
                 step = merge.Step(self.pool, parent, child, leaf)
-                if step.blocks:
+                if step.has_io:
                     await self.in_thread(step.copy)
                     if merge.child_of(self.pool, parent) is not child:
                         continue

@@ -361,6 +361,7 @@ class Pool:
             self.state.sealing = {layer.number for layer in self.state.layers.values() if not layer.head}
             with contextlib.suppress(NoSpace):  # of the journal's file system: a later commit makes it durable
                 self.commit()
+        self.sums.todo.update((layer.number, None) for layer in self.state.layers.values() if not layer.head)
         self.arm_growth()
 
     def _read_unsynced(self) -> builtins.list[Record]:

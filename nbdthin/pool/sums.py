@@ -1,10 +1,10 @@
 """Checksums of sealed data: a record for each physical block, in one sparse file beside the journal (FORMAT.md).
 
-A record (block, owner) with a sum for subblock s says: what layer `owner` shows in subblock s of the volume's block that
-it keeps, or kept, in that physical block has this sum. What a sealed layer shows never changes, the number of a layer
-whose seal is durable is never used again, and a block moves only between layers, at its place in the volume. So a record
-is true for ever, whatever a crash takes back, as long as it was made for a layer whose seal was durable. It *counts*
-where its owner is there, sealed, and has an entry that names this block with data in this subblock.
+A record (block, owner) with a sum for subblock s says: what layer `owner` shows in subblock s of the volume's block
+that it keeps, or kept, in that physical block has this sum. What a sealed layer shows never changes, the number of a
+layer whose seal is durable is never used again, and a block moves only between layers, at its place in the volume. So a
+record is true for ever, whatever a crash takes back, as long as it was made for a layer whose seal was durable. It
+*counts* where its owner is there, sealed, and has an entry that names this block with data in this subblock.
 
 Therefore nothing orders the file with the journal, and nothing syncs it: what is lost, torn or of another owner means
 "no sum yet", and is computed again. Nothing of it is kept in memory but which layers may lack sums (`todo`).
@@ -94,7 +94,7 @@ class Sums:
         records: Records = np.zeros(len(blocks), RECORD)
         if self._fd < 0:
             return records
-        view = memoryview(records.view(np.uint8))
+        view = records.view(np.uint8).data
         for start, end in runs(blocks):
             with contextlib.suppress(OSError):
                 os.preadv(self._fd, (view[start * SIZE : end * SIZE],), int(blocks[start]) * SIZE)
@@ -105,7 +105,7 @@ class Sums:
         return records
 
     def _write(self, blocks: Words, records: Records) -> None:
-        view = memoryview(records.view(np.uint8))
+        view = records.view(np.uint8).data
         crcs = [zlib.crc32(view[index * SIZE : index * SIZE + _CHECKED]) for index in range(len(records))]
         records["crc"] = crcs
         try:
@@ -121,7 +121,7 @@ class Sums:
             self.failed = False
 
     def add(self, owner: int, blocks: Words, masks: list[int], sums: npt.NDArray[np.uint32]) -> None:
-        """Give blocks of `owner` the sums in `masks`. Those that they have stay, so that what they found stays found."""
+        """Give blocks of `owner` the sums in `masks`. Those that they have stay: what they find stays found."""
         with self._lock:
             records = self.read(blocks)
             for index, mask in enumerate(masks):
@@ -210,7 +210,23 @@ def leaf_of(layer: Layer, leaf: int) -> Piece:
     order = np.argsort(entries[index] >> _PHYSICAL)
     index = index[order]
     entries = entries[index]
-    return Piece(layer, entries >> _PHYSICAL, index.astype(np.uint64) + np.uint64(leaf << LEAF_SHIFT), entries & FULL)
+    logical: Words = index.astype(np.uint64) + np.uint64(leaf << LEAF_SHIFT)
+    return Piece(layer, entries >> _PHYSICAL, logical, (entries & FULL).astype(np.uint64))
+
+
+def showing(layer: Layer, block: int, sub: int) -> list[str]:
+    """The volumes and snapshots that show subblock `sub` of a block as `layer` has it."""
+    names = []
+    todo = [layer]
+    while todo:
+        node = todo.pop()
+        if node.name is not None:
+            names.append(node.name)
+        for child in node.children.values():
+            entry = child.entry(block)
+            if not (entry | entry >> SUBBLOCKS) >> sub & 1:
+                todo.append(child)
+    return sorted(names)
 
 
 # -- computing
