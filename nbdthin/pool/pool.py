@@ -58,6 +58,7 @@ from nbdthin.pool.records import (
     encode,
 )
 from nbdthin.pool.rows import Extent, PoolInfo, Row, Usage
+from nbdthin.pool.sums import Sums
 from nbdthin.pool.superblock import DATA_HEADER, Superblock, read_superblock
 from nbdthin.pool.unsynced import Unsynced
 from nbdthin.pool.volume import JOURNAL_LOW, Shrink, Volume
@@ -210,6 +211,7 @@ class Pool:
         self.journal = Journal(path / "journal", files)
         self.unsynced = Unsynced(path / "journal", files)
         self.data = DataFile(path / superblock.data, superblock.size, files)
+        self.sums = Sums(path / "sums", files)
         self._lock = lock
         self._autocommit = autocommit
         self._records: list[Record] = []  # structural changes since the last `begin`
@@ -220,6 +222,7 @@ class Pool:
         self._batch: list[Command] | None = None
         self.unwritten: Batch | None = None  # packed, and not yet durable
         self._settling: set[int] = set()  # layers that the batch being made durable leaves without a name or a child
+        self._sealing: set[int] = set()  # layers that it seals
         self._capture: Capture | None = None  # of the checkpoint that is being written
         self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
@@ -361,8 +364,10 @@ class Pool:
             freed = self.allocator.hold(before)
             self._freed_arrays = [freed] if len(freed) else []
             self.state.unsettled = {*self.state.mergeable, *self.state.prunable}
+            self.state.sealing = {layer.number for layer in self.state.layers.values() if not layer.head}
             with contextlib.suppress(NoSpace):  # of the journal's file system: a later commit makes it durable
                 self.commit()
+        self.sums.todo.update((layer.number, None) for layer in self.state.layers.values() if not layer.head)
         self.arm_growth()
 
     def _read_unsynced(self) -> builtins.list[Record]:
@@ -424,6 +429,7 @@ class Pool:
     def _release(self) -> None:
         self.unsynced.close(clean=self.failed is None and not self.has_changes)
         self.journal.close()
+        self.sums.close()
         self.data.close()
         os.close(self._lock)
 
@@ -754,6 +760,7 @@ class Pool:
             freed.append(np.array(self._freed_blocks, dtype=np.uint64))
         self._freed_blocks, self._freed_arrays = [], []
         self._settling, self.state.unsettled = self.state.unsettled, set()
+        self._sealing, self.state.sealing = self.state.sealing, set()
         sync_data = bool(self.data.dirty)
         if sync_data:  # only then: what a thread has written since that look must not be forgotten
             self.data.dirty = 0
@@ -772,6 +779,8 @@ class Pool:
         """`batch` is durable."""
         self.unwritten = None
         self._settling = set()
+        self.sums.todo.update(dict.fromkeys(self._sealing))
+        self._sealing = set()
         self.note_journal()
         if batch.checkpoint_lost:
             self.checkpoint_ended(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -904,6 +913,11 @@ class Pool:
         have overwritten them in place.
         """
         return layer.number not in self.state.unsettled and layer.number not in self._settling
+
+    def is_sealed(self, layer: Layer) -> bool:
+        """What the layer shows never changes again, whatever a crash takes back."""
+        number = layer.number
+        return not layer.head and number not in self.state.sealing and number not in self._sealing
 
     # -- queries
 

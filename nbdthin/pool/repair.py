@@ -296,6 +296,9 @@ def replace_journal(
     Journal.create_at(made, max(number, 2), Capture(state).payloads(), files)  # 1 would say that nothing was before
     again = replay(made, superblock)
     assert again.names == state.names and again.layers.keys() == state.layers.keys()
+    if (path / "sums").exists():  # of a later state than this one, in which layers may have had these numbers already
+        files.unlink(path / "sums")
+        files.sync_directory(path)
     return [_put_in_place(path, made, old, files)] if old.exists() else _put(path, made, files)
 
 
