@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nbdthin.pool.events import Event
     from nbdthin.pool.policy import Policy
     from nbdthin.pool.pool import Pool
-    from nbdthin.pool.rows import Extent, PoolInfo, Row
+    from nbdthin.pool.rows import Extent, Finding, PoolInfo, Row, Scrubbed
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
     "Exists",
     "Export",
     "Extent",
+    "Finding",
     "InUse",
     "Info",
     "Invalid",
@@ -60,6 +61,7 @@ __all__ = [
     "PoolInfo",
     "ReadOnly",
     "Row",
+    "Scrubbed",
     "Unreachable",
     "connect",
     "connect_async",
@@ -77,7 +79,9 @@ _LAZY = {
     "Policy": "nbdthin.pool.policy",
     "Pool": "nbdthin.pool.pool",
     "Extent": "nbdthin.pool.rows",
+    "Finding": "nbdthin.pool.rows",
     "PoolInfo": "nbdthin.pool.rows",
+    "Scrubbed": "nbdthin.pool.rows",
     "Row": "nbdthin.pool.rows",
 }
 

@@ -26,7 +26,7 @@ from nbdthin.control.client import Client, connect
 from nbdthin.control.codec import plain, printable
 from nbdthin.control.rows import Export, Info, Node
 from nbdthin.errors import Error, Invalid
-from nbdthin.pool.rows import Extent, PoolInfo
+from nbdthin.pool.rows import Extent, Finding, PoolInfo
 
 if TYPE_CHECKING:
     from nbdthin.control.commands import Daemon
@@ -249,6 +249,30 @@ def _events(arguments: Namespace) -> None:
             sys.stdout.flush()
 
 
+def _scrub_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what these show; without any, everything")
+    parser.add_argument("--rate", metavar="SIZE", help="bytes a second (default: the daemon's [scrub] rate)")
+
+
+def _scrub(arguments: Namespace) -> list[Finding]:
+    """What was found; it has been printed by then."""
+    found = []
+    with _connect(arguments) as pool, display.Scrubbing(quiet=_wants_json(arguments)) as shown:
+        for step in pool.scrub(*arguments.names, rate=arguments.rate):
+            if step.finding is not None:
+                found.append(step.finding)
+            if _wants_json(arguments):
+                print(json.dumps(step, default=plain))
+                sys.stdout.flush()
+            else:
+                shown.show(step)
+    return found
+
+
+def _scrub_failed(found: list[Finding]) -> str:
+    return f"damaged data was found (places: {len(found)})" if found else ""
+
+
 def _show(arguments: Namespace) -> Export:
     with _connect(arguments) as pool:
         return pool.show(arguments.name)
@@ -351,6 +375,7 @@ class Verb:
     show: Callable[..., None] = lambda _: None  # success is quiet
     failed: Callable[..., str] = lambda _: ""  # what is wrong although the verb itself went well
     offline: bool = False  # asks no daemon
+    prints_itself: bool = False  # line by line, also as JSON
 
 
 VERBS: dict[str, Verb] = {
@@ -372,6 +397,9 @@ VERBS: dict[str, Verb] = {
     "tree": Verb("what stands on what", _no_arguments, _tree, display.show_tree),
     "info": Verb("the pool, the daemon, the disk", _no_arguments, _info, display.show_info),
     "events": Verb("what happens to the pool, from now on", _no_arguments, _events),
+    "scrub": Verb(
+        "compare data with its checksums", _scrub_arguments, _scrub, failed=_scrub_failed, prints_itself=True
+    ),
     "diff": Verb("where two snapshots differ", _names("BEFORE", "AFTER"), _diff, display.show_extents),
     "check": Verb(
         "does a pool add up? Offline, writes nothing",
@@ -435,7 +463,7 @@ def _run(argv: Sequence[str] | None) -> int:
     result = verb.run(arguments)
     if not _wants_json(arguments):
         verb.show(result)
-    elif result is not None:
+    elif result is not None and not verb.prints_itself:
         _print_json(result)
     sys.stdout.flush()
     problem = verb.failed(result)

@@ -18,7 +18,7 @@ from typing import TypeVar
 from nbdthin.addresses import NBD_PORT, Address, TcpAddress, UnixAddress, parse_address
 from nbdthin.errors import ConfigError, Invalid
 from nbdthin.pool.policy import ERROR, QUEUE, Policy
-from nbdthin.units import KiB, parse_size
+from nbdthin.units import KiB, MiB, parse_size
 
 MAX_DESCRIPTION = 4096  # bytes; the protocol's limit for a string
 
@@ -51,6 +51,11 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ScrubConfig:
+    rate: int = 64 * MiB  # bytes a second: a tenth of what a disk gives, or less
+
+
+@dataclass(frozen=True, slots=True)
 class ExportRule:
     """How volumes and snapshots are exported: the first rule that matches; read-write without one."""
 
@@ -65,6 +70,7 @@ class Config:
     pool: PoolConfig
     server: ServerConfig
     control: ControlConfig
+    scrub: ScrubConfig
     exports: tuple[ExportRule, ...]
 
 
@@ -88,6 +94,7 @@ def load(path: Path | str) -> Config:
         pool=_pool(top.table("pool"), base),
         server=_server(top.table("server"), base),
         control=_control(top.table("control"), base),
+        scrub=_scrub(top.table("scrub")),
         exports=tuple(_export(table) for table in top.tables("export")),
     )
     top.finish()
@@ -109,6 +116,7 @@ def _pool(table: _Table, base: Path) -> PoolConfig:
         auto_extend_step=table.get("auto_extend_step", default.auto_extend_step, _step),
         max_size=table.get("max_size", default.max_size, _size),
         low_water=table.get("low_water", default.low_water, _levels),
+        verify=table.get("verify", default.verify, _flag),
         hook=table.get("hook", default.hook, _command),
     )
     table.finish()
@@ -124,6 +132,12 @@ def _server(table: _Table, base: Path) -> ServerConfig:
 
 def _control(table: _Table, base: Path) -> ControlConfig:
     result = ControlConfig(socket=base / table.get("socket", ControlConfig().socket, _path))
+    table.finish()
+    return result
+
+
+def _scrub(table: _Table) -> ScrubConfig:
+    result = ScrubConfig(rate=table.get("rate", ScrubConfig().rate, _rate))
     table.finish()
     return result
 
@@ -162,6 +176,13 @@ def _size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise Invalid(f'a size is wanted, as in "100 GiB", not {value!r}')
     return parse_size(value)
+
+
+def _rate(value: object) -> int:
+    rate = _size(value)
+    if not rate:
+        raise Invalid("a rate is more than 0 bytes a second")
+    return rate
 
 
 def _no_space(value: object) -> str:

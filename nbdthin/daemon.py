@@ -132,7 +132,7 @@ async def _serve(config: Config, pool: Pool, sockets: _Sockets, ready: Callable[
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     _on_stop_signals(lambda *_: loop.call_soon_threadsafe(stop.set))
-    live = LivePool(pool)
+    live = LivePool(pool, config.scrub.rate)
     hook = None
     if config.pool.hook:
         hook = loop.create_task(run_hook(config.pool.hook, pool.path, live.events))

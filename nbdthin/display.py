@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Self
 
 from nbdthin.control.codec import printable
 from nbdthin.control.rows import DiskFacts, Export, Info, Node, ProcessFacts
 from nbdthin.pool.events import Event
-from nbdthin.pool.rows import Extent, PoolInfo
+from nbdthin.pool.rows import Extent, Finding, PoolInfo, Scrubbed
 from nbdthin.units import format_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 WIDEST = 100_000  # columns: rows are never cut, the terminal wraps them
 
@@ -22,6 +26,53 @@ _NUMBERS = ("SIZE", "REFERENCED", "EXCLUSIVE", "SHARED")
 
 def show_new_pool(info: PoolInfo) -> None:
     print(f"{printable(str(info.path))}: {format_size(info.data_total)} in blocks of {format_size(info.block_size)}")
+
+
+class Scrubbing:
+    """A scrub as it goes on: a bar on a terminal, what was found, and a line about all of it at the end."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._progress: Progress | None = None
+        if sys.stdout.isatty() and not quiet:
+            from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+            self._progress = Progress(
+                *Progress.get_default_columns()[:2],
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._task = self._progress.add_task("scrub", total=None)
+        self._last: Scrubbed | None = None
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def show(self, step: Scrubbed) -> None:
+        self._last = step
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step.done, total=step.total)
+        if step.finding is not None:
+            print(_finding(step.finding))
+            sys.stdout.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if kind is None and self._last is not None:
+            unsummed = (
+                f", {format_size(self._last.unsummed)} of it without checksums yet" if self._last.unsummed else ""
+            )
+            print(f"scrubbed {format_size(self._last.done)}{unsummed}")
+
+
+def _finding(finding: Finding) -> str:
+    what = "unreadable" if finding.unreadable else "damaged"
+    others = ", ".join(name for name in finding.affected if name != finding.name)
+    where = f"{finding.name or 'nothing that has a name'}: {finding.length} bytes at {finding.offset} are {what}"
+    return f"{where} (data byte {finding.position}){f'; also in {others}' if others else ''}"
 
 
 def show_uri(export: Export) -> None:

@@ -451,6 +451,8 @@ class Connection(asyncio.BufferedProtocol):
         self._structured = agreed.structured
         self._contexts = agreed.contexts
         self._data_fd = self._live.pool.data.fd
+        # Chosen once: who does not want data verified pays nothing for it.
+        self._answer_read = Connection._read_verified if self._live.pool.policy.verify else Connection._read
         log.info("%s: connected to %s", self.peer, agreed.export.name)
         # What came behind the handshake is at most an option's length, but may be more than scratch holds.
         position = 0
@@ -504,7 +506,7 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 try:
                     if command == _READ:
-                        self._read(flags, cookie, offset, length)
+                        self._answer_read(self, flags, cookie, offset, length)
                     elif command == _FLUSH:
                         self._flush_volume(cookie, end - position < _REQUEST_HEADER)
                     else:
@@ -605,6 +607,19 @@ class Connection(asyncio.BufferedProtocol):
             put(view)
         else:
             self._start(_READ, cookie, length, self._read_slowly(segments, view, put))
+
+    def _read_verified(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        """As `_read`, of what has been compared with its checksums."""
+        segments = self._volume.segments(offset, length)
+        if all(position == ZERO for position, _ in segments):
+            self._read(flags, cookie, offset, length)
+        else:
+            self._start(_READ, cookie, length, self._read_checked(cookie, offset, length, segments))
+
+    async def _read_checked(self, cookie: int, offset: int, length: int, segments: list[tuple[int, int]]) -> None:
+        view = _buffer(length)
+        await self._device.read_checked(offset, segments, view)
+        self._put_read(cookie, offset, view)
 
     async def _read_slowly(
         self, segments: list[tuple[int, int]], view: memoryview, put: Callable[[memoryview], None]

@@ -25,6 +25,7 @@ KEYS = {
     "pool": config.PoolConfig,
     "server": config.ServerConfig,
     "control": config.ControlConfig,
+    "scrub": config.ScrubConfig,
     "export": config.ExportRule,
 }
 

@@ -353,7 +353,6 @@ def test_a_pool_that_fails_tells_those_who_wait(full: Full, monkeypatch: pytest.
     assert [event.kind for event in heard] == ["no_space", "failed"]
     client.close()
     other.close()
-    full.failed = True
 
 
 # -- limits, under writers at once

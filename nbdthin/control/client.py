@@ -22,7 +22,7 @@ from nbdthin.control.codec import LENGTH, BadFrame
 from nbdthin.control.rows import Export, Info, Node, lineage
 from nbdthin.errors import Error, Invalid, Unreachable
 from nbdthin.pool.events import Event
-from nbdthin.pool.rows import Extent
+from nbdthin.pool.rows import Extent, Scrubbed
 from nbdthin.units import parse_size
 
 T = TypeVar("T")
@@ -109,6 +109,10 @@ def _info_call() -> _Call[Info]:
 
 def _events_call() -> _Call[list[Event]]:
     return _Call("events", {}, _rows(Event))
+
+
+def _scrub_call(names: tuple[str, ...], rate: int | str | None) -> _Call[list[Scrubbed]]:
+    return _Call("scrub", {"names": names, "rate": None if rate is None else parse_size(rate)}, _rows(Scrubbed))
 
 
 def _batch_call(collected: list[_Call[None]]) -> _Call[None]:
@@ -239,6 +243,13 @@ class Client(Changes[None]):
         """What happens to the pool from now on, as it happens; the connection is its own until the daemon stops."""
         return self._stream(_events_call())
 
+    def scrub(self, *names: str, rate: int | str | None = None) -> Iterator[Scrubbed]:
+        """Compare what `names` show, or everything, with its checksums: how far it is, and what it finds.
+
+        `rate` is bytes a second, the daemon's by default. The connection is its own until it ends. Raises NotFound.
+        """
+        return self._stream(_scrub_call(names, rate))
+
     @contextlib.contextmanager
     def batch(self) -> Iterator[Self]:
         """Collect the changes called inside: all or nothing, one commit when the block ends."""
@@ -352,6 +363,10 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
     def events(self) -> AsyncIterator[Event]:
         """As `Client.events`."""
         return self._stream(_events_call())
+
+    def scrub(self, *names: str, rate: int | str | None = None) -> AsyncIterator[Scrubbed]:
+        """As `Client.scrub`."""
+        return self._stream(_scrub_call(names, rate))
 
     @contextlib.asynccontextmanager
     async def batch(self) -> AsyncIterator[Batch]:

@@ -34,7 +34,7 @@ from nbdthin.pool.commands import (
 )
 from nbdthin.pool.commands import Remove as RemoveOne
 from nbdthin.pool.events import Event
-from nbdthin.pool.rows import Extent, Row
+from nbdthin.pool.rows import Extent, Row, Scrubbed
 
 if TYPE_CHECKING:
     from nbdthin.pool.live import LivePool
@@ -133,6 +133,12 @@ class Diff:
 
 
 @dataclass(frozen=True, slots=True)
+class Scrub:
+    names: tuple[str, ...] = ()  # all without any
+    rate: int | None = None  # bytes a second
+
+
+@dataclass(frozen=True, slots=True)
 class Nothing:
     pass
 
@@ -218,6 +224,12 @@ def _events(daemon: Daemon, _: Nothing) -> AsyncIterator[Event]:
     return daemon.live.listen()
 
 
+def _scrub(daemon: Daemon, arguments: Scrub) -> AsyncIterator[Scrubbed]:
+    if arguments.rate is not None and arguments.rate <= 0:
+        raise Invalid("a rate is more than 0 bytes a second")
+    return daemon.live.scrub(arguments.names, arguments.rate)
+
+
 # -- the table
 
 
@@ -259,6 +271,7 @@ COMMANDS: dict[str, Change | Query | Stream] = {
     "show": Query("one volume or snapshot", Show, _show),
     "diff": Query("where two snapshots differ", Diff, _diff),
     "info": Query("the pool, the process, the disk", Nothing, _info),
+    "scrub": Stream("compare data with its checksums", Scrub, _scrub),
     "events": Stream("what happens to the pool, from now on", Nothing, _events),
 }
 

@@ -29,7 +29,10 @@ FAILED = "failed"  # a sync failed: the pool is read-only
 DAMAGE = "damage"  # something on disk is not what it was
 DROPPED = "dropped"  # of this listener's events, `count` were not kept
 
-_LEVELS = {**dict.fromkeys((RECOVERED, SPACE, EXTENDED, JOURNAL_ROOM), logging.INFO), FAILED: logging.ERROR}
+_LEVELS = {
+    **dict.fromkeys((RECOVERED, SPACE, EXTENDED, JOURNAL_ROOM), logging.INFO),
+    **dict.fromkeys((FAILED, DAMAGE), logging.ERROR),
+}
 WAITING = 1024  # events that a listener may be behind
 HYSTERESIS = 0.02  # fraction of the pool by which usage must fall below a level before that is told
 

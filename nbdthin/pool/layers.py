@@ -313,6 +313,7 @@ class State:
         self.mergeable: dict[int, None] = {}  # layers without a name and with one child, in order of discovery
         self.prunable: dict[int, None] = {}  # layers that lost their name, or a child, and have several children
         self.unsettled: set[int] = set()  # those of the two that came there since the last commit was packed
+        self.sealing: set[int] = set()  # layers sealed since the last commit was packed
         self.snapshots = 0  # names that are snapshots
         self.limited: dict[str, None] = {}  # names with a quota or a reservation
         self.size = 0  # bytes of data that the pool has grown to; 0: what the superblock says
@@ -371,6 +372,8 @@ class State:
         else:
             self.limited.pop(record.name, None)
         layer.name = record.name
+        if layer.head and record.snapshot:
+            self.sealing.add(layer.number)
         layer.head = not record.snapshot
         if before is None or before.layer == record.layer:
             return []
@@ -411,6 +414,7 @@ class State:
         self.mergeable.clear()
         self.prunable.clear()
         self.unsettled.clear()
+        self.sealing.clear()
         for layer in self.layers.values():
             if layer.name is None:
                 self._unnamed(layer)

@@ -16,6 +16,7 @@ What can be done at once, in the loop, the `..._now` functions do; they return F
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -30,15 +31,17 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
-from nbdthin.pool import commands, events, merge
+from nbdthin.pool import commands, events, merge, sums
 from nbdthin.pool.commands import Command
 from nbdthin.pool.data import NOWAIT, is_device
 from nbdthin.pool.events import Event, Events, Levels, Listener
 from nbdthin.pool.journal import FULL_DISK
-from nbdthin.pool.layers import LEAF_SHIFT, Layer
+from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.records import LEAF_BLOCKS
+from nbdthin.pool.rows import Finding, Scrubbed
+from nbdthin.pool.scrub import Scrub
 from nbdthin.pool.volume import Volume
 from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
@@ -59,6 +62,11 @@ PUNCH_PAUSE = 0.0003  # seconds after each hole, which takes 30 us
 MERGE_PAUSES = 50  # times as long as it took is the pause after each step of a merge
 MERGE_PAUSE = 0.05  # seconds; at most so long, on disks where copying takes its time
 SHORT = 10  # none of these pauses when less than a tenth of the pool is free
+SCRUB_RATE = 64 * MiB  # bytes a second: a tenth of a disk or less, and a terabyte in five hours
+PACE_SLACK = 0.1  # seconds of work that may be caught up on after a hold-up
+SUM_AGAIN = 30.0  # seconds until the next try to write checksums
+PROGRESS = 0.2  # seconds between two reports of a scrub
+MOST_DAMAGED = 1000  # places told of, of those that readers meet
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
 log = logging.getLogger("nbdthin.pool")
@@ -99,6 +107,23 @@ class SyncThread:
         self._thread.join()
 
 
+class Pace:
+    """Holds background work to `rate` bytes a second, by pauses after each piece of it, until `stopped`."""
+
+    def __init__(self, rate: int, stopped: asyncio.Event) -> None:
+        self._rate = rate
+        self._stopped = stopped
+        self._free_at = time.monotonic()  # when what has been done was due to be done
+
+    async def keep(self, done: int) -> None:
+        """`done` more bytes are done."""
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now - PACE_SLACK) + done / self._rate
+        if self._free_at > now and not self._stopped.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), self._free_at - now)
+
+
 class LiveVolume:
     """A volume or snapshot as all connections to it share it."""
 
@@ -126,6 +151,18 @@ class LiveVolume:
     async def read(self, segments: list[tuple[int, int]], view: memoryview) -> None:
         """Fill `view`. `segments` must be of this turn of the loop. OSError from the disk."""
         await self._live.in_thread(self.volume.read_segments, segments, view)
+
+    async def read_checked(self, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
+        """Fill `view` with a range, zeroes too, after comparing it with its checksums; EIO where they differ.
+
+        `segments` are those of `offset` on, and of this turn of the loop.
+        """
+        layer = self.volume.layer
+        try:
+            await self._live.in_thread(sums.read_checked, self._pool, layer, offset, segments, view)
+        except sums.Damage as error:
+            self._live.tell_damage(self.volume.name, layer, error)
+            raise
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Ask the kernel to have a range in its cache."""
@@ -204,6 +241,8 @@ class LiveVolume:
             await self._live.in_thread(write.perform, payload)
         except BaseException as error:
             self.volume.abandon(write)
+            if isinstance(error, sums.Damage):
+                self._live.tell_damage(self.volume.name, self.volume.layer, error)
             if isinstance(error, OSError) and error.errno in FULL_DISK:
                 raise _DiskFull("the file system under the pool is full") from error
             self._live.space_came()
@@ -351,8 +390,14 @@ class _Hold:
 class LivePool:
     """An open pool (autocommit off) in the running event loop. `close` before the loop ends."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, scrub_rate: int = SCRUB_RATE) -> None:
+        """`scrub_rate` is bytes a second, for scrubs and for computing the checksums that are missing."""
         self.pool = pool
+        self._scrub_rate = scrub_rate
+        self._summing: asyncio.Task[None] | None = None  # computes missing checksums, while there are any
+        self._sum_at = 0.0  # loop time
+        self._damaged: set[int] = set()  # positions of damage that readers met, as was told
+        self._stopped = asyncio.Event()
         self.users: Callable[[str], tuple[str, ...]] = lambda _: ()  # who holds a name; the server's to say
         self.no_space: Callable[[str], str | None] = lambda _: None  # the policy for a name, where it is not the pool's
         self.events = Events()
@@ -393,6 +438,7 @@ class LivePool:
         if pool.has_leftovers and not is_device(pool.data.path):
             self._spawn(self._sweep())
         self._merge_soon()
+        self._sum_soon()
         if not pool.journal.next_ready:
             self._prepare_soon()
 
@@ -406,9 +452,12 @@ class LivePool:
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Run I/O on the data file in a thread; blocks freed meanwhile are not reused before it ends."""
+        return await self._entered(self._io, function, *arguments)
+
+    async def _entered(self, executor: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
         epoch = self.pool.enter()
         try:
-            return await self._loop.run_in_executor(self._io, function, *arguments)
+            return await self._loop.run_in_executor(executor, function, *arguments)
         finally:
             self.pool.leave(epoch)
             self._reclaim_soon()
@@ -563,6 +612,7 @@ class LivePool:
         if self.pool.allocator.used != self._watched:
             self._watch()
         self._merge_soon()  # what the batch left without a name may be merged now
+        self._sum_soon()
         if batch.checkpoint_due:
             self._spawn(self._checkpoint(batch))
         elif not self.pool.journal.next_ready and not self._closing:
@@ -801,11 +851,15 @@ class LivePool:
             pass
         finally:
             self.merging = None
+            self._sum_soon()
 
     async def _pause_merge(self, begun: float) -> None:
         """After a step that began at `begun`, by time.monotonic: the loop's own clock has steps of 1 ms."""
         took = time.monotonic() - begun
-        await asyncio.sleep(0 if self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE))
+        # The more layers wait, the shorter: where snapshots come and go faster than that, merging must keep up all the
+        # same, or chains, memory and space grow without end.
+        waiting = max(len(self.pool.state.mergeable) + len(self.pool.state.prunable), 1)
+        await asyncio.sleep(0 if self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE) / waiting)
 
     async def _prune_layer(self, layer: Layer) -> None:
         if layer.number in self.pool.state.prunable:
@@ -832,7 +886,7 @@ class LivePool:
                     if merge.child_of(self.pool, parent) is not child:
                         continue
                 step = merge.Step(self.pool, parent, child, leaf)
-                if step.blocks:
+                if step.has_io:
                     await self.in_thread(step.copy)
                     if merge.child_of(self.pool, parent) is not child:
                         continue
@@ -842,6 +896,74 @@ class LivePool:
                 await self.commit()
             await self._pause_merge(begun)
         await self.commit()
+
+    # -- checksums
+
+    def _sum_soon(self) -> None:
+        if self._summing is None and self.pool.sums.todo and not self._closing and self.pool.failed is None:
+            if self._loop.time() >= self._sum_at:
+                self._summing = self._spawn(self._sum())
+
+    async def _sum(self) -> None:
+        """Compute the checksums that sealed layers lack."""
+        pace = Pace(self._scrub_rate, self._stopped)
+        try:
+            for work in sums.missing(self.pool):
+                await pace.keep(await self._entered(self._upkeep, work.run))
+                if self._closing or self.pool.failed is not None:
+                    return
+        finally:
+            if self.pool.sums.failed:
+                self._sum_at = self._loop.time() + SUM_AGAIN
+            self._summing = None
+
+    async def scrub(self, names: Sequence[str] = (), rate: int | None = None) -> AsyncIterator[Scrubbed]:
+        """Compare the data that `names` show, or all, with its checksums, as the disk has it. Raises NotFound.
+
+        `rate` is bytes a second, the configured one by default. Only sealed layers have checksums.
+        """
+        scrub = Scrub(self.pool, names)
+        pace = Pace(rate or self._scrub_rate, self._stopped)
+        done = unsummed = 0
+        told = self._loop.time()
+        for check in scrub.checks():
+            await self.in_thread(check.read)
+            done, unsummed = done + check.bytes, unsummed + check.unsummed
+            for finding in check.findings(scrub.names):
+                self._tell_finding(finding)
+                yield Scrubbed(min(done, scrub.total), scrub.total, unsummed, finding)
+            if self._loop.time() - told > PROGRESS:
+                told = self._loop.time()
+                yield Scrubbed(min(done, scrub.total), scrub.total, unsummed, None)
+            await pace.keep(check.bytes)
+        yield Scrubbed(scrub.total, scrub.total, unsummed, None)
+
+    def _tell_finding(self, finding: Finding) -> None:
+        what = "unreadable" if finding.unreadable else "damaged"
+        line = f"{what} data at byte {finding.offset} of {', '.join(finding.affected) or 'no volume'}"
+        self._tell_damage(line, finding.name, finding.offset, finding.length, finding.position, finding.affected)
+
+    def tell_damage(self, name: str, layer: Layer, error: sums.Damage) -> None:
+        """A client that reads `name` met it; told once."""
+        if error.position in self._damaged or len(self._damaged) >= MOST_DAMAGED:
+            return
+        self._damaged.add(error.position)
+        size = self.pool.block_size
+        block, sub = error.offset // size, error.offset % size // (size // SUBBLOCKS)
+        owner: Layer | None = layer
+        while owner is not None and owner.entry(block) >> 32 != error.position // size:
+            owner = owner.parent
+        affected = tuple(sums.showing(owner, block, sub)) if owner is not None else (name,)
+        line = f"damaged data at byte {error.offset} of {name} was read: refused (affected: {', '.join(affected)})"
+        self._tell_damage(line, name, error.offset, error.length, error.position, affected)
+
+    def _tell_damage(
+        self, line: str, name: str, offset: int, length: int, position: int, affected: tuple[str, ...]
+    ) -> None:
+        where = f"{line}; at byte {position} of {self.pool.data.path}"
+        self.events.notify(
+            events.DAMAGE, where, name=name, offset=offset, length=length, position=position, affected=affected
+        )
 
     # -- the end
 
@@ -859,6 +981,7 @@ class LivePool:
     async def close(self) -> None:
         """Make everything durable, end what runs in the background, close the pool. Raises PoolFailed."""
         self._closing = True
+        self._stopped.set()
         self._timer.cancel()
         self.stop()
         try:

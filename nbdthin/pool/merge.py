@@ -8,6 +8,9 @@ parts of one block, the parent's missing subblocks are copied into the child's b
 yet, or the child's into the parent's where that is less and those places are not valid there: a crash in between leaves
 bytes that nobody reads.
 
+Sums move along (sums.py), into a sealed child, before the entries do, and what is copied is compared with them. What
+does not compare is copied as it is, with the sum that it should have, so that a scrub finds it where it is then.
+
 A step is `copy`, which does I/O and may run in a thread, between its making and `finish`. Whoever lets others run
 meanwhile keeps writers off `blocks` of `layer` when that is a volume's head (live.py does).
 """
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from nbdthin.pool import events, sums
 from nbdthin.pool.layers import FULL, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, Words, words
 from nbdthin.pool.records import Layer as LayerRecord
 from nbdthin.pool.space import shown_by
@@ -44,6 +48,9 @@ class Step:
         self.leaf = leaf
         self._copies: list[tuple[int, int, int]] = []  # from position, to position, length
         self._joined: dict[int, tuple[int, int]] = {}  # index -> (entry to be, physical block that it makes free)
+        self._sources: list[tuple[int, int, int, int]] = []  # of copies: index, physical block, owner, mask
+        self._damaged: list[tuple[int, int, int]] = []  # copied although its sum says otherwise: block, owner, subblock
+        self._seals = pool.is_sealed(layer)  # sums move with what they are of; a head has none
         over = layer.own.get(leaf)
         if over is not None:
             upper, lower = words(over), words(parent.own[leaf])
@@ -76,6 +83,13 @@ class Step:
                 self._copies.append((origin, goal, count * subblock))
             sub += max(count, 1)
         self._joined[index] = (target >> 32 << 32 | zero << 16 | data | needed, source >> 32)
+        owner = self._parent.number if into_child else self.layer.number
+        self._sources.append((index, source >> 32, owner, moved))
+
+    @property
+    def has_io(self) -> bool:
+        """`copy` has something to do: it is to be called, and may take its time."""
+        return bool(self._joined) or self._seals
 
     def copy(self) -> None:
         """Copy what has to move. Raises OSError; the step is then given up, and nothing has changed."""
@@ -83,10 +97,62 @@ class Step:
             buffer = memoryview(bytearray(length))
             self._pool.data.read_into(buffer, origin)
             self._pool.data.write((buffer,), goal, length)
+            self._compare(buffer, origin)
+        if self._seals:
+            self._move_sums()
+
+    def _compare(self, view: memoryview, position: int) -> None:
+        """What was copied, with its sum. Only noted: as it is it has to go on, there is no other."""
+        size = self._pool.block_size
+        index, block, owner, _ = next(each for each in self._sources if each[1] == position // size)
+        records = self._pool.sums.read(np.array([block], dtype=np.uint64))
+        mask = int(records[0]["mask"]) if records[0]["owner"] == owner else 0
+        sub = size // SUBBLOCKS
+        first = position % size // sub
+        for number in range(len(view) // sub):
+            if mask >> (first + number) & 1:
+                wanted = records[0]["sums"][first + number]
+                if sums.checksum(view[number * sub : (number + 1) * sub]) != wanted:
+                    self._damaged.append(((self.leaf << LEAF_SHIFT) + index, owner, first + number))
+
+    def _move_sums(self) -> None:
+        """Before the entries: a record whose owner has no such entry yet only waits."""
+        pool, before, after = self._pool, self._parent.number, self.layer.number
+        lower = words(self._parent.own[self.leaf])
+        over = self.layer.own.get(self.leaf)
+        if over is None:
+            moved, kept = lower >> _THIRTY_TWO, lower & FULL
+        else:
+            joined, _, done = _join(words(over), lower)
+            moved = np.where(done & (joined & MIXED == lower & MIXED), lower >> _THIRTY_TWO, np.uint64(0))
+            kept = joined & FULL
+        pool.sums.reown(before, after, moved[moved != 0], kept[moved != 0])
+        for index, block, owner, mask in self._sources:
+            target = self._joined[index][0]
+            other = after if owner == before else before
+            pool.sums.join((block, owner, mask), (target >> 32, other, target & FULL & ~mask), after)
+
+    def _tell(self) -> None:
+        size = self._pool.block_size
+        for block, owner, each in self._damaged:
+            names = sums.showing(self._pool.state.layers[owner], block, each)
+            offset = block * size + each * (size // SUBBLOCKS)
+            what = f"damaged data at byte {offset} of {', '.join(names) or 'no volume'}: copied as it is"
+            self._pool.notify(
+                events.DAMAGE,
+                what,
+                name=names[0] if names else "",
+                offset=offset,
+                length=size // SUBBLOCKS,
+                affected=names,
+            )
 
     def finish(self) -> bool:
         """Move the entries. False when the child was written meanwhile in blocks that another step must copy."""
         pool, parent, layer, leaf = self._pool, self._parent, self.layer, self.leaf
+        self._tell()
+        if not layer.head and (not self._seals or parent.number in pool.sums.todo):
+            pool.sums.todo[layer.number] = None
         lower = parent.own[leaf]
         over = layer.own.get(leaf)
         left = False

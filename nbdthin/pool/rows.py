@@ -75,6 +75,28 @@ class PoolInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """Data that is not what was written, or cannot be read."""
+
+    name: str  # a volume or snapshot that shows it; empty where none does
+    offset: int  # in there
+    length: int
+    position: int  # in the data file or device
+    unreadable: bool  # the disk refuses to read it; otherwise its checksum differs
+    affected: tuple[str, ...]  # every volume and snapshot that shows it
+
+
+@dataclass(frozen=True, slots=True)
+class Scrubbed:
+    """How far a scrub has come, and what it has just found."""
+
+    done: int  # of what it reads: the blocks of sealed layers
+    total: int
+    unsummed: int  # of what is done, data that has no checksum yet: it was read, and nothing more
+    finding: Finding | None
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """A range in which two snapshots differ. `data`: the second holds data there; otherwise it reads as zero."""
 

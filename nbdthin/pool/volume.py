@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from nbdthin.errors import Invalid, NoSpace, ReadOnly
+from nbdthin.pool import sums
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, words
 from nbdthin.pool.records import LEAF_BLOCKS
 
@@ -34,7 +35,7 @@ _LARGE_RANGE = 4096  # leaves: beyond this many, a discard looks at the leaves t
 class Write:
     """A write that is decided and not yet done."""
 
-    __slots__ = ("_edges", "_runs", "_volume", "end", "entries", "fresh", "start")
+    __slots__ = ("_edges", "_layer", "_runs", "_volume", "end", "entries", "fresh", "start")
 
     def __init__(self, volume: Volume, start: int, end: int) -> None:
         self._volume = volume
@@ -43,6 +44,7 @@ class Write:
         self.fresh: list[int] = []  # physical blocks allocated for it
         self.entries: list[tuple[int, int]] = []  # (block, entry) to put when the data is there
         self._runs: list[tuple[int, int]] = []  # (position, length) of physically contiguous parts, in order
+        self._layer = volume.layer
         self._edges: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
 
     def add_run(self, position: int, length: int) -> None:
@@ -70,14 +72,25 @@ class Write:
             joined = bytearray(self.end - self.start)
             view = memoryview(joined)
             lead = sum(length for _, length in self._edges[0])
-            self._volume.read_segments(self._edges[0], view[:lead], flags)
+            self._read_edge(self.start, self._edges[0], view[:lead], flags)
             view[lead : lead + len(payload)] = payload
-            self._volume.read_segments(self._edges[1], view[lead + len(payload) :], flags)
+            behind = lead + len(payload)
+            self._read_edge(self.start + behind, self._edges[1], view[behind:], flags)
             buffers = view
         done = 0
         for position, length in self._runs:
             data.write((buffers[done : done + length],), position, length)
             done += length
+
+    def _read_edge(self, offset: int, segments: list[tuple[int, int]], view: memoryview, flags: int) -> None:
+        """Where data is verified, damage must not become a part of what is written; that takes its time."""
+        pool = self._volume.pool
+        if not pool.policy.verify:
+            self._volume.read_segments(segments, view, flags)
+        elif flags:
+            raise BlockingIOError
+        else:
+            sums.read_checked(pool, self._layer, offset, segments, view)
 
 
 class Tail(NamedTuple):

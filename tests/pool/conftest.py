@@ -240,6 +240,7 @@ def kill(pool: Pool) -> Path:
     """End `pool` as SIGKILL ends its process: no commit, nothing tidied up; the page cache keeps what it has."""
     pool.unsynced.close(clean=False)
     pool.journal.close()
+    pool.sums.close()
     pool.data.close()
     os.close(pool._lock)
     return pool.path
