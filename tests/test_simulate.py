@@ -14,6 +14,7 @@ from simulatelib.run import run_seed
 
 from .served import ServedWork
 
+STEPS = 450  # of random work: three lives, each on a disk that a cut of the one before has left
 NEW = random.SystemRandom().randrange(1 << 31)  # of this run; a failure names it
 
 
@@ -26,7 +27,7 @@ def test_a_cut_at_any_call_of_a_history_loses_nothing(history: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3, NEW])
 def test_a_cut_at_any_sync_of_random_work_loses_nothing(seed: int) -> None:
-    print(f"seed {seed}:", run_seed(seed, 600))
+    print(f"seed {seed}:", run_seed(seed, STEPS))
 
 
 @pytest.mark.slow

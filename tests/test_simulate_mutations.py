@@ -30,6 +30,7 @@ from nbdthin.server import Connection
 from nbdthin.wire import transmission
 
 from .served import ServedWork
+from .test_simulate import STEPS
 
 Patch = pytest.MonkeyPatch
 
@@ -338,7 +339,7 @@ def _directed(*names: str) -> list[Run]:
 
 
 def _seeds(*seeds: int) -> list[Run]:
-    return [lambda seed=seed: run_seed(seed, 600) for seed in seeds]  # type: ignore[misc]
+    return [lambda seed=seed: run_seed(seed, STEPS) for seed in seeds]  # type: ignore[misc]
 
 
 def _live(*seeds: int) -> list[Run]:
