@@ -434,7 +434,8 @@ class Journal:
 
     def drop_cache(self) -> None:
         """A sync failed: what the open segment is read as from now on is what the disk has."""
-        self._files.drop_cache(self._fd)
+        if self._fd >= 0:
+            self._files.drop_cache(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:

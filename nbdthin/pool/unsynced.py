@@ -182,5 +182,5 @@ class Unsynced:
         self._fds = []
         if clean:
             for path in self._paths:
-                if path.exists():
+                with contextlib.suppress(OSError):  # what stays says nothing that the journal does not
                     self._files.unlink(path)

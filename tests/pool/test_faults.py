@@ -13,9 +13,9 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 import uvloop
@@ -33,8 +33,10 @@ from nbdthin.pool.check import check
 from nbdthin.pool.commands import Create
 from nbdthin.pool.data import DataFile
 from nbdthin.pool.files import Files
+from nbdthin.pool.journal import Journal
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Batch, Pool
+from nbdthin.pool.unsynced import Unsynced
 from tests.rawclient import EIO, ENOSPC, Client, Serving
 
 Buffers = Sequence[bytes | bytearray | memoryview]
@@ -52,8 +54,7 @@ class Faulty(Recorder):
         self.fail_at = -1
         self.fault = ""
         self.hit = ""  # the call that failed
-        self.in_sync = False  # it was part of a commit
-        self.marked = False  # it wrote a mark, whose errors do not count
+        self.final = False  # it was part of a commit, and nothing that can be done without or later
 
     def arm(self, fail_at: int, fault: str, kind: str = "") -> None:
         """With `kind`, only calls of that kind are counted."""
@@ -67,11 +68,12 @@ class Faulty(Recorder):
             if len(self.calls) - 1 != self.fail_at:
                 return False
             self.hit = what
-            frame: FrameType | None = sys._getframe(2)
-            while frame is not None:
-                self.in_sync |= frame.f_code is Batch.sync.__code__
-                self.marked |= frame.f_code.co_name == "_mark"
-                frame = frame.f_back
+            stack = set(_callers(sys._getframe(2)))
+            harmless = {Journal._mark.__code__, Unsynced.publish.__code__}
+            if self.fault == "ENOSPC":  # no room for another segment, and nothing is written yet
+                harmless |= {Journal._prepare.__code__, Journal._lengthen.__code__}
+                harmless |= {Journal._rotate.__code__} if what == "rename" else set()
+            self.final |= Batch.sync.__code__ in stack and not stack & harmless
             return True
 
     def _refuse(self, what: str) -> None:
@@ -121,6 +123,12 @@ class Faulty(Recorder):
         super().unlink(path)
 
 
+def _callers(frame: FrameType | None) -> Iterator[CodeType]:
+    while frame is not None:
+        yield frame.f_code
+        frame = frame.f_back
+
+
 def _faults(what: str) -> tuple[str, ...]:
     if what == "write":
         return WRITES
@@ -143,10 +151,10 @@ def _history(root: Path, history: Callable[[Work], None], fail_at: int, fault: s
         work.finish()
     pool = work.pool
     oracle = pool.oracle
-    if fault in ("EIO", "ENOSPC") and files.hit and not files.marked:
-        assert (pool.failed is not None) == files.in_sync
+    if fault in ("EIO", "ENOSPC") and files.hit:
+        assert (pool.failed is not None) == files.final
     if pool.failed is not None:
-        assert files.in_sync and files.fault != "short"
+        assert files.final and files.fault != "short"
         assert pool.info().failed == pool.failed
         with pytest.raises(PoolFailed):
             pool.create("late", BLOCK)
@@ -251,8 +259,8 @@ def test_any_call_of_a_live_pool_may_fail_once(fault: str, caplog: pytest.LogCap
                 caplog.clear()
                 files, work = _live(directory / f"{what}{index}", index, fault, what)
                 failed = work.pool.failed is not None
-                if fault in ("EIO", "ENOSPC") and files.hit and not files.marked:
-                    assert failed == files.in_sync
+                if fault in ("EIO", "ENOSPC") and files.hit:
+                    assert failed == files.final
                 assert len(work.errors) <= 1
                 said = [record for record in caplog.records if record.levelno >= logging.ERROR]
                 assert len(said) == failed, [record.getMessage() for record in said]

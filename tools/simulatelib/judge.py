@@ -22,14 +22,12 @@ from simulatelib.oracle import Bounds, Found, Lost, Oracle
 from simulatelib.record import Note, Recorder
 from simulatelib.watched import FIXED
 
-REBOOTED = "after the cut"
-
 
 class Rebooted(Files):
     """The real thing, on a machine that has come up again: what only the page cache held is gone."""
 
     def boot_id(self) -> str:
-        return REBOOTED
+        return "after the cut"
 
 
 Compare = Callable[[int, dict[str, Found]], None]  # (frame, what is there); raises Lost
@@ -70,7 +68,7 @@ class Judge:
         if not deep:
             return self._open(tree, compare, Rebooted())
         self._place(tree)
-        recorder = Recorder(self._root, REBOOTED)
+        recorder = Recorder(self._root)
         frame = self._recover(compare, recorder)
         log, disk = recorder.log, Disk()
         disk.feed(log[: recorder.adopted])

@@ -11,6 +11,7 @@ outside of it is refused.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from nbdthin.pool.files import Files
 
+_boots = itertools.count(1)
 ROOT = 0  # the number of the root directory
 
 
@@ -98,9 +100,9 @@ Event = Create | Write | Truncate | Punch | Rename | Unlink | SyncBegins | SyncE
 class Recorder(Files):
     """Real files below `root`, which may hold some already."""
 
-    def __init__(self, root: Path, boot: str = "before any cut") -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self._boot = boot
+        self._boot = f"boot {next(_boots)}"  # of the machine, until the power is cut
         self.log: list[Event] = []
         self.before: Callable[[], None] | None = (
             None  # called before each call is made: more work, as by another thread

@@ -381,8 +381,7 @@ class Work:
         pool, chance = self.pool, self.chance
         flush = self.oracle.ask_flush()
         if chance.random() < 0.3 and not self._upkeep_busy:
-            with self._uninterrupted():
-                pool.commit()
+            self._commit_at_once()
             self.oracle.flushed(flush)
             return
         if pool.has_changes:
@@ -390,7 +389,10 @@ class Work:
             batch = pool.begin()
             with self._interruptible(0.4):
                 try:
-                    batch.sync()
+                    try:
+                        batch.sync()
+                    except NoSpace:  # live.py tries again when there may be room
+                        batch.sync()
                 except OSError as error:
                     pool.fail(error)
                     raise PoolFailed(str(error)) from error
@@ -413,6 +415,13 @@ class Work:
         self.oracle.flushed(flush)
         if chance.random() < 0.8:
             self.upkeep()
+
+    def _commit_at_once(self) -> None:
+        with self._uninterrupted():
+            try:
+                self.pool.commit()
+            except NoSpace:  # for the journal; nothing is lost
+                self.pool.commit()
 
     def _prepare_next(self) -> None:
         with suppress(OSError):
@@ -496,8 +505,8 @@ class Work:
         oracle = self.oracle
         self._upkeep.clear()
         self._pruning = None
+        self._commit_at_once()
         with self._uninterrupted():
-            self.pool.commit()
             oracle.flushed(flush)
             self.pool.close()
             self.pool = WatchedPool.open(self.pool.path, autocommit=False, files=self.recorder, policy=FIXED)
