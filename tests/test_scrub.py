@@ -153,7 +153,7 @@ def test_beside_everything_else_nothing_is_found(tmp_path: Path, monkeypatch: py
     async def change(live: LivePool) -> None:
         nonlocal ended
         try:
-            for number in range(250):
+            for number in range(120):
                 await live.execute([command(live, number)])
                 for name in [row.name for row in live.pool.list() if row.kind == "volume"]:
                     offset = generator.randrange(MiB - 30000)
@@ -171,7 +171,9 @@ def test_beside_everything_else_nothing_is_found(tmp_path: Path, monkeypatch: py
             return Remove(generator.choice(volumes + snapshots))
         if snapshots and generator.random() < 0.5:
             made = Clone(generator.choice(snapshots), f"n{number}")
-            return generator.choice([made, Rollback(generator.choice(volumes), generator.choice(snapshots))])
+            return (
+                made if generator.random() < 0.5 else Rollback(generator.choice(volumes), generator.choice(snapshots))
+            )
         return Snapshot(generator.choice(volumes), f"n{number}")
 
     async def look(live: LivePool) -> int:
@@ -180,6 +182,7 @@ def test_beside_everything_else_nothing_is_found(tmp_path: Path, monkeypatch: py
             found, _ = await scrub(live)
             assert found == []
             count += 1
+            await asyncio.sleep(0)  # where nothing is sealed, a scrub waits for nothing
         return count
 
     async def read(live: LivePool) -> int:
