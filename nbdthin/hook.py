@@ -32,13 +32,18 @@ async def run_hook(command: Sequence[str], pool: Path, events: Events) -> None:
 
 
 async def _run(command: Sequence[str], pool: Path, event: Event) -> None:
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=_environment(pool, event))
+    )
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.PIPE, env=_environment(pool, event)
-        )
+        process = await asyncio.shield(starting)
     except OSError as error:
         log.warning("the hook %s cannot be run: %s", command[0], error.strerror)
         return
+    except asyncio.CancelledError:  # half started, it would be nobody's
+        with contextlib.suppress(OSError):
+            await _kill(await starting)
+        raise
     try:
         async with asyncio.timeout(TIMEOUT):
             await process.communicate(json.dumps(_plain(event)).encode())
@@ -47,10 +52,15 @@ async def _run(command: Sequence[str], pool: Path, event: Event) -> None:
     except TimeoutError:
         log.warning("the hook %s took more than %d s for %s and is killed", command[0], TIMEOUT, event.kind)
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await _kill(process)
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    """Nothing where it has ended."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 def _plain(event: Event) -> dict[str, object]:

@@ -20,12 +20,13 @@ What is legal is decided in wire/, what happens to data in pool/.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
 INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
+WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
 ALONE = 8  # flushes that one client has asked for while all others were silent: the loop may sync for it itself
 OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
@@ -230,7 +232,7 @@ class Connection(asyncio.BufferedProtocol):
         self._half_close = False  # at its end, only our direction is closed at first
         self._discarding = False  # what comes in is of no interest any more
         self._lost = False  # the transport is gone
-        self._gone = False  # so it is, or soon will be: what waits for space need not
+        self.gone = False  # so it is, or soon will be: what waits for space need not
         self._view = _buffer(SCRATCH)
         self._end = 0  # bytes in scratch
         self._payload: memoryview | None = None  # of a large write, while it comes in
@@ -243,6 +245,7 @@ class Connection(asyncio.BufferedProtocol):
         self._flush_due = False
         self._tasks = 0  # requests in work
         self._in_flight = 0  # bytes they stand for
+        self._waiting = 0  # bytes of those that wait for space
         self._peer_slow = False  # it does not take its replies
         self._paused = False  # we do not read
 
@@ -320,14 +323,24 @@ class Connection(asyncio.BufferedProtocol):
         if not self._lost:
             self._transport.abort()
 
+    # -- waiting for space (pool.waiting.Asker)
+
+    @contextlib.contextmanager
+    def waiting(self, length: int) -> Iterator[None]:
+        """What waits is no work: what the client asks for meanwhile may be what makes the space."""
+        cost = max(length, REQUEST_COST)
+        self._waiting += cost
+        self._control_flow()
+        try:
+            yield
+        finally:
+            self._waiting -= cost
+
     def _give_up(self) -> None:
-        if not self._gone:
-            self._gone = True
+        if not self.gone:
+            self.gone = True
             if self._tasks:
                 self._live.space_came()
-
-    def _is_wanted(self) -> bool:
-        return not self._gone
 
     def _finish_receiving(self) -> None:
         self._draining = True
@@ -385,7 +398,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def _stalled(self) -> bool:
-        return self._peer_slow or self._in_flight >= IN_FLIGHT
+        return self._peer_slow or self._in_flight - min(self._waiting, WAITING) >= IN_FLIGHT
 
     def _pause(self) -> None:
         if not self._paused and not self._lost:
@@ -650,7 +663,7 @@ class Connection(asyncio.BufferedProtocol):
             self._start(_WRITE, cookie, len(payload), self._write_slowly(flags, cookie, offset, payload))
 
     async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
-        await self._device.write(offset, payload, self._is_wanted)
+        await self._device.write(offset, payload, self)
         await self._succeed(flags, cookie)
 
     def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
@@ -701,14 +714,14 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length and not self._device.trim_now(offset, length):
-            await self._device.trim(offset, length, self._is_wanted)
+            await self._device.trim(offset, length, self)
         await self._succeed(flags, cookie)
 
     async def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
         # Always fast: at most two subblocks are written, so FAST_ZERO asks for nothing that is not so anyway.
         allocate = bool(flags & _NO_HOLE)
         if length and (allocate or not self._device.zero_now(offset, length)):
-            await self._device.write_zeroes(offset, length, allocate, self._is_wanted)
+            await self._device.write_zeroes(offset, length, allocate, self)
         await self._succeed(flags, cookie)
 
     async def _cache(self, cookie: int, offset: int, length: int) -> None:
@@ -740,8 +753,6 @@ class Connection(asyncio.BufferedProtocol):
     async def _run(self, command: int, cookie: int, cost: int, work: Coroutine[object, object, None]) -> None:
         try:
             await work
-        except GivenUp:
-            pass  # it gets no answer, so that a client that comes back sends it again
         except Exception as error:
             self._fail(command, cookie, error)
         self._ended(cost)
@@ -774,6 +785,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _fail(self, command: int, cookie: int, error: Exception) -> None:
         """The one place where an error of a request becomes a reply."""
+        if isinstance(error, GivenUp):
+            return  # it gets no answer, so that a client that comes back sends it again
         if not isinstance(error, OSError | Error):
             log.error("%s: a request failed: %s", self.peer, Command(command).name, exc_info=error)
         self._answer_error(command, cookie, _errno(error))

@@ -16,6 +16,7 @@ from typing import NamedTuple, Self, TypeVar
 import uvloop
 
 from nbdthin.pool.check import check
+from nbdthin.pool.files import FILES, Files
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.policy import ERROR, Policy
 from nbdthin.pool.pool import Pool
@@ -183,9 +184,12 @@ class Serving:
         rules: tuple[Rule, ...] = (),
         policy: Policy = REFUSING,
         live: type[LivePool] = LivePool,
+        *,
+        files: Files = FILES,
     ) -> None:
         self._live_type = live
         self.path = path
+        self._files = files
         self.socket = socket_path
         self._rules = rules
         self._policy = policy
@@ -203,7 +207,7 @@ class Serving:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
-        self.live = self._live_type(Pool.open(self.path, autocommit=False, policy=self._policy))
+        self.live = self._live_type(Pool.open(self.path, autocommit=False, policy=self._policy, files=self._files))
         self.server = Server(self.live, self._rules)
         self.socket.unlink(missing_ok=True)
         self.listener = socket.socket(socket.AF_UNIX)
@@ -213,7 +217,8 @@ class Serving:
         self._ready.set()
         await self._end.wait()
         await self.server.shutdown(5)
-        await self.live.commit()
+        if self.live.pool.failed is None:
+            await self.live.commit()
         self.problems = check(self.live.pool)
         await self.live.close()
         self.listener.close()

@@ -273,6 +273,7 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
         "repair": [tmp_path / "pool"],
         "dump": [tmp_path / "pool", "--output", tmp_path / "dump"],
         "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
+        "scrub": [],
         "delta": [tmp_path / "filled", "a", "a"],
     }
     with_names(tmp_path / "filled")

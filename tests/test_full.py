@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -38,7 +39,8 @@ from nbdthin.pool.policy import ERROR, QUEUE, Policy
 from nbdthin.pool.pool import Pool
 from tests.clients.daemon import Daemon
 from tests.conftest import Ballast, need_root
-from tests.rawclient import ENOSPC, FLUSH, FUA, NO_HOLE, TRIM, WRITE, WRITE_ZEROES, Client, Serving
+from tests.pool.conftest import Faults
+from tests.rawclient import EIO, ENOSPC, FLUSH, FUA, NO_HOLE, READ, TRIM, WRITE, WRITE_ZEROES, Client, Serving
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = 16 * KIB
@@ -216,6 +218,20 @@ def test_everything_that_needs_no_space_goes_on_beside_a_write_that_waits(full: 
     other.close()
 
 
+def test_however_much_waits_the_same_connection_can_make_the_space(full: Full) -> None:
+    full.do(Resize("big", 40 * MIB))
+    client = full.connect("big")
+    for _ in range(2):
+        client.send(WRITE, 4 * MIB, 32 * MIB, bytes(32 * MIB))
+    full.until_waiting(2)
+    read = client.send(READ, 0, BLOCK)
+    trimmed = client.send(TRIM, 0, BLOCK)
+    client.lengths[read] = BLOCK
+    replies = {reply.cookie: reply.error for reply in (client.reply(), client.reply())}
+    assert replies == {read: 0, trimmed: 0}
+    client.close()
+
+
 def test_a_snapshot_passes_a_write_that_waits_and_does_not_hold_it(full: Full) -> None:
     other = full.connect("small")
     other.send(WRITE, 0, BLOCK, b"a" * BLOCK)
@@ -294,7 +310,7 @@ def test_a_stopping_server_waits_for_nobody_and_answers_the_others(full: Full) -
     other = full.connect("small")
     other.send(WRITE, 0, BLOCK, b"a" * BLOCK)
     full.until_waiting(1)
-    read = other.send(0, 0, 4)  # READ
+    read = other.send(READ, 0, 4)
     other.lengths[read] = 4
     stopping = threading.Thread(target=full.stop)
     stopping.start()
@@ -313,6 +329,30 @@ def test_a_client_that_goes_away_while_it_waits_leaves_nothing_behind(full: Full
     trim(full)
     full.until_waiting(0)
     full.until(lambda live: not live.users("small"))
+
+
+def test_removal_by_force_does_not_wait_for_a_write_that_waits(full: Full) -> None:
+    other = full.connect("small")
+    other.send(WRITE, 0, BLOCK, b"a" * BLOCK)
+    full.until_waiting(1)
+    full.run(full.server.disconnect("small"))
+    assert full.live.waiting == 0
+    full.do(Remove("small"))
+    other.close()
+
+
+def test_a_pool_that_fails_tells_those_who_wait(full: Full, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = full.listen()
+    client, other = full.connect("big"), full.connect("small")
+    cookie = other.send(WRITE, 0, BLOCK, b"a" * BLOCK)
+    full.until_waiting(1)
+    Faults(monkeypatch, full.live.pool.data, "sync", errno.EIO)
+    assert client.write(0, b"b" * BLOCK, FUA) == EIO
+    reply = other.reply()
+    assert (reply.cookie, reply.error) == (cookie, EIO)
+    assert [event.kind for event in heard] == ["no_space", "failed"]
+    client.close()
+    other.close()
 
 
 # -- limits, under writers at once
@@ -569,7 +609,7 @@ def test_a_daemon_that_stops_without_room_for_its_journal_answers_nobody_and_sta
         running.signal(signal.SIGTERM)
         assert running.wait() == 0
         assert client.closed(), "neither was carried out, and so neither has an answer"
-        assert "what nobody was told is durable is lost" in running.log.read_text()
+        assert "what nobody was told is durable may be lost" in running.log.read_text()
         client.close()
         running.start()  # on the same full file system, its sockets too
         client = Client(running.socket, "a")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nbdthin.errors import Corrupt
+from nbdthin.errors import Corrupt, Invalid
 from nbdthin.pool import allocator
 from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, Words, words
@@ -54,7 +54,7 @@ def check_path(path: Path | str, *, data: Path | str | None = None) -> Report:
             return _report_damage(path, identity, found, notes)
     try:
         pool = Pool.open(path, inspect=True)
-    except Corrupt as error:
+    except (Corrupt, Invalid) as error:
         with locked(path):
             return _report_damage(path, identity, found, notes, str(error))
     with closing(pool):
@@ -82,13 +82,13 @@ def _report_damage(path: Path, identity: Identity, found: Survey, notes: tuple[s
 
 def check(pool: Pool) -> list[str]:
     """Everything wrong with an open pool, a sentence each."""
-    problems = [*_links(pool.state), *_entries(pool), *_caches(pool.state), *_space(pool)]
+    problems = [*links(pool.state), *_entries(pool), *_caches(pool.state), *_space(pool)]
     if not pool.has_changes and pool.failed is None:
         problems.extend(_journal(pool))
     return problems
 
 
-def _links(state: State) -> Iterator[str]:
+def links(state: State) -> Iterator[str]:
     for name, row in state.names.items():
         layer = state.layers.get(row.layer)
         if layer is None:

@@ -23,9 +23,10 @@ import numpy as np
 
 from nbdthin.errors import Corrupt, Error, Exists, Invalid, NotFound
 from nbdthin.pool import commands, records
+from nbdthin.pool.check import links
 from nbdthin.pool.files import FILES, Files, write_all
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, Layer, State, words
-from nbdthin.pool.pool import Pool
+from nbdthin.pool.pool import MAX_BLOCKS, Pool
 from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Record, u64
 from nbdthin.pool.repair import flocked, locked, replace_journal
 from nbdthin.pool.superblock import DATA_HEADER, FEATURES, Superblock, parse_data_header, read_superblock
@@ -222,8 +223,17 @@ class _Reader:
             raise ValueError(f"layer {record.layer} once more, or no layer's number")
         if isinstance(record, records.Name):
             self._look_at_name(record)
+        if isinstance(record, records.Size):
+            self._grow(record.size)
         if state.apply(record):
             raise ValueError("it leaves a layer without a name")
+
+    def _grow(self, size: int) -> None:
+        assert self.superblock is not None
+        block_size = self.superblock.block_size
+        if size % block_size or not self.superblock.size <= size <= MAX_BLOCKS * block_size:
+            raise ValueError(f"not a size that the pool can have grown to: {size}")
+        self._owned = bytearray(size // block_size)
 
     def _look_at_name(self, row: records.Name) -> None:
         commands.check_name(row.name)
@@ -278,9 +288,9 @@ class _Reader:
         }
         if line != wanted:
             raise ValueError(f"the end counts {line}, here are {wanted}: lines are missing, or too many")
-        for layer in state.layers.values():
-            if layer.name is None and not layer.children:
-                raise ValueError(f"layer {layer.number} is reached by no name")
+        state.find_unnamed()
+        for problem in links(state):
+            raise ValueError(problem)
         self._ended = True
 
     def finish(self) -> None:
@@ -313,7 +323,7 @@ def restore(
     new = not path.exists()
     path.mkdir(exist_ok=True)
     try:
-        with locked(path):
+        with locked(path, new=True):
             return _write(path, loaded, _place(path, data), force, files)
     except BaseException:
         if new:
@@ -329,8 +339,9 @@ def _write(path: Path, loaded: Loaded, place: Path, force: bool, files: Files) -
         wanted = _superblock(loaded.superblock, path, place)
         page = os.pread(fd, DATA_HEADER, 0)
         _compare(page, wanted, place, force)
-        if os.lseek(fd, 0, os.SEEK_END) < wanted.size:
-            raise Invalid(f"{place} has less than the {wanted.size} bytes of the dump's pool: it was truncated")
+        size = loaded.state.size or wanted.size
+        if os.lseek(fd, 0, os.SEEK_END) < size:
+            raise Invalid(f"{place} has less than the {size} bytes of the dump's pool: it was truncated")
         kept = replace_journal(path, path / "journal", loaded.state, wanted, 2, files)
         if page != wanted.data_header():
             write_all(files, fd, wanted.data_header(), 0)

@@ -9,6 +9,7 @@ Every call may be made from any thread. A write may be short, as pwritev(2) says
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,6 +68,10 @@ class Files:
         """Forget what the page cache has of a file and the disk may not: the next read asks the disk."""
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def mkdir(self, path: Path, mode: int = 0o700) -> None:
+        """A new directory. Raises FileExistsError."""
+        os.mkdir(path, mode)
+
     def sync_directory(self, path: Path) -> None:
         """Names made, changed and removed in `path` are so durably."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -80,10 +85,12 @@ FILES = Files()
 
 
 def write_all(files: Files, fd: int, data: bytes | memoryview, position: int) -> None:
-    """Write all of `data` at `position`."""
+    """Write all of `data` at `position`. A write that gets nowhere is an error: it would be tried for ever."""
     view = memoryview(data)
     while view:
         written = files.write(fd, (view,), position)
+        if not written:
+            raise OSError(errno.EIO, "a write of nothing")
         view = view[written:]
         position += written
 

@@ -69,6 +69,17 @@ def mark(sequence: int, kind: int = MARK) -> bytes:
     return _header(kind, sequence, b"")
 
 
+def _is_torn_mark(data: bytes, offset: int, sequence: int) -> bool:
+    """What is left of a mark that was written in part: it is not synced, may lie in two sectors, and may meet errors.
+
+    In the last segment that is a torn tail like any other. Before a later segment, which begins with the next frame, it
+    hides nothing.
+    """
+    found = data[offset : offset + HEADER.size].ljust(HEADER.size, b"\0")
+    states = (bytes(HEADER.size), mark(sequence), mark(sequence, LAST_MARK))
+    return any(found == a[:cut] + b[cut:] for cut in range(HEADER.size) for a in states for b in states)
+
+
 def _header(kind: int, sequence: int, payload: bytes) -> bytes:
     body = _HEADER_BODY.pack(MAGIC, VERSION, kind, sequence, len(payload), zlib.crc32(payload))
     return body + zlib.crc32(body).to_bytes(4, "little")
@@ -161,7 +172,7 @@ class Journal:
     @staticmethod
     def create_at(directory: Path, number: int, payloads: Iterable[bytes], files: Files = FILES) -> None:
         """A new journal that starts with `payloads` as checkpoint `number`, whole and durable when this returns."""
-        directory.mkdir()
+        files.mkdir(directory)
         journal = Journal(directory, files)
         journal.write_checkpoint(number, payloads)
         journal._prepare(journal._log_path(number))
@@ -242,6 +253,8 @@ class Journal:
                 raise Corrupt(path, offset, f"a mark of frame {header.sequence} behind frame {self.sequence}")
             if last and header.kind == LAST_MARK:
                 raise Corrupt(self.directory, None, f"segment {self.sequence + 1:016x}.log is missing")
+            end += HEADER.size
+        elif not last and _is_torn_mark(data, offset, self.sequence):
             end += HEADER.size
         rest = data[end:]
         if rest.count(0) != len(rest):

@@ -43,7 +43,7 @@ from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.rows import Finding, Scrubbed
 from nbdthin.pool.scrub import Scrub
 from nbdthin.pool.volume import Volume
-from nbdthin.pool.waiting import GivenUp, Waiting
+from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
 
 COMMIT_INTERVAL = (
@@ -72,11 +72,6 @@ MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so c
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
-Wanted = Callable[[], bool]
-
-
-def _always() -> bool:
-    return True
 
 
 class SyncThread:
@@ -212,24 +207,31 @@ class LiveVolume:
         volume.finish(write)
         return True
 
-    async def write(self, offset: int, payload: memoryview, wanted: Wanted = _always) -> None:
+    async def write(self, offset: int, payload: memoryview, asker: Asker = PATIENT) -> None:
         """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace, GivenUp or OSError.
 
-        `wanted` says whether anyone is still interested; it is asked while the write waits for space (`space_came`).
+        `asker` is told when the write waits for space, and gives it up by being gone when `space_came` is called.
         """
-        await self._holding(offset, len(payload), partial(self._write_held, offset, payload), wanted)
+        work = partial(self._write_held, offset, payload)
+        await self._holding(offset, len(payload), work, asker, len(payload))
 
     async def _holding(
-        self, offset: int, length: int, work: Callable[[], Coroutine[object, object, None]], wanted: Wanted
+        self,
+        offset: int,
+        length: int,
+        work: Callable[[], Coroutine[object, object, None]],
+        asker: Asker,
+        payload: int = 0,
     ) -> None:
         """Do `work` while holding a range; where it finds no space, let go and try again when there may be some."""
         deadline: float | None = None
-        while wanted():
+        while not asker.gone:
             try:
                 async with self._hold(offset, length):
                     return await work()
             except NoSpace as error:
-                deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
+                with asker.waiting(payload):
+                    deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
         raise GivenUp
 
     async def _write_held(self, offset: int, payload: memoryview) -> None:
@@ -254,9 +256,9 @@ class LiveVolume:
         self._live.blocks_freed()
         return True
 
-    async def trim(self, offset: int, length: int, wanted: Wanted = _always) -> None:
+    async def trim(self, offset: int, length: int, asker: Asker = PATIENT) -> None:
         """Raises NoSpace, where what is left of the journal is for other things, or GivenUp."""
-        await self._holding(offset, length, partial(self._trim_held, offset, length), wanted)
+        await self._holding(offset, length, partial(self._trim_held, offset, length), asker)
 
     async def _trim_held(self, offset: int, length: int) -> None:
         for start, count in _pieces(offset, length):
@@ -274,9 +276,9 @@ class LiveVolume:
         self._live.blocks_freed()
         return True
 
-    async def write_zeroes(self, offset: int, length: int, allocate: bool, wanted: Wanted = _always) -> None:
+    async def write_zeroes(self, offset: int, length: int, allocate: bool, asker: Asker = PATIENT) -> None:
         """Raises NoSpace, GivenUp or OSError."""
-        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate), wanted)
+        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate), asker)
 
     async def _zero_held(self, offset: int, length: int, allocate: bool) -> None:
         self._pool.check_writable()
@@ -586,6 +588,8 @@ class LivePool:
         """
         if self._committing is not None or self._sync_took >= QUICK_SYNC or not 0 < self.pool.overwritten <= LITTLE:
             return False
+        if self.pool.unwritten is not None:  # given up for want of room
+            return False
         batch = self.pool.begin()
         try:
             self._time_sync(batch)
@@ -674,15 +678,17 @@ class LivePool:
         `deadline` is None the first time and what this returned before, later. Raises `error` where waiting is of no
         use, not wanted, or was long enough; GivenUp when the pool is being closed.
         """
+        first = deadline is None
         if deadline is None:
             deadline = self._loop.time() + self._patience(name)
         if isinstance(error, OverQuota):
             self._tell_over_quota(name, error)
             raise error
-        if self.pool.allocator.pending:  # it is coming, whatever the policy says
+        waits = self._loop.time() < deadline
+        # Space is coming, whatever the policy says; on a full disk perhaps not enough: then not for ever.
+        if self.pool.allocator.pending and (first or waits or not isinstance(error, _DiskFull)):
             await self._freed_space()
             return deadline
-        waits = self._loop.time() < deadline
         self._tell_no_space(name, error, waits)
         if isinstance(error, _DiskFull) or self.pool.journal_low:
             self._space.wake_in(POLL)
@@ -850,7 +856,10 @@ class LivePool:
     async def _pause_merge(self, begun: float) -> None:
         """After a step that began at `begun`, by time.monotonic: the loop's own clock has steps of 1 ms."""
         took = time.monotonic() - begun
-        await asyncio.sleep(0 if self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE))
+        # The more layers wait, the shorter: where snapshots come and go faster than that, merging must keep up all the
+        # same, or chains, memory and space grow without end.
+        waiting = max(len(self.pool.state.mergeable) + len(self.pool.state.prunable), 1)
+        await asyncio.sleep(0 if self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE) / waiting)
 
     async def _prune_layer(self, layer: Layer) -> None:
         if layer.number in self.pool.state.prunable:
@@ -989,7 +998,7 @@ class LivePool:
             try:
                 self.pool.close()
             except NoSpace as error:
-                log.error("what nobody was told is durable is lost: %s", error)
+                log.error("what nobody was told is durable may be lost: %s", error)
 
 
 def _settle(durable: asyncio.Future[None], failure: Exception | None) -> None:

@@ -21,7 +21,6 @@ import fcntl
 import os
 import shutil
 import sys
-import tempfile
 import time
 import uuid
 import weakref
@@ -40,7 +39,7 @@ from nbdthin.pool.allocator import HEADER_BLOCKS, NEVER, Allocator
 from nbdthin.pool.commands import Command, Draft
 from nbdthin.pool.data import DataFile, device_size, is_device
 from nbdthin.pool.events import Notify
-from nbdthin.pool.files import FILES, Files
+from nbdthin.pool.files import FILES, Files, write_all
 from nbdthin.pool.journal import FULL_DISK, Frame, Journal
 from nbdthin.pool.layers import Layer, State, Words
 from nbdthin.pool.limits import Limits, charged
@@ -240,12 +239,14 @@ class Pool:
         block_size: int | str = DEFAULT_BLOCK_SIZE,
         data: Path | str | None = None,
         force: bool = False,
+        files: Files = FILES,
     ) -> None:
         """Make a pool at `path`, a directory that does not exist or is empty.
 
         `size` (bytes or text) is a limit, not an allocation; a block device gives its own. `data` names a file or a
         block device to use instead of POOL/data; one that holds something is refused without `force`.
-        Raises Invalid, Exists, NoSpace or OSError, and leaves nothing behind.
+        Raises Invalid, Exists, NoSpace or OSError, and leaves nothing behind. A power cut leaves the pool or none, and
+        perhaps a directory `.NAME-XXXXXXXX` beside it, which may be removed. `files` is as for `open`.
         """
         path = Path(path)
         if path.is_symlink():
@@ -270,25 +271,30 @@ class Pool:
             created=time.time(),
         )
         missing = [parent for parent in path.absolute().parents if not parent.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))  # renamed when it is complete
+        draft = path.parent / f".{path.name}-{superblock.uuid[:8]}"  # renamed when it is complete
         drafted = None
         try:
-            drafted = _DataDraft(data_path if data_path is not None else draft / "data", superblock, force)
-            Journal.create(draft / "journal", encode([Counter(1), End(1)]))
-            (draft / "lock").touch()
-            superblock.write(draft / "superblock")
-            FILES.sync_directory(draft)
+            for parent in reversed(missing):
+                files.mkdir(parent, 0o777)
+            files.mkdir(draft)
+            drafted = _DataDraft(data_path if data_path is not None else draft / "data", superblock, force, files)
+            Journal.create(draft / "journal", encode([Counter(1), End(1)]), files)
+            files.close(files.open(draft / "lock", os.O_CREAT))
+            superblock.write(draft / "superblock", files)
+            files.sync_directory(draft)
             drafted.write_header()
-            os.rename(draft, path)
-            FILES.sync_directory(path.parent)
+            files.rename(draft, path)
+            draft = path
+            for parent in (path, *missing):
+                files.sync_directory(parent.absolute().parent)
             drafted.close()
         except BaseException as error:
             if drafted is not None:
                 drafted.undo()
             shutil.rmtree(draft, ignore_errors=True)
             for parent in missing:
-                parent.rmdir()
+                with contextlib.suppress(FileNotFoundError):
+                    parent.rmdir()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"no space for a pool at {path}") from error
             raise
@@ -1032,17 +1038,18 @@ def _data_size(data: Path | None, size: int | str | None, block_size: int) -> in
 class _DataDraft:
     """The data file or device of a pool in the making, locked; `undo` leaves it as it was."""
 
-    def __init__(self, path: Path, superblock: Superblock, force: bool) -> None:
+    def __init__(self, path: Path, superblock: Superblock, force: bool, files: Files) -> None:
         """Raises Exists, Locked, Invalid, NoSpace or OSError."""
         self._path = path
+        self._files = files
         self._superblock = superblock
         self._new = not path.exists()
         self._device = device = not self._new and is_device(path)
         self._overwritten = b""  # what stood where the header is
         # O_EXCL on a device: EBUSY while it is mounted or otherwise claimed.
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if self._new else 0) | (os.O_EXCL if device else 0)
+        flags = (os.O_CREAT if self._new else 0) | (os.O_EXCL if device else 0)
         try:
-            self._fd = os.open(path, flags, 0o600)
+            self._fd = files.open(path, flags)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise Locked(f"{path} is in use (mounted, or part of something that is)") from error
@@ -1053,7 +1060,7 @@ class _DataDraft:
             if not force and self._holds_something(superblock.size if device else self._before):
                 raise Exists(f"{path} holds something already: it is not all zeroes where it would show (--force)")
             if not device:
-                os.ftruncate(self._fd, max(superblock.size, self._before))
+                files.truncate(self._fd, max(superblock.size, self._before))
         except BlockingIOError as error:
             self.undo()
             raise Locked(f"{path} is the data of a pool that is open") from error
@@ -1075,18 +1082,20 @@ class _DataDraft:
 
     def write_header(self) -> None:
         self._overwritten = os.pread(self._fd, DATA_HEADER, 0)
-        os.pwrite(self._fd, self._superblock.data_header(), 0)
-        os.fsync(self._fd)
+        write_all(self._files, self._fd, self._superblock.data_header(), 0)
+        self._files.sync(self._fd)
+        if self._new:
+            self._files.sync_directory(self._path.parent)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._files.close(self._fd)
 
     def undo(self) -> None:
         if self._new:
             self._path.unlink(missing_ok=True)
         else:
             if self._overwritten:
-                os.pwrite(self._fd, self._overwritten, 0)
+                write_all(self._files, self._fd, self._overwritten, 0)
             if not self._device:
-                os.ftruncate(self._fd, self._before)
+                self._files.truncate(self._fd, self._before)
         self.close()

@@ -72,8 +72,10 @@ class Identity:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep everyone else off the pool in the directory `path`. Raises NotFound or Locked."""
+def locked(path: Path, *, new: bool = False) -> Iterator[None]:
+    """Keep everyone else off the pool in the directory `path`, or what is left of it. Raises NotFound or Locked."""
+    if path.is_dir() and not new and not any(path.glob("superblock*")) and not any(path.glob("journal*")):
+        raise NotFound(f"no pool at {path} (`nbdthin init {path}` makes one)")
     try:
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -146,8 +148,12 @@ def _read_header(identity: Identity, named: bool) -> None:
         if superblock is not None and not named:
             _refuse_foreign(path, identity.page, superblock)
     if identity.superblock is not None and identity.data_bytes < identity.superblock.size:
-        what = f"it has {identity.data_bytes} bytes, the pool needs {identity.superblock.size}: it was truncated"
-        identity.findings.append(Finding(path, identity.data_bytes, what))
+        _say_truncated(identity, identity.superblock.size)
+
+
+def _say_truncated(identity: Identity, size: int) -> None:
+    what = f"it has {identity.data_bytes} bytes, the pool needs {size}: it was truncated"
+    identity.findings.append(Finding(identity.data, identity.data_bytes, what))
 
 
 def _header_copy(path: Path, page: bytes, place: str) -> tuple[Superblock | None, str]:
@@ -184,18 +190,18 @@ def repair(path: Path | str, *, data: Path | str | None = None, dry_run: bool = 
             raise Corrupt(path / "superblock", None, f"it cannot be read, nor its copy in {identity.data} (--data?)")
         if identity.page is None:
             raise NotFound(f"the pool's data is missing: {identity.data} (`--data FILE` says where it is)")
-        if is_device(identity.data) and identity.data_bytes < superblock.size:
-            raise Invalid(f"{identity.data} has {identity.data_bytes} bytes, the pool needs {superblock.size}")
         fd = os.open(identity.data, os.O_RDWR | os.O_CLOEXEC)
         held.callback(os.close, fd)
         held.enter_context(flocked(fd, f"{identity.data} is the data of a pool that is open"))
         directory = _source(path)
         found = survey(directory)
         salvage = examine(found, identity)
+        if is_device(identity.data) and identity.data_bytes < salvage.size:
+            raise Invalid(f"{identity.data} has {identity.data_bytes} bytes, the pool needs {salvage.size}")
         damage = (*identity.findings, *found.damage, *salvage.defects)
         kept: list[Path] = []
         if damage and not dry_run:
-            kept = _write(identity, superblock, fd, files)
+            kept = _write(identity, superblock, salvage.size, fd, files)
             if found.damage or salvage.defects:
                 kept += replace_journal(path, directory, salvage.state, superblock, found.last + 1, files)
     notes = tuple(str(finding) for finding in found.findings if finding.harmless)
@@ -216,25 +222,22 @@ def examine(found: Survey, identity: Identity) -> Salvage:
         raise Corrupt(found.directory, None, "nothing of the journal is left (`nbdthin restore` takes a dump)")
     superblock = identity.superblock
     assert superblock is not None
-    blocks = superblock.size // superblock.block_size
-    salvage = Salvage(found, superblock.block_size, blocks, None if identity.page is None else identity.data_bytes)
+    data_bytes = None if identity.page is None else identity.data_bytes
+    salvage = Salvage(found, superblock.block_size, superblock.size, data_bytes)
+    if (found.damage or salvage.defects) and any(found.directory.glob("unsynced.*")):
+        what = "writes that were answered and never flushed, noted when the process was killed (unsynced.*)"
+        salvage.losses.append(Loss("", 0, 0, what))
+    if data_bytes is not None and superblock.size <= data_bytes < salvage.size:
+        _say_truncated(identity, salvage.size)
     if not found.damage and not salvage.defects:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_noting(found))
-            replay(found.directory, blocks)
+        try:
+            replay(found.directory, superblock)
+        except Corrupt as error:  # recovery has the last word: what it would refuse is damage
+            found.findings.append(Finding(error.path, error.offset, error.what))
     return salvage
 
 
-@contextlib.contextmanager
-def _noting(found: Survey) -> Iterator[None]:
-    """Recovery has the last word: what it would refuse is damage, whatever the survey thinks."""
-    try:
-        yield
-    except Corrupt as error:
-        found.findings.append(Finding(error.path, error.offset, error.what))
-
-
-def replay(directory: Path, blocks: int) -> State:
+def replay(directory: Path, superblock: Superblock) -> State:
     """The state that recovery gets from a journal. Raises Corrupt."""
     state = State()
 
@@ -246,7 +249,7 @@ def replay(directory: Path, blocks: int) -> State:
             raise Corrupt(frame.path, frame.offset, str(error)) from error
 
     Journal(directory).load(apply, repair_tail=False)
-    space = Allocator(blocks, 1)
+    space = Allocator((state.size or superblock.size) // superblock.block_size, 1)
     for layer in state.layers.values():
         if len(space.claim(layer.physical_blocks())):
             raise Corrupt(directory, None, f"the blocks of layer {layer.number} are not all its own")
@@ -261,7 +264,7 @@ def _free_number(path: Path) -> int:
     return next(number for number in range(1, len(taken) + 2) if str(number) not in taken)
 
 
-def _write(identity: Identity, superblock: Superblock, fd: int, files: Files) -> list[Path]:
+def _write(identity: Identity, superblock: Superblock, size: int, fd: int, files: Files) -> list[Path]:
     """The superblock, the data's header and its size, where they are wrong; what was put aside."""
     path, kept = identity.path, []
     number = _free_number(path)
@@ -270,8 +273,8 @@ def _write(identity: Identity, superblock: Superblock, fd: int, files: Files) ->
         kept.append(path / f"data-header.damaged-{number}")
         write_file(files, kept[-1], [identity.page])
         files.sync_directory(path)
-    if identity.data_bytes < superblock.size:
-        files.truncate(fd, superblock.size)
+    if identity.data_bytes < size:
+        files.truncate(fd, size)
     if identity.write_header:
         write_all(files, fd, superblock.data_header(), 0)
     os.fsync(fd)
@@ -291,7 +294,7 @@ def replace_journal(
     made = path / "journal.repaired"
     shutil.rmtree(made, ignore_errors=True)
     Journal.create_at(made, max(number, 2), Capture(state).payloads(), files)  # 1 would say that nothing was before
-    again = replay(made, superblock.size // superblock.block_size)
+    again = replay(made, superblock)
     assert again.names == state.names and again.layers.keys() == state.layers.keys()
     if (path / "sums").exists():  # of a later state than this one, in which layers may have had these numbers already
         files.unlink(path / "sums")

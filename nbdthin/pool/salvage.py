@@ -29,6 +29,7 @@ from nbdthin.pool import records
 from nbdthin.pool.commands import MAX_VOLUME
 from nbdthin.pool.journal import Frame
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer, State, Words, words
+from nbdthin.pool.pool import MAX_BLOCKS
 from nbdthin.pool.records import LEAF_BLOCKS, LEAF_BYTES, BadRecord, Record
 from nbdthin.pool.survey import Finding, Lost, Survey
 
@@ -68,13 +69,13 @@ class _Said(NamedTuple):
 class Salvage:
     """Call it with a survey; then `state` is what can be had, `defects` and `losses` what is wrong with the rest."""
 
-    def __init__(self, found: Survey, block_size: int, blocks: int, data_bytes: int | None) -> None:
-        """`blocks` of the pool, the header's included; `data_bytes`: what its data really has, None if not known."""
+    def __init__(self, found: Survey, block_size: int, size: int, data_bytes: int | None) -> None:
+        """`size` of the pool when it was made; `data_bytes`: what its data really has, None if not known."""
         self.state = State()
         self.defects: list[Finding] = []  # records that do not add up, with their place
         self.losses: list[Loss] = []
         self._block_size = block_size
-        self._blocks = blocks
+        self._made_with = size
         self._data_bytes = data_bytes
         self._journal = found.directory
         self._gaps: list[Lost] = []
@@ -90,6 +91,11 @@ class Salvage:
             else:
                 self._apply_frame(step.frame())
         self._settle()
+
+    @property
+    def size(self) -> int:
+        """Bytes of data that the pool has."""
+        return self.state.size or self._made_with
 
     # -- applying
 
@@ -120,6 +126,13 @@ class Salvage:
                 self._set_layer(record)
             case records.Name():
                 self._set_name(record)
+            case records.Size():
+                if (
+                    record.size % self._block_size
+                    or not self._made_with <= record.size <= MAX_BLOCKS * self._block_size
+                ):
+                    raise BadRecord(f"not a size of the pool: {record.size}")
+                self.state.apply(record)
             case records.Unname():
                 if record.name in self.state.names or not self._gaps:
                     self._forget(self.state.apply(record))
@@ -293,12 +306,25 @@ class Salvage:
         self.state.apply(records.Name(name, True, layer.number, size, time.time(), {}))
         self._note(name, "a layer whose name is lost; its size is a guess")
 
+    def _settle_size(self) -> None:
+        """A lost commit may have said that the pool has grown: what is in use and in the data belongs to it."""
+        if not self._gaps or self._data_bytes is None:
+            return
+        used = [words(own) >> np.uint64(32) for layer in self.state.layers.values() for own in layer.own.values()]
+        physical = np.concatenate(used) if used else np.empty(0, dtype=np.uint64)
+        inside = physical[physical < self._data_bytes // self._block_size]
+        size = (int(inside.max()) + 1) * self._block_size if len(inside) else 0
+        if self.size < size <= MAX_BLOCKS * self._block_size:
+            self.state.apply(records.Size(size))
+            self._note("", f"the pool's size: it had grown, and is {size} bytes now, as far as blocks are in use")
+
     def _settle_entries(self) -> None:
+        self._settle_size()
         for layer in self.state.layers.values():
             for leaf in layer.own:
                 self._settle_masks(layer, leaf)
         self._settle_owners()
-        if self._data_bytes is not None and self._data_bytes < self._blocks * self._block_size:
+        if self._data_bytes is not None and self._data_bytes < self.size:
             self._settle_cut_data(self._data_bytes)
 
     def _settle_masks(self, layer: Layer, leaf: int) -> None:
@@ -307,7 +333,7 @@ class Salvage:
         for what, bad in (
             ("is data and zero at once", data & zero != 0),
             ("has data in no block", (data != 0) & (physical == 0)),
-            ("lies outside the pool", physical >= self._blocks),
+            ("lies outside the pool", physical >= self.size // self._block_size),
         ):
             for index in np.flatnonzero(bad & (entries != 0)).tolist():
                 self._defect_at(layer, leaf, index, what)

@@ -160,7 +160,7 @@ def _files(directory: Path, result: Survey) -> list[File]:
                 found.append(file)
             if path.name == "next" and not file.pieces:
                 _look_at_next(path, result)
-        elif path.suffix != ".new":
+        elif path.suffix != ".new" and path.stem != "unsynced":
             result.findings.append(Finding(path, None, "not a file of a journal", harmless=True))
     return found
 
@@ -437,14 +437,10 @@ def _place(first: int, end: int, frames: dict[int, Piece], result: Survey) -> tu
     """Where frames `first` to `end` - 1 stood: behind the frame before them, as far as that is known."""
     own, before, after = result.directory / f"{first:016x}.log", frames.get(first - 1), frames.get(end)
     if before is not None and not own.exists():
-        return before.path, before.offset + HEADER.size + _length(before)
+        return before.path, before.offset + HEADER.size + before.length
     if after is not None and after.offset:
         return after.path, 0
     return own, 0
-
-
-def _length(piece: Piece) -> int:
-    return piece.length if piece.mended is None else len(piece.mended)
 
 
 def _say_holes(files: list[File], result: Survey) -> None:

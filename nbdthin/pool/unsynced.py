@@ -47,6 +47,7 @@ class Unsynced:
         self._sequence = 0  # of the journal's frame that will make durable what is noted from now on
         self._position = 0  # behind the last group of that number
         self._whole = True  # everything of that number is kept
+        self._warned = False  # that it is not, since the last time that it was
         self._records: list[Record] = []  # noted, and in no group yet
         self._layer = -1  # whose entries are being collected
         self._blocks = array("Q")
@@ -143,9 +144,12 @@ class Unsynced:
                 raise OSError("too much for one batch")
             write_all(self._files, self._fds[self._sequence & 1], group, self._position)
         except OSError as error:
-            log.warning("until the next commit, a kill would lose unflushed writes: %s", error)
+            if not self._warned:  # on a full disk it would be so for every batch
+                log.warning("until the next commit, a kill would lose unflushed writes: %s", error)
+            self._warned = True
             self._drop()
             return False
+        self._warned = False
         before, self._position = self._position, self._position + len(group)
         return before < ENOUGH <= self._position
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 
 class GivenUp(Exception):
@@ -10,6 +13,27 @@ class GivenUp(Exception):
 
     A client that comes back after a restart sends again what had no answer; an error would reach its user.
     """
+
+
+class Asker(Protocol):
+    """Whoever asked for what may have to wait."""
+
+    @property
+    def gone(self) -> bool:
+        """Nobody is there any more to be answered."""
+
+    def waiting(self, length: int) -> AbstractContextManager[None]:
+        """Entered while a request of `length` bytes of payload waits for space, and is no work."""
+
+
+class _Patient:
+    gone = False
+
+    def waiting(self, length: int) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+PATIENT: Asker = _Patient()  # stays, and asks for nothing else meanwhile
 
 
 class Waiting:

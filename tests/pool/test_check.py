@@ -51,6 +51,7 @@ def test_a_sound_pool_has_no_problems_and_its_figures_are_reported(pools: Pools,
 def test_a_check_of_what_is_no_pool_says_so(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         check_path(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def entry(physical: int, zero: int, data: int) -> int:

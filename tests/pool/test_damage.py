@@ -6,6 +6,7 @@ The oracle is what every name read as before. What repair does not name as lost 
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -17,9 +18,11 @@ import pytest
 
 from nbdthin.errors import Corrupt, Error, Locked
 from nbdthin.pool.check import check_path
+from nbdthin.pool.dump import dump, restore
+from nbdthin.pool.files import Files
 from nbdthin.pool.journal import HEADER
 from nbdthin.pool.pool import Pool
-from nbdthin.pool.records import Entries, Layer, Name, encode, u64
+from nbdthin.pool.records import Entries, Layer, Name, Size, encode, u64
 from nbdthin.pool.repair import Repair, repair
 from nbdthin.pool.salvage import DOUBTFUL, GONE, Loss
 from nbdthin.pool.superblock import DATA_HEADER
@@ -219,7 +222,7 @@ def test_no_flipped_byte_of_any_metadata_file_passes_silently(sample: Sample) ->
                     with Pool.open(sample.copy()) as pool:
                         assert_right(sample.contents, pool, ())
                 flip(file, offset, mask)
-    print(counted)
+    assert all(count[0] and not count[2] for count in counted.values()), f"one wrong byte costs nothing: {counted}"
     assert check_path(path).problems == () == check_path(path).notes
 
 
@@ -517,7 +520,63 @@ def test_data_that_was_cut_off_is_named_by_volume_and_range(sample: Sample) -> N
         assert pool.volume("base").read(8 * BLOCK, SUB) == bytes(SUB)
 
 
+@pytest.fixture
+def grown(pools: Pools) -> Pool:
+    """A pool that has grown, with data in what it has grown by."""
+    pool = pools.make(size=32 * BLOCK, block_size=BLOCK)
+    pool.create("a", 40 * BLOCK)
+    os.truncate(pool.data.path, 64 * BLOCK)
+    pool.journal.append(encode([Size(64 * BLOCK)]))
+    pool = pools.open(pools.crash(pool))
+    pool.volume("a").write(0, pattern(40 * BLOCK))
+    pool.commit()
+    return pool
+
+
+def test_a_pool_that_has_grown_is_repaired_in_its_size(pools: Pools, grown: Pool) -> None:
+    contents = read_all(grown)
+    path = pools.close(grown)
+    flip(logs(path)[0], frames(logs(path)[0])[1][0] + HEADER.size)
+    done = repair(path)
+    assert done.damage and done.lost == ()
+    assert check_path(path).problems == ()
+    again = pools.open(path)
+    assert again.state.size == 64 * BLOCK and read_all(again) == contents
+
+
+def test_a_pool_whose_growth_is_lost_keeps_what_is_in_use(pools: Pools, grown: Pool) -> None:
+    contents = read_all(grown)
+    path = pools.close(grown)
+    wipe(logs(path)[0], 1)
+    done = repair(path)
+    assert any("had grown" in loss.what for loss in done.lost)
+    assert check_path(path).problems == ()
+    assert read_all(pools.open(path)) == contents
+
+
+def test_data_that_was_cut_below_what_the_pool_has_grown_to_is_found(pools: Pools, grown: Pool) -> None:
+    path = pools.close(grown)
+    os.truncate(path / "data", 36 * BLOCK)
+    assert any("the pool needs 1048576: it was truncated" in problem for problem in check_path(path).problems)
+    done = repair(path)
+    assert {(loss.name, loss.what) for loss in done.lost} == {("a", GONE)}
+    assert check_path(path).problems == ()
+    pools.open(path)
+
+
+def test_a_grown_pool_is_dumped_and_restored(pools: Pools, grown: Pool, tmp_path: Path) -> None:
+    path = pools.close(grown)
+    (tmp_path / "dump").write_text("".join(dump(path)))
+    restore(tmp_path / "dump", path, force=True)
+    assert "".join(dump(path)) == (tmp_path / "dump").read_text()
+    assert pools.open(path).state.size == 64 * BLOCK
+
+
 # -- how repair behaves
+
+
+class Crash(Exception):
+    """The process ended here."""
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing(sample: Sample) -> None:
@@ -549,11 +608,6 @@ def test_what_was_damaged_is_kept_beside_the_pool(sample: Sample) -> None:
 
 
 def test_a_crash_at_any_step_of_a_repair_leaves_a_pool_that_can_be_repaired(sample: Sample) -> None:
-    from nbdthin.pool.files import Files
-
-    class Crash(Exception):
-        pass
-
     class Failing(Files):
         def __init__(self, after: int) -> None:
             self.left = after
@@ -586,6 +640,35 @@ def test_a_crash_at_any_step_of_a_repair_leaves_a_pool_that_can_be_repaired(samp
             continue
         break
     assert after > 15
+
+
+def test_a_file_system_that_cannot_exchange_names_is_repaired_all_the_same(sample: Sample) -> None:
+    class Plain(Files):
+        left = 1000
+
+        def exchange(self, one: Path, two: Path) -> None:
+            raise OSError(errno.EINVAL, "no such thing here")
+
+        def rename(self, old: Path, new: Path) -> None:
+            self.left -= 1
+            if not self.left:
+                raise Crash
+            super().rename(old, new)
+
+    path = sample.copy()
+    wiped_frame(path)
+    files = Plain()
+    done = repair(path, files=files)
+    assert check_path(path).problems == () and all(kept.exists() for kept in done.kept)
+    path = sample.copy()
+    wiped_frame(path)
+    files.left = 1000 - files.left  # the last rename
+    with pytest.raises(Crash):
+        repair(path, files=files)
+    assert not (path / "journal").exists()
+    again = repair(path)
+    assert [loss.name for loss in again.lost] == [loss.name for loss in done.lost]
+    assert check_path(path).problems == ()
 
 
 def sealed_contents(pool: Pool) -> Contents:

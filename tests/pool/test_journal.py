@@ -836,3 +836,42 @@ def test_a_full_pool_takes_removals(pools: Pools) -> None:
 
 
 assert journal_module.SEGMENT_BYTES == 4 * MiB, "FORMAT.md and these tests speak of 4 MiB"
+
+
+# -- marks written in part
+
+
+def _two_segments(directory: Path) -> tuple[Path, int]:
+    """A segment that another follows, and where its last mark is."""
+    journal = append(directory, b"four")
+    journal = Journal(directory)
+    journal.load(lambda _: None)
+    journal.start_segment()
+    journal.append(b"five")
+    journal.close()
+    first = logs(directory.parent)[0]
+    return first, frames(first)[-1][1]
+
+
+@pytest.mark.parametrize("cut", [1, 7, 16, 27])
+@pytest.mark.parametrize("behind", [bytes(HEADER.size), mark(4)])
+def test_a_last_mark_torn_by_a_power_cut_is_no_damage(directory: Path, cut: int, behind: bytes) -> None:
+    path, offset = _two_segments(directory)
+    whole = mark(4, journal_module.LAST_MARK)
+    assert path.read_bytes()[offset : offset + HEADER.size] == whole
+    for torn in (whole[:cut] + behind[cut:], behind[:cut] + whole[cut:]):
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            file.write(torn)
+        assert load(directory, repair_tail=True)[-2:] == [b"four", b"five"]
+
+
+def test_what_no_mark_leaves_before_a_later_segment_is_damage(directory: Path) -> None:
+    path, offset = _two_segments(directory)
+    for at in range(HEADER.size):
+        if at in (6, 24, 25, 26, 27):  # the kind and the checksum, in which two marks differ: may be a mix of them
+            continue
+        flip(path, offset + at)
+        with pytest.raises(Corrupt):
+            load(directory)
+        flip(path, offset + at)
