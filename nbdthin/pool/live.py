@@ -394,7 +394,7 @@ class LivePool:
         """`scrub_rate` is bytes a second, for scrubs and for computing the checksums that are missing."""
         self.pool = pool
         self._scrub_rate = scrub_rate
-        self._summing: asyncio.Task[None] | None = None  # computes missing checksums, while there are any
+        self.summing: asyncio.Task[None] | None = None  # computes missing checksums, while there are any
         self._sum_at = 0.0  # loop time
         self._damaged: set[int] = set()  # positions of damage that readers met, as was told
         self._stopped = asyncio.Event()
@@ -900,9 +900,9 @@ class LivePool:
     # -- checksums
 
     def _sum_soon(self) -> None:
-        if self._summing is None and self.pool.sums.todo and not self._closing and self.pool.failed is None:
+        if self.summing is None and self.pool.sums.todo and not self._closing and self.pool.failed is None:
             if self._loop.time() >= self._sum_at:
-                self._summing = self._spawn(self._sum())
+                self.summing = self._spawn(self._sum())
 
     async def _sum(self) -> None:
         """Compute the checksums that sealed layers lack."""
@@ -915,7 +915,7 @@ class LivePool:
         finally:
             if self.pool.sums.failed:
                 self._sum_at = self._loop.time() + SUM_AGAIN
-            self._summing = None
+            self.summing = None
 
     async def scrub(self, names: Sequence[str] = (), rate: int | None = None) -> AsyncIterator[Scrubbed]:
         """Compare the data that `names` show, or all, with its checksums, as the disk has it. Raises NotFound.

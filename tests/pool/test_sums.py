@@ -7,12 +7,13 @@ import random
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from nbdthin.errors import NotFound
+from nbdthin.errors import NoSpace, NotFound
 from nbdthin.pool import merge, sums
 from nbdthin.pool.layers import SUBBLOCKS, Layer
 from nbdthin.pool.policy import Policy
@@ -280,6 +281,37 @@ def test_a_block_that_is_used_again_has_no_sum_of_its_former_owner(full: Pool) -
     assert scrub(full) == ([], 0)
 
 
+def test_a_block_that_a_living_layer_gave_up_has_no_sum_of_it(full: Pool) -> None:
+    size = full.block_size
+    full.create("v", MiB)
+    full.volume("v").write(0, pattern(2 * size))
+    full.snapshot("v", "s")
+    for name in ("c", "d"):
+        full.clone("s", name)
+        full.volume(name).write(0, pattern(size, 2))
+    full.commit()
+    compute(full)
+    block = position(full, "s", 0) // size
+    full.remove("v", "s")
+    full.commit()
+    full.merge_all()  # block 0 is pruned, block 1 is not
+    full.create("w", MiB)
+    left = full.allocator.free
+    for at in range(left):
+        full.volume("w").write((1 + at) * size, pattern(size, 3 + at))
+    full.snapshot("w", "ws")
+    full.commit()
+    places = {position(full, "ws", (1 + at) * size) // size: 1 + at for at in range(left)}
+    assert block in places
+    # The entry that the layer has where the block is now must not be taken for one that names it.
+    layer = full.volume("c").layer.parent
+    assert layer is not None and layer.entry(1) and record(full, block)[0] == layer.number
+    assert scrub(full)[0] == []
+    volume = full.volume("ws")
+    view = memoryview(bytearray(left * size))
+    sums.read_checked(full, volume.layer, size, volume.segments(size, left * size), view)
+
+
 # -- merging
 
 
@@ -336,6 +368,19 @@ def test_damage_that_a_merge_copies_is_still_found_and_told(stack: Pool) -> None
     damaged = {BLOCK + 13 * SUB, 2 * BLOCK + SUB}
     assert {(found.offset, found.affected) for found in scrub(stack)[0]} == {(each, ("b", "v")) for each in damaged}
     assert {facts["offset"] for kind, facts in told if kind == "damage"} == damaged
+
+
+def test_a_merge_of_a_layer_that_waits_for_sums_lets_its_child_wait(stack: Pool) -> None:
+    layer = stack.volume("a").layer
+    with open(stack.path / "sums", "r+b") as file:
+        for block in layer.physical_blocks().tolist():
+            file.seek(block * 80)
+            file.write(bytes(80))
+    stack.sums.todo[layer.number] = None  # as if it had been sealed just now
+    stack.remove("a")
+    assert scrub(stack)[1] > 0
+    compute(stack)
+    assert scrub(stack) == ([], 0)
 
 
 def test_a_merge_of_a_layer_without_sums_has_them_computed(pools: Pools, stack: Pool) -> None:
@@ -426,7 +471,8 @@ class History:
     def __init__(self, pools: Pools, seed: int) -> None:
         self.random = random.Random(seed)
         self.pools = pools
-        self.pool = pools.make(autocommit=False, size=32 * MiB, block_size=16 * 1024)
+        # So small that blocks are used again and again.
+        self.pool = pools.make(autocommit=False, size=3 * MiB, block_size=16 * 1024)
         self.pool.create("v0", 24 * 16 * 1024)
         self.pool.commit()
         self.count = 0
@@ -440,7 +486,8 @@ class History:
     def step(self) -> None:
         actions = [self.write] * 6 + [self.trim, self.snapshot, self.snapshot, self.clone, self.remove, self.remove]
         actions += [self.rollback, self.commit, self.commit, self.end] + [self.compute] * 8 + [self.merge] * 6
-        self.random.choice(actions)()
+        with suppress(NoSpace):
+            self.random.choice(actions)()
 
     def write(self) -> None:
         if (name := self.name("volume")) is not None:
@@ -529,7 +576,7 @@ class History:
         return self.pool
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_nothing_is_found_but_what_was_flipped_whatever_happened(pools: Pools, seed: int) -> None:
     history = History(pools, seed)
     for number in range(600):
@@ -543,9 +590,9 @@ def test_nothing_is_found_but_what_was_flipped_whatever_happened(pools: Pools, s
     sub = pool.block_size // SUBBLOCKS
     for layer, block, each in random.Random(seed).sample(places, min(len(places), 150)):
         where = (layer.entry(block) >> 32) * pool.block_size + each * sub
-        flip(pool.data.path, where + seed, 1)
+        flip(pool.data.path, where + seed % sub, 1)
         found = scrub(pool)[0]
-        flip(pool.data.path, where + seed, 1)
+        flip(pool.data.path, where + seed % sub, 1)
         assert [(one.position, one.offset) for one in found] == [(where, block * pool.block_size + each * sub)]
         assert found[0].affected == tuple(sorted(shows(pool, block, each, where // pool.block_size)))
 
