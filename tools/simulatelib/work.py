@@ -77,6 +77,7 @@ class Work:
 
     @property
     def oracle(self) -> Oracle:
+        assert self.pool.oracle is not None
         return self.pool.oracle
 
     # -- running
@@ -497,7 +498,12 @@ class Work:
             self.pool.commit()
             oracle.flushed(flush)
             self.pool.close()
-            self.pool = WatchedPool.open(self.pool.path, autocommit=False, files=self.recorder)
+
+            class Reopened(WatchedPool):  # it may commit while it is opened
+                pass
+
+            Reopened.oracle = oracle
+            self.pool = Reopened.open(self.pool.path, autocommit=False, files=self.recorder)
         self.pool.oracle = oracle
 
     def verify(self) -> None:
