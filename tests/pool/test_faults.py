@@ -150,7 +150,7 @@ def _history(root: Path, history: Callable[[Work], None], fail_at: int, fault: s
         assert work.errors
         work.finish()
     pool = work.pool
-    oracle = pool.oracle
+    oracle = work.oracle
     if fault in ("EIO", "ENOSPC") and files.hit:
         assert (pool.failed is not None) == files.final
     if pool.failed is not None:
@@ -240,7 +240,7 @@ def _live(root: Path, fail_at: int, fault: str, kind: str = "") -> tuple[Faulty,
         assert pool.failed is not None
     with Pool.open(root / "pool") as again:
         assert check(again) == []
-        oracle = pool.oracle
+        oracle = work._oracle
         oracle.judge(oracle.bounds(len(files.log)), again.journal.sequence, contents(again))
     return files, work
 

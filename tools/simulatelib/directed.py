@@ -351,7 +351,7 @@ def _cut_history(
         recorder.before = None
         abandon(work.pool)
     moments = Cuts("all", chance).at(recorder.log, first)
-    cuts, _ = judge_log(recorder, pool.oracle, judge, moments, chance, POLICIES, deep=0.2)
+    cuts, _ = judge_log(recorder, work.oracle, judge, moments, chance, POLICIES, deep=0.2)
     return cuts, len(recorder.log) - first
 
 
@@ -372,7 +372,7 @@ def _fail_each_sync(directory: Path, chance: random.Random, judge: Judge) -> int
             abandon(work.pool)
         log = recorder.log
         first = next((index for index, event in enumerate(log) if isinstance(event, SyncFails)), len(log))
-        count, _ = judge_log(recorder, pool.oracle, judge, Cuts("all", chance).at(log, first), chance, POLICIES)
+        count, _ = judge_log(recorder, work.oracle, judge, Cuts("all", chance).at(log, first), chance, POLICIES)
         shutil.rmtree(root)
         cuts += count
         if first == len(log):  # there are no more syncs

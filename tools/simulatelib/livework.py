@@ -46,6 +46,7 @@ class LiveWork:
         self._chance = random.Random(seed)
         self._recorder = recorder
         self._pool = self.pool = pool
+        assert pool.oracle is not None
         self._oracle: Oracle = pool.oracle
         self._steps = steps
         self._count = 0
@@ -266,6 +267,7 @@ def _live(
     recorder = Recorder(root)
     recorder.slow = lambda: time.sleep(0.002 * random.random())  # threads: it draws nothing from `chance`
     pool = start(recorder, root / "pool", exact=False)
+    first = len(recorder.log)
     work = kind(chance.randrange(1 << 30), recorder, pool, steps)
     try:
         uvloop.run(work.run())
@@ -274,10 +276,10 @@ def _live(
     finally:
         if pool.failed is None:
             abandon(pool)
-    first, last = recorder.adopted, len(recorder.log)
+    last = len(recorder.log)
     counts.events += last - first
     moments = sorted(chance.sample(range(first, last + 1), min(CUTS, last - first)))
-    done, tree = judge_log(recorder, pool.oracle, judge, moments, chance, (LOST, KEPT, MIXED, MIXED))
+    done, tree = judge_log(recorder, work._oracle, judge, moments, chance, (LOST, KEPT, MIXED, MIXED))
     counts.cuts += done
     return tree
 

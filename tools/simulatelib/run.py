@@ -202,6 +202,7 @@ def run_seed(seed: int, steps: int, cuts: str = "sync") -> Counts:
 def _live(root: Path, chance: random.Random, judge: Judge, steps: int, cuts: str, counts: Counts) -> Tree | None:
     recorder = Recorder(root)
     pool = start(recorder, root / "pool")
+    first = len(recorder.log)  # what opening wrote was answered to nobody; judge.py cuts that
     work = Work(chance, recorder, pool)
     if chance.random() < 0.15:
         recorder.syncs_left = chance.randrange(60)
@@ -211,7 +212,7 @@ def _live(root: Path, chance: random.Random, judge: Judge, steps: int, cuts: str
         recorder.before = None
         abandon(work.pool)
     counts.events += len(recorder.log) - recorder.adopted
-    moments = Cuts(cuts, chance).at(recorder.log, recorder.adopted)
-    done, tree = judge_log(recorder, pool.oracle, judge, moments, chance)
+    moments = Cuts(cuts, chance).at(recorder.log, first)
+    done, tree = judge_log(recorder, work.oracle, judge, moments, chance)
     counts.cuts += done
     return tree

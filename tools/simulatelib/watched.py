@@ -13,7 +13,7 @@ FIXED = Policy(min_free=0.0, auto_extend=False)  # a pool that is full is full
 
 
 class WatchedPool(Pool):
-    oracle: Oracle
+    oracle: Oracle | None = None  # none yet while it is being opened, when it may commit as well
     want_checkpoint = False  # the next batch writes one, however short the journal is
 
     def serve(self) -> None:
@@ -22,6 +22,7 @@ class WatchedPool(Pool):
 
     def execute(self, wanted: Sequence[Command]) -> None:
         super().execute(wanted)
+        assert self.oracle is not None
         self.oracle.execute(wanted)
 
     def begin(self) -> Batch:
@@ -29,9 +30,11 @@ class WatchedPool(Pool):
             self.want_checkpoint = False
             self._checkpoint_at = self.journal.checkpoint_bytes = -1
         batch = super().begin()
-        self.oracle.begin_commit(self.journal.sequence + (batch._payload is not None))
+        if self.oracle is not None:
+            self.oracle.begin_commit(self.journal.sequence + (batch._payload is not None))
         return batch
 
     def finish(self, batch: Batch) -> None:
         super().finish(batch)
-        self.oracle.end_commit()
+        if self.oracle is not None:
+            self.oracle.end_commit()

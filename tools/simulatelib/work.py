@@ -78,6 +78,7 @@ class Work:
 
     @property
     def oracle(self) -> Oracle:
+        assert self.pool.oracle is not None
         return self.pool.oracle
 
     # -- running
@@ -509,9 +510,7 @@ class Work:
         with self._uninterrupted():
             oracle.flushed(flush)
             self.pool.close()
-            self.pool = WatchedPool.open(self.pool.path, autocommit=False, files=self.recorder, policy=FIXED)
-        self.pool.oracle = oracle
-        self.pool.serve()
+            self.pool = self._open(oracle)
 
     def kill(self) -> None:
         """The process ends, the machine goes on: another process has everything that was answered."""
@@ -519,15 +518,24 @@ class Work:
             return
         self.finish()
         self.pool.unsynced.publish()
-        oracle = WatchedPool.oracle = self.oracle  # opening may commit
+        oracle = self.oracle
         self._upkeep.clear()
         self._pruning = None
         with self._uninterrupted():
             end_process(self.pool)
-            self.pool = WatchedPool.open(self.pool.path, autocommit=False, files=self.recorder, policy=FIXED)
-        self.pool.oracle = oracle
-        self.pool.serve()
+            self.pool = self._open(oracle)
         self.verify()
+
+    def _open(self, oracle: Oracle) -> WatchedPool:
+        """Open the pool again, as a daemon does."""
+
+        class Reopened(WatchedPool):  # it may commit while it is opened
+            pass
+
+        Reopened.oracle = oracle
+        pool = Reopened.open(self.pool.path, autocommit=False, files=self.recorder, policy=FIXED)
+        pool.serve()
+        return pool
 
     def verify(self) -> None:
         """What is read now is what was written last."""
