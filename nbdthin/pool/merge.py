@@ -51,6 +51,8 @@ class Step:
         self._sources: list[tuple[int, int, int, int]] = []  # of copies: index, physical block, owner, mask
         self._damaged: list[tuple[int, int, int]] = []  # copied although its sum says otherwise: block, owner, subblock
         self._seals = pool.is_sealed(layer)  # sums move with what they are of; a head has none
+        if self._seals:
+            pool.sums.begin_move(parent.number)
         over = layer.own.get(leaf)
         if over is not None:
             upper, lower = words(over), words(parent.own[leaf])
@@ -151,7 +153,9 @@ class Step:
         """Move the entries. False when the child was written meanwhile in blocks that another step must copy."""
         pool, parent, layer, leaf = self._pool, self._parent, self.layer, self.leaf
         self._tell()
-        if not layer.head and (not self._seals or parent.number in pool.sums.todo):
+        if self._seals:
+            pool.sums.end_move(layer.number)
+        elif not layer.head:
             pool.sums.todo[layer.number] = None
         lower = parent.own[leaf]
         over = layer.own.get(leaf)

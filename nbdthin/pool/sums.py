@@ -76,6 +76,8 @@ class Sums:
 
     def __init__(self, path: Path, files: Files) -> None:
         self.todo: dict[int, None] = {}  # sealed layers that may lack sums
+        self.moving: set[int] = set()  # layers that a merge is taking sums from
+        self._waits = False  # it lacked some of them before
         self.failed = False  # the last write did
         self._path = path
         self._files = files
@@ -132,6 +134,18 @@ class Sums:
                     record["sums"][sub] = sums[index, sub]
                 record["mask"] = int(record["mask"]) | mask
             self._write(blocks, records)
+
+    def begin_move(self, parent: int) -> None:
+        """A step of a merge begins, one at a time: it may move sums to the child before it is given up."""
+        self.todo.update(dict.fromkeys(self.moving))  # of a step that was: this parent lacks them now
+        self.moving = {parent}
+        self._waits = parent in self.todo
+
+    def end_move(self, child: int) -> None:
+        """The step is finished. What the parent lacked, or may have been given in its place, the child lacks."""
+        if self._waits:
+            self.todo[child] = None
+        self.moving.clear()
 
     def reown(self, before: int, after: int, blocks: Words, masks: Masks) -> None:
         """Blocks of layer `before` are to be those of `after`, which shows of each the subblocks in its mask."""

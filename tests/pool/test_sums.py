@@ -383,6 +383,27 @@ def test_a_merge_of_a_layer_that_waits_for_sums_lets_its_child_wait(stack: Pool)
     assert scrub(stack) == ([], 0)
 
 
+def test_sums_that_a_given_up_merge_has_moved_are_computed_again(quiet: Pool) -> None:
+    quiet.create("v", MiB)
+    for number, name in enumerate(("a", "b", "top")):
+        quiet.volume("v").write(2 * number * BLOCK, pattern(2 * BLOCK, number))
+        quiet.snapshot("v", name)
+    quiet.commit()
+    compute(quiet)
+    lower, upper = (quiet.volume(name).layer for name in ("a", "b"))
+    quiet.remove("a", "b")
+    quiet.commit()
+    merge.Step(quiet, lower, upper, 0).copy()
+    for parent in (upper, lower):  # into top; the one whose step was given up comes last
+        for step in merge.steps(quiet, parent):
+            step.copy()
+            step.finish()
+        quiet.commit()
+    assert len(quiet.state.layers) == 2
+    compute(quiet)
+    assert scrub(quiet) == ([], 0)
+
+
 def test_a_merge_of_a_layer_without_sums_has_them_computed(pools: Pools, stack: Pool) -> None:
     path = pools.close(stack)
     (path / "sums").unlink()

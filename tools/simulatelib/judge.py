@@ -10,13 +10,15 @@ import random
 import shutil
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from nbdthin.errors import Error, NoSpace
-from nbdthin.pool import commands
+from nbdthin.pool import commands, sums
 from nbdthin.pool.check import check
 from nbdthin.pool.files import Files
 from nbdthin.pool.pool import Pool
+from nbdthin.pool.scrub import Scrub
 from simulatelib.disk import KEPT, LOST, MIXED, Disk, Policy, Tree, materialise
 from simulatelib.oracle import Bounds, Found, Lost, Oracle
 from simulatelib.record import Note, Recorder
@@ -106,16 +108,20 @@ class Judge:
             if isinstance(files, Recorder):
                 files.note("recovered")
             _sound(pool)
+            _unspoilt(pool)
             frame = pool.journal.sequence
             found = contents(pool)
             compare(frame, found)
             wanted = self._use(pool, found)
+            for piece in islice(sums.missing(pool), self._chance.randrange(30)):
+                piece.run()
         finally:
             if pool.failed is None:
                 pool.close()
         try:
             with Pool.open(path, autocommit=False, policy=FIXED) as pool:
                 _sound(pool)
+                _unspoilt(pool)
                 if contents(pool) != wanted:
                     raise Lost(f"recovered to frame {frame}, and what was written then is not what is read later")
         except Error as error:
@@ -152,6 +158,14 @@ class Judge:
         if chance.random() < 0.3:
             pool.merge_all()
         return wanted
+
+
+def _unspoilt(pool: Pool) -> None:
+    """No checksum says that data is damaged."""
+    for piece in Scrub(pool).checks():
+        piece.read()
+        for finding in piece.findings(()):
+            raise Lost(f"a scrub finds {finding}")
 
 
 def _sound(pool: Pool) -> None:

@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 
 from nbdthin.errors import Error, NoSpace, PoolFailed
-from nbdthin.pool import commands, merge
+from nbdthin.pool import commands, merge, sums
 from nbdthin.pool.commands import Command
 from nbdthin.pool.layers import LEAF_SHIFT
 from nbdthin.pool.live import _changed as changed_by
@@ -496,6 +497,14 @@ class Work:
         if merge.child_of(pool, parent) is child:
             step.finish()
 
+    def compute_sums(self) -> None:
+        """Some pieces of it."""
+        if self._merging:
+            return  # they exclude each other, by a lock
+        with self._uninterrupted():
+            for piece in islice(sums.missing(self.pool), 20):
+                piece.run()
+
     # -- the rest
 
     def reopen(self) -> None:
@@ -551,6 +560,7 @@ def end_process(pool: WatchedPool) -> None:
     """As SIGKILL does."""
     pool.unsynced.close(clean=False)
     pool.journal.close()
+    pool.sums.close()
     pool.data.close()
     os.close(pool._lock)
 
@@ -573,6 +583,7 @@ _TABLE: tuple[tuple[Callable[[Work], None], int], ...] = (
     (Work.checkpoint, 2),
     (Work.upkeep, 4),
     (Work.merge, 14),
+    (Work.compute_sums, 8),
     (Work.reopen, 1),
 )
 _KINDS = [kind for kind, _ in _TABLE]
