@@ -300,7 +300,6 @@ def payload_crc_not_checked(patch: Patch) -> None:
 
 def torn_tail_not_cut(patch: Patch) -> None:
     def open_segment(self: Journal, path: Path, position: int) -> None:
-        self._segment = path
         self._fd = self._files.open(path, 0)
         self._position, self._limit = position, os.fstat(self._fd).st_size
 

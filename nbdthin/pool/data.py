@@ -97,7 +97,7 @@ class DataFile:
         if self.is_device:
             raise Invalid(f"{self.path} has {self.size} bytes, less than {size}: make the device larger first")
         self._files.truncate(self.fd, size)
-        self.dirty = True
+        self.dirty += 1
 
     def _knows_nowait(self) -> bool:
         """Whether reads can be asked to fail rather than wait for the disk (not on tmpfs, FUSE, NFS)."""

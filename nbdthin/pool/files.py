@@ -8,6 +8,7 @@ Every call may be made from any thread. A write may be short, as pwritev(2) says
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -113,6 +114,7 @@ def write_file(files: Files, path: Path, parts: Iterable[bytes]) -> int:
             files.close(fd)
         files.rename(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stays is removed at the next open
+            files.unlink(partial)
         raise
     return size

@@ -156,7 +156,6 @@ class Journal:
         self.bytes_since_checkpoint = 0
         self.checkpoint_bytes = 0
         self._fd = -1
-        self._segment = directory  # the open segment's path
         self._position = 0
         self._limit = 0  # where the prepared zeroes end
         self.next_ready = False  # the next segment's file exists
@@ -208,8 +207,16 @@ class Journal:
                 self._files.unlink(leaving)
             self._remove_before(base)
             self._open_segment(segments[-1][1], end)
-            self._files.sync(self._fd)
+            self._sync_loaded()
             self.next_ready = self._is_blank(self.directory / "next")
+
+    def _sync_loaded(self) -> None:
+        """Make durable what was read of the open segment. Where that fails, the next open reads what the disk has."""
+        try:
+            self._files.sync(self._fd)
+        except OSError:
+            self.drop_cache()
+            raise
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         found = []
@@ -377,14 +384,13 @@ class Journal:
 
         It is overwritten, not cut off: a segment that is shorter than it was made has lost something.
         """
-        self._segment = path
         self._fd = self._files.open(path, 0)
         size = os.fstat(self._fd).st_size
         behind = position + HEADER.size if self._is_marked(position) else position
         if behind < size and any(os.pread(self._fd, size - behind, behind)):
             for start in range(behind, size, len(_ZEROES)):
                 write_all(self._files, self._fd, memoryview(_ZEROES)[: size - start], start)
-            self._files.sync(self._fd)
+            self._sync_loaded()
         self._position = position
         self._limit = size
 

@@ -263,6 +263,7 @@ class LiveVolume:
     async def _trim_held(self, offset: int, length: int) -> None:
         for start, count in _pieces(offset, length):
             self.volume.trim(start, count)
+            self._live.publish()  # of a large range there is more than one batch keeps
             await asyncio.sleep(0)
         self._live.blocks_freed()
 
@@ -291,6 +292,7 @@ class LiveVolume:
         for start, count in _pieces(offset, length):
             self._pool.check_writable()
             self.volume.zero_whole(start, count, allocate)
+            self._live.publish()
             await asyncio.sleep(0)
         self._live.blocks_freed()
 
@@ -750,7 +752,11 @@ class LivePool:
     def _watch(self) -> None:
         """Tell what usage has come to mean since the last look."""
         pool = self.pool
-        usage = pool.usage()
+        try:
+            usage = pool.usage()
+        except OSError as error:  # of the file system below: nothing that a commit depends on
+            log.warning("how full the pool is cannot be told: %s", error)
+            return
         self._watched = pool.allocator.used
         if passed := self._levels.update(usage.fraction):
             kind, level = passed
@@ -824,8 +830,11 @@ class LivePool:
             start, end = found
             position = min(end, start + SWEEP)
             self.pool.sweep(start, position)
-            if (reclaiming := self._reclaim_soon()) is not None:
-                await asyncio.shield(reclaiming)
+            while self.pool.has_freed and not self._closing:  # else all that is free would be out of reach before long
+                if (reclaiming := self._reclaim_soon()) is not None:
+                    await asyncio.shield(reclaiming)
+                else:
+                    await asyncio.shield(self._next_leave)
 
     async def _next_data(self, position: int) -> tuple[int, int] | None:
         return await self._loop.run_in_executor(self._upkeep, self.pool.data.next_data, position)
@@ -851,6 +860,7 @@ class LivePool:
             pass
         finally:
             self.merging = None
+            self.pool.sums.moves_ended()
             self._sum_soon()
 
     async def _pause_merge(self, begun: float) -> None:
@@ -987,7 +997,7 @@ class LivePool:
         try:
             if self.pool.failed is None:
                 await self.commit()
-        except GivenUp:
+        except (GivenUp, NoSpace):
             pass  # the pool tries once more
         finally:
             while self._tasks:

@@ -50,7 +50,8 @@ class Step:
         self._joined: dict[int, tuple[int, int]] = {}  # index -> (entry to be, physical block that it makes free)
         self._sources: list[tuple[int, int, int, int]] = []  # of copies: index, physical block, owner, mask
         self._damaged: list[tuple[int, int, int]] = []  # copied although its sum says otherwise: block, owner, subblock
-        self._seals = pool.is_sealed(layer)  # sums move with what they are of; a head has none
+        # Sums move with what they are of; a head has none.
+        self._seals = pool.is_sealed(layer) and parent.number not in pool.sums.distrusted
         if self._seals:
             pool.sums.begin_move(parent.number)
         over = layer.own.get(leaf)

@@ -76,6 +76,7 @@ CHECKPOINT_JOURNAL = 8 * MiB  # journal that may grow before a checkpoint is wor
 _CHECKPOINT_FRAME = 16 * KiB  # encoded at a time, holding the GIL: some 20 us, which the event loop may have to wait
 _EMPTY_LEAF = bytes(LEAF_BYTES)
 DEFAULT_POLICY = Policy()
+UNKNOWN = 1 << 40  # bytes that may wait for a sync: nobody knows how many, so as many as count as a lot
 _GROWING = (commands.Create, commands.Clone, commands.Snapshot, commands.Label)  # add to the metadata
 
 assert sys.byteorder == "little", "leaves are stored as this machine's u64: little-endian only (FORMAT.md)"
@@ -111,12 +112,16 @@ class Batch:
             if self._payload is not None:
                 self._pool.journal.append(self._payload)
                 self._payload = None
+            self._start_checkpoint()
         except OSError:
             # The kernel now calls pages clean that never reached the disk: who reads them, this process or the next,
             # must not take them for what is stored.
-            self._pool.data.drop_cache()
-            self._pool.journal.drop_cache()
+            for drop_cache in (self._pool.data.drop_cache, self._pool.journal.drop_cache):
+                with contextlib.suppress(OSError):
+                    drop_cache()
             raise
+
+    def _start_checkpoint(self) -> None:
         if self._capture is not None:
             try:
                 self._number = self._pool.journal.start_segment()
@@ -315,7 +320,8 @@ class Pool:
         `policy` says what happens when space runs short; a write that finds none is always refused.
         `files` is what writes; the real thing, or a wrapper of it that notes what it does.
 
-        Raises NotFound, Locked, Corrupt, Invalid (its data was truncated) or OSError.
+        Raises NotFound, Locked, Corrupt, Invalid (its data was truncated), PoolFailed or NoSpace (what a killed process
+        had answered cannot be made durable: nothing of it is lost), or OSError.
         """
         path = Path(path)
         superblock = read_superblock(path / "superblock")
@@ -346,7 +352,7 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
-        killed = self.has_leftovers = self.unsynced.left
+        self.has_leftovers = self.unsynced.left
         recovered = [] if inspect else self._read_unsynced()
         before = self._owned_blocks() if recovered else None
         self._apply_recovered(recovered)
@@ -357,30 +363,43 @@ class Pool:
         if inspect:
             self.failed = "it was opened to be looked at"
         self.claim_blocks()
-        # What was written in place may still wait in the page cache: the next flush has to reach it, too.
-        self.data.dirty = killed and not inspect
+        if not inspect:  # what was written in place may still wait in the page cache: the next flush has to reach it
+            self.data.dirty = UNKNOWN
         if before is not None:
-            self._records = recovered
-            freed = self.allocator.hold(before)
-            self._freed_arrays = [freed] if len(freed) else []
-            self.state.unsettled = {*self.state.mergeable, *self.state.prunable}
-            self.state.sealing = {layer.number for layer in self.state.layers.values() if not layer.head}
-            with contextlib.suppress(NoSpace):  # of the journal's file system: a later commit makes it durable
-                self.commit()
+            self._commit_recovered(recovered, before)
         self.sums.todo.update((layer.number, None) for layer in self.state.layers.values() if not layer.head)
+        # The head may have taken over blocks and written to them in place before a crash gave them back.
+        self.sums.distrusted = {
+            number
+            for number in self.state.mergeable
+            if any(child.head for child in self.state.layers[number].children.values())
+        }
         self.arm_growth()
 
-    def _read_unsynced(self) -> builtins.list[Record]:
+    def _commit_recovered(self, recovered: builtins.list[builtins.list[Record]], before: Words) -> None:
+        """Make durable what a killed process had answered, before anything builds on it. `before`: blocks in use."""
+        self.state.unsettled = {*self.state.mergeable, *self.state.prunable}
+        self.state.sealing = {layer.number for layer in self.state.layers.values() if not layer.head}
+        freed = self.allocator.hold(before)
+        for number, records in enumerate(recovered, 1):
+            self._records = records
+            if number == len(recovered) and len(freed):
+                self._freed_arrays = [freed]
+            self.commit()
+        self.unsynced.forget()
+
+    def _read_unsynced(self) -> builtins.list[builtins.list[Record]]:
         """What a process that was killed had answered beyond the journal."""
         try:
             return self.unsynced.recover(self.journal.sequence)
         except BadRecord as error:
             raise self._bad_unsynced(error) from error
 
-    def _apply_recovered(self, records: builtins.list[Record]) -> None:
+    def _apply_recovered(self, recovered: builtins.list[builtins.list[Record]]) -> None:
         try:
-            for record in records:
-                self.state.apply(record)
+            for records in recovered:
+                for record in records:
+                    self.state.apply(record)
         except BadRecord as error:
             raise self._bad_unsynced(error) from error
 
@@ -870,6 +889,7 @@ class Pool:
         blocks = self.allocator.hold_free(start // self.block_size, -(-end // self.block_size))
         if len(blocks):
             self._limbo.append((self._epoch, blocks))
+            self._epoch += 1  # reads that begin from now on know nothing of them
 
     def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> None:
         """Give the space of `blocks` back to the file system. An error there loses space, not data.

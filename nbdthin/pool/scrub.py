@@ -12,13 +12,11 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nbdthin.errors import NotFound
 from nbdthin.pool.data import DataFile
 from nbdthin.pool.layers import SUBBLOCKS, Layer
 from nbdthin.pool.rows import Finding
-from nbdthin.pool.sums import PIECE, Piece, checksum, counting, leaf_of, runs, showing
+from nbdthin.pool.sums import PIECE, Piece, Records, checksum, counting, leaf_of, runs, showing
 
 if TYPE_CHECKING:
     from nbdthin.pool.pool import Pool
@@ -86,6 +84,7 @@ class Check:
             except OSError:
                 self._read_each(range(start, end))
                 continue
+            self._recount(records, counts, range(start, end))
             for index in range(start, end):
                 sums = records[index]["sums"].tolist()
                 for each in range(SUBBLOCKS):
@@ -93,16 +92,22 @@ class Check:
                     if data[index] & counts[index] & 1 << each and checksum(view[begin : begin + sub]) != sums[each]:
                         self._bad.append((index, each, False))
 
+    def _recount(self, records: Records, counts: list[int], indexes: range) -> None:
+        """Behind a read: what a merge has given to a head meanwhile may have been overwritten before it was read."""
+        part = slice(indexes.start, indexes.stop)
+        blocks, logical = self._piece.blocks[part].tolist(), self._piece.logical[part].tolist()
+        again = counting(self._pool, records[part], blocks, logical, self._pool.state.next_layer)
+        for index, count in zip(indexes, again, strict=True):
+            counts[index] &= count
+
     def _read_each(self, indexes: range) -> None:
         """Which subblocks cannot be read; those that can are compared."""
         size = self._pool.block_size
         sub = size // SUBBLOCKS
+        records = self._pool.sums.read(self._piece.blocks[indexes.start : indexes.stop])
         for index in indexes:
             block = int(self._piece.blocks[index])
-            records = self._pool.sums.read(np.array([block], dtype=np.uint64))
-            (count,) = counting(
-                self._pool, records, [block], [int(self._piece.logical[index])], self._pool.state.next_layer
-            )
+            record = records[index - indexes.start]
             for each in range(SUBBLOCKS):
                 if not int(self._piece.data[index]) >> each & 1:
                     continue
@@ -110,9 +115,16 @@ class Check:
                     view = self._reader.read(block * size + each * sub, sub)
                 except OSError:
                     self._bad.append((index, each, True))
-                else:
-                    if count >> each & 1 and checksum(view) != records[0]["sums"][each]:
-                        self._bad.append((index, each, False))
+                    continue
+                (count,) = counting(
+                    self._pool,
+                    records[index - indexes.start : index - indexes.start + 1],
+                    [block],
+                    [int(self._piece.logical[index])],
+                    self._pool.state.next_layer,
+                )
+                if count >> each & 1 and checksum(view) != record["sums"][each]:
+                    self._bad.append((index, each, False))
 
     def findings(self, names: Sequence[str]) -> Iterator[Finding]:
         """What is damaged, neighbours joined; named by one of `names` where it shows it. Nothing of what is gone."""
@@ -122,7 +134,7 @@ class Check:
         for index, each, unreadable in self._bad:
             block, logical = int(self._piece.blocks[index]), int(self._piece.logical[index])
             owner = self._owner(block, logical)
-            if owner is None:
+            if owner is None or (owner.head and not unreadable):  # a head may have overwritten it
                 continue
             affected = tuple(showing(owner, logical, each))
             name = next((name for name in names if name in affected), affected[0] if affected else "")

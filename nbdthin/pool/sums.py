@@ -76,6 +76,7 @@ class Sums:
 
     def __init__(self, path: Path, files: Files) -> None:
         self.todo: dict[int, None] = {}  # sealed layers that may lack sums
+        self.distrusted: set[int] = set()  # layers whose records are of no worth, until they are made anew
         self.moving: set[int] = set()  # layers that a merge is taking sums from
         self._waits = False  # it lacked some of them before
         self.failed = False  # the last write did
@@ -128,7 +129,7 @@ class Sums:
             records = self.read(blocks)
             for index, mask in enumerate(masks):
                 record = records[index]
-                if record["owner"] != owner:
+                if record["owner"] != owner or owner in self.distrusted:
                     record["owner"], record["mask"] = owner, 0
                 for sub in _bits(mask & ~int(record["mask"])):
                     record["sums"][sub] = sums[index, sub]
@@ -137,9 +138,14 @@ class Sums:
 
     def begin_move(self, parent: int) -> None:
         """A step of a merge begins, one at a time: it may move sums to the child before it is given up."""
-        self.todo.update(dict.fromkeys(self.moving))  # of a step that was: this parent lacks them now
+        self.moves_ended()
         self.moving = {parent}
         self._waits = parent in self.todo
+
+    def moves_ended(self) -> None:
+        """No step is under way: the parent of one that was given up lacks what had moved."""
+        self.todo.update(dict.fromkeys(self.moving))
+        self.moving.clear()
 
     def end_move(self, child: int) -> None:
         """The step is finished. What the parent lacked, or may have been given in its place, the child lacks."""
@@ -259,6 +265,8 @@ class Look:
         piece = self._piece
         records = self._pool.sums.read(piece.blocks)
         have = np.where(records["owner"] == piece.layer.number, records["mask"], 0).astype(np.uint64)
+        if piece.layer.number in self._pool.sums.distrusted:
+            have[:] = 0
         missing = piece.data & ~have
         lacking = piece.part(missing != 0)
         lacking.data = missing[missing != 0]
@@ -322,6 +330,7 @@ def missing(pool: Pool) -> Iterator[Look | Compute]:
                     return
         if layer.changes == before:  # else something was merged into it meanwhile
             sums.todo.pop(number, None)
+            sums.distrusted.discard(number)
 
 
 # -- checking
@@ -334,7 +343,7 @@ def counting(pool: Pool, records: Records, blocks: list[int], logical: list[int]
     for owner, mask, block, place in zip(
         records["owner"].tolist(), records["mask"].tolist(), blocks, logical, strict=True
     ):
-        layer = layers.get(owner) if owner < below else None
+        layer = layers.get(owner) if owner < below and owner not in pool.sums.distrusted else None
         entry = layer.entry(place) if layer is not None and not layer.head else 0
         masks.append(mask & entry if entry >> 32 == block else 0)
     return masks

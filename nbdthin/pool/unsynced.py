@@ -60,15 +60,17 @@ class Unsynced:
         """The process that had the pool before did not close it."""
         return any(path.exists() for path in self._paths)
 
-    def recover(self, sequence: int) -> list[Record]:
-        """What a process of this boot had answered beyond frame `sequence` of the journal, in order."""
-        found: list[Record] = []
+    def recover(self, sequence: int) -> list[list[Record]]:
+        """What a process of this boot had answered beyond frame `sequence` of the journal: a list a frame to be.
+
+        Each is to become the frame that it was noted for: then it counts no more, whenever the next kill comes.
+        """
+        found = []
         for number in (sequence + 1, sequence + 2):
             groups = self._read(self._paths[number & 1], number)
             if not groups:
                 break
-            for group in groups:
-                found.extend(decode(group))
+            found.append([record for group in groups for record in decode(group)])
         return found
 
     def _read(self, path: Path, number: int) -> list[bytes]:
@@ -130,7 +132,7 @@ class Unsynced:
         self._layer = -1
 
     def publish(self) -> bool:
-        """Put what was noted out of the reach of a kill. True when so much is waiting that a commit is due."""
+        """Put what was noted out of the reach of a kill. True when a commit is due: much is waiting, or it failed."""
         if self._layer >= 0:
             self._end_entries()
         if not self._records:
@@ -148,7 +150,7 @@ class Unsynced:
                 log.warning("until the next commit, a kill would lose unflushed writes: %s", error)
             self._warned = True
             self._drop()
-            return False
+            return True
         self._warned = False
         before, self._position = self._position, self._position + len(group)
         return before < ENOUGH <= self._position
@@ -171,9 +173,17 @@ class Unsynced:
     def clear(self) -> None:
         """A sync failed: what the page cache holds may never reach the disk, and nothing may be built on it."""
         self._whole = False
-        for fd in self._fds:
+        self.forget()
+
+    def forget(self) -> None:
+        """What is there is durable, or must not be believed. That the pool was not closed can still be seen."""
+        for path in self._paths:
             with contextlib.suppress(OSError):
-                self._files.truncate(fd, 0)
+                fd = self._files.open(path, 0)
+                try:
+                    self._files.truncate(fd, 0)
+                finally:
+                    self._files.close(fd)
 
     def close(self, *, clean: bool) -> None:
         """With `clean`, everything is durable: there is nothing to be found here."""

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdthin.errors import PoolFailed
+from nbdthin.errors import NoSpace, PoolFailed
 from nbdthin.pool import unsynced
 from nbdthin.pool.files import Files
+from nbdthin.pool.journal import Journal
 from nbdthin.pool.pool import Pool
 from nbdthin.units import KiB
 
@@ -62,7 +63,7 @@ def test_what_was_recovered_is_durable_before_anything_builds_on_it(pools: Pools
     served.volume("v").trim(0, BLOCK)
     served.unsynced.publish()
     again = pools.open(pools.kill(served), autocommit=False)
-    assert not again.has_changes
+    assert again.unwritten is None and not again._records
     pools.kill(again)
     third = Pool.open(again.path, files=OtherBoot())
     assert third.volume("v").read(0, BLOCK) == bytes(BLOCK)
@@ -123,7 +124,7 @@ def test_a_clean_end_leaves_nothing_to_recover(pools: Pools, served: Pool) -> No
     path = pools.close(served)
     assert not list(path.glob("journal/unsynced*"))
     again = pools.open(path, autocommit=False)
-    assert not again.has_changes
+    assert not again.unsynced.left
 
 
 def test_after_a_failed_sync_nothing_of_it_is_believed(
@@ -223,13 +224,84 @@ def test_a_second_kill_during_the_recovery_changes_nothing(
     assert again.volume("v").read(0, BLOCK) == pattern(BLOCK)
 
 
+def test_a_recovery_whose_sync_is_refused_is_not_believed_by_the_next_one(pools: Pools, served: Pool) -> None:
+    """The kernel calls the data's pages clean by then: only the first sync told of it."""
+
+    class Refusing(Files):
+        def sync(self, fd: int) -> None:
+            if os.readlink(f"/proc/self/fd/{fd}").endswith("/data"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super().sync(fd)
+
+    served.volume("v").write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    path = pools.kill(served)
+    with pytest.raises(PoolFailed):
+        Pool.open(path, files=Refusing())
+    again = pools.open(path)
+    assert again.volume("v").read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_two_batches_that_a_kill_left_are_recovered_whenever_the_next_kill_comes(
+    pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They become the frames that they were noted for, so nothing is applied twice."""
+    served.create("w", BLOCK)
+    served.commit()
+    served.volume("v").write(0, pattern(BLOCK))
+    served.begin()
+    served.remove("w")
+    served.unsynced.publish()
+    path = pools.kill(served)
+
+    class Killed(Exception):
+        pass
+
+    real, commits = Pool.commit, 0
+
+    def killed(pool: Pool) -> None:
+        nonlocal commits
+        if commits == stop:
+            raise Killed
+        commits += 1
+        real(pool)
+
+    for stop in range(3):
+        commits = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Pool, "commit", killed)
+            if stop < 2:
+                with pytest.raises(Killed):
+                    Pool.open(path)
+    again = pools.open(path)
+    assert [row.name for row in again.list()] == ["v"]
+    assert again.volume("v").read(0, BLOCK) == pattern(BLOCK)
+
+
+def test_a_recovery_without_room_for_the_journal_loses_nothing(pools: Pools, served: Pool) -> None:
+    served.volume("v").write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    path = pools.kill(served)
+
+    def no_room(journal: Journal, payload: bytes) -> None:
+        raise NoSpace("no room")
+
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "append", no_room)
+            with pytest.raises(NoSpace):
+                Pool.open(path)
+    again = pools.open(path)
+    assert again.volume("v").read(0, BLOCK) == pattern(BLOCK)
+
+
 def test_a_file_system_without_room_costs_the_protection_and_nothing_else(
     pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(unsynced, "write_all", _no_space)
         served.volume("v").write(0, pattern(BLOCK))
-        assert served.unsynced.publish() is False
+        assert served.unsynced.publish() is True  # a commit is due
     served.volume("v").write(BLOCK, pattern(BLOCK, 2))
     served.unsynced.publish()
     served.commit()
