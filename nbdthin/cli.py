@@ -341,7 +341,10 @@ def _dump(arguments: Namespace) -> dict[str, str] | None:
     if arguments.output is None:
         sys.stdout.writelines(lines)
         return None
-    write_file(FILES, Path(arguments.output), (line.encode() for line in lines))
+    output = Path(arguments.output)
+    if output.resolve().is_relative_to(Path(arguments.pool).resolve()):
+        raise Invalid(f"{output} is inside the pool: a dump goes elsewhere")
+    write_file(FILES, output, (line.encode() for line in lines))
     return {"output": arguments.output}
 
 
@@ -472,6 +475,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a label may hold what the terminal cannot show

@@ -250,6 +250,14 @@ def test_init_can_put_the_data_elsewhere(tmp_path: Path) -> None:
 # -- JSON
 
 
+def test_a_dump_does_not_go_into_the_pool(tmp_path: Path) -> None:
+    said(None, "init", tmp_path / "pool")
+    before = (tmp_path / "pool/superblock").read_bytes()
+    for place in ("pool/superblock", "pool/journal/x", "pool/../pool/data"):
+        assert "inside the pool" in refused(None, "dump", tmp_path / "pool", "--output", tmp_path / place)
+    assert (tmp_path / "pool/superblock").read_bytes() == before
+
+
 def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tmp_path: Path) -> None:
     uses: dict[str, list[str | Path]] = {
         "init": [tmp_path / "pool"],

@@ -52,16 +52,18 @@ class ControlServer:
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = False
+        ahead = b""  # of the next request, what came before the stream had ended
         try:
             while not self._closing:
-                payload = await _receive(reader)
+                payload = await _receive(reader, ahead)
+                ahead = b""
                 if payload is None:
                     break
                 self._connections[task] = True
                 stream = await self._answer(writer, payload)
                 self._connections[task] = False
                 if stream is not None:
-                    await self._answer_stream(reader, writer, stream)
+                    ahead = await self._answer_stream(reader, writer, stream)
         except BadFrame as error:
             log.warning("a control connection sent %s", error)
         except (ConnectionError, asyncio.CancelledError):
@@ -92,19 +94,23 @@ class ControlServer:
 
     async def _answer_stream(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: AsyncIterator[object]
-    ) -> None:
-        """Send what comes until it ends. The client sends nothing meanwhile: whatever arrives means that it is gone."""
-        gone = asyncio.ensure_future(reader.read(1))
+    ) -> bytes:
+        """Send what comes until it ends, or until the client closes its side. Returns what it has sent meanwhile.
+
+        The end of a stream is there before its sending task is seen to be done, and the next request may be, too.
+        """
+        incoming = asyncio.ensure_future(reader.read(1))
         sending = asyncio.ensure_future(self._send_items(writer, stream))
         try:
-            await asyncio.wait((gone, sending), return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done():
+            await asyncio.wait((incoming, sending), return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done() and not incoming.result():
                 raise ConnectionAbortedError
             await sending
         finally:
-            for task in (gone, sending):
+            for task in (incoming, sending):
                 task.cancel()
-            await asyncio.gather(gone, sending, return_exceptions=True)
+            await asyncio.gather(incoming, sending, return_exceptions=True)
+        return b"" if incoming.cancelled() else incoming.result()
 
     async def _send_items(self, writer: asyncio.StreamWriter, stream: AsyncIterator[object]) -> None:
         try:
@@ -127,12 +133,12 @@ def _error_frame(error: Exception, command: str) -> bytes:
     return codec.pack_error(Error(f"the daemon met {error!r}; its log has more"))
 
 
-async def _receive(reader: asyncio.StreamReader) -> bytes | None:
-    """One payload; None where the connection ends between two frames. Raises BadFrame."""
+async def _receive(reader: asyncio.StreamReader, ahead: bytes) -> bytes | None:
+    """One payload, `ahead` its first bytes; None where the connection ends between two frames. Raises BadFrame."""
     try:
-        header = await reader.readexactly(codec.LENGTH.size)
+        header = ahead + await reader.readexactly(codec.LENGTH.size - len(ahead))
         return await reader.readexactly(codec.frame_length(header))
     except asyncio.IncompleteReadError as error:
-        if error.partial:
+        if error.partial or ahead:
             raise BadFrame("half a frame") from error
         return None

@@ -61,6 +61,7 @@ CHECKPOINT_PAUSE = 0.002  # seconds after each frame of 16 KiB: so few reads mee
 PUNCH_PAUSE = 0.0003  # seconds after each hole, which takes 30 us
 MERGE_PAUSES = 50  # times as long as it took is the pause after each step of a merge
 MERGE_PAUSE = 0.05  # seconds; at most so long, on disks where copying takes its time
+MERGE_BEHIND = 3  # layers waiting to be merged from which on there are no pauses
 SHORT = 10  # none of these pauses when less than a tenth of the pool is free
 SCRUB_RATE = 64 * MiB  # bytes a second: a tenth of a disk or less, and a terabyte in five hours
 PACE_SLACK = 0.1  # seconds of work that may be caught up on after a hold-up
@@ -778,8 +779,11 @@ class LivePool:
             self.events.notify(kind, what, room=pool.journal.room)
 
     def _tell_no_space(self, name: str, error: NoSpace, waits: bool) -> None:
-        if self._free_when_full is None:
-            self._free_when_full = self.pool.usage().free
+        free = self.pool.usage().free
+        if self._free_when_full is not None:  # one met a limit, and this one less: it is that much that must come
+            self._free_when_full = min(self._free_when_full, free)
+        else:
+            self._free_when_full = free
             what = "waits" if waits else "is refused"
             self.events.notify(events.NO_SPACE, f"a write to {name!r} {what}: {error}", name=name, waits=waits)
 
@@ -866,10 +870,9 @@ class LivePool:
     async def _pause_merge(self, begun: float) -> None:
         """After a step that began at `begun`, by time.monotonic: the loop's own clock has steps of 1 ms."""
         took = time.monotonic() - begun
-        # The more layers wait, the shorter: where snapshots come and go faster than that, merging must keep up all the
-        # same, or chains, memory and space grow without end.
-        waiting = max(len(self.pool.state.mergeable) + len(self.pool.state.prunable), 1)
-        await asyncio.sleep(0 if self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE) / waiting)
+        # None where snapshots come and go faster than they are merged: chains, memory and space would grow without end.
+        busy = len(self.pool.state.mergeable) + len(self.pool.state.prunable) > MERGE_BEHIND
+        await asyncio.sleep(0 if busy or self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE))
 
     async def _prune_layer(self, layer: Layer) -> None:
         if layer.number in self.pool.state.prunable:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 COPIES = (
     16  # blocks joined by copying in one step, of 5 us each in the event loop; the rest of the leaf is for the next
 )
+BEHIND = 8  # layers waiting to be merged from which on sums are not carried over
 _SIXTEEN, _THIRTY_TWO = np.uint64(16), np.uint64(32)
 
 
@@ -50,8 +51,11 @@ class Step:
         self._joined: dict[int, tuple[int, int]] = {}  # index -> (entry to be, physical block that it makes free)
         self._sources: list[tuple[int, int, int, int]] = []  # of copies: index, physical block, owner, mask
         self._damaged: list[tuple[int, int, int]] = []  # copied although its sum says otherwise: block, owner, subblock
-        # Sums move with what they are of; a head has none.
-        self._seals = pool.is_sealed(layer) and parent.number not in pool.sums.distrusted
+        # Sums move with what they are of, where there are any; a head has none. Where merging is behind they are
+        # computed anew: it would fall behind further.
+        behind = len(pool.state.mergeable) > BEHIND
+        summed = not behind and not pool.sums.touched.isdisjoint((parent.number, layer.number))
+        self._seals = summed and pool.is_sealed(layer) and parent.number not in pool.sums.distrusted
         if self._seals:
             pool.sums.begin_move(parent.number)
         over = layer.own.get(leaf)

@@ -368,12 +368,9 @@ class Pool:
         if before is not None:
             self._commit_recovered(recovered, before)
         self.sums.todo.update((layer.number, None) for layer in self.state.layers.values() if not layer.head)
-        # The head may have taken over blocks and written to them in place before a crash gave them back.
-        self.sums.distrusted = {
-            number
-            for number in self.state.mergeable
-            if any(child.head for child in self.state.layers[number].children.values())
-        }
+        self.sums.touched = set(self.state.layers) if self.sums.exists else set()
+        # A merge that a crash took back may have given their blocks to a head, which wrote to them in place.
+        self.sums.distrusted = set(self.state.mergeable)
         self.arm_growth()
 
     def _commit_recovered(self, recovered: builtins.list[builtins.list[Record]], before: Words) -> None:
@@ -605,6 +602,7 @@ class Pool:
                 self.discard_blocks(layer.physical_blocks())
                 self.allocator.drop_run(layer.number)
                 self._changed.pop(layer.number, None)
+                self.sums.touched.discard(layer.number)
             if before is not None:
                 self.allocator.drop_run(before.layer)
             if isinstance(record, Size):

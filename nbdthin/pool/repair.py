@@ -117,10 +117,20 @@ def identify(path: Path, data: Path | None = None) -> Identity:
         identity.findings.append(Finding(error.path, error.offset, error.what))
         identity.write_superblock = True
     if data is not None and data.absolute() != identity.data.absolute():
+        if identity.superblock is not None and _is_data_of(identity.data, identity.superblock):
+            raise Invalid(f"the data of {path} is where its superblock says, at {identity.data}: leave out --data")
         identity.data = data.absolute()
         identity.write_superblock = True
     _read_header(identity, data is not None)
     return identity
+
+
+def _is_data_of(path: Path, superblock: Superblock) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(DATA_HEADER) == superblock.data_header()
+    except OSError:
+        return False
 
 
 def _read_header(identity: Identity, named: bool) -> None:

@@ -76,6 +76,7 @@ class Sums:
 
     def __init__(self, path: Path, files: Files) -> None:
         self.todo: dict[int, None] = {}  # sealed layers that may lack sums
+        self.touched: set[int] = set()  # layers that may have records
         self.distrusted: set[int] = set()  # layers whose records are of no worth, until they are made anew
         self.moving: set[int] = set()  # layers that a merge is taking sums from
         self._waits = False  # it lacked some of them before
@@ -91,6 +92,10 @@ class Sums:
         if self._fd >= 0:
             self._files.close(self._fd)
             self._fd = -1
+
+    @property
+    def exists(self) -> bool:
+        return self._fd >= 0
 
     def read(self, blocks: Words) -> Records:
         """The records of some physical blocks, ascending; owner 0 for what is none."""
@@ -125,6 +130,7 @@ class Sums:
 
     def add(self, owner: int, blocks: Words, masks: list[int], sums: npt.NDArray[np.uint32]) -> None:
         """Give blocks of `owner` the sums in `masks`. Those that they have stay: what they find stays found."""
+        self.touched.add(owner)
         with self._lock:
             records = self.read(blocks)
             for index, mask in enumerate(masks):
@@ -155,6 +161,7 @@ class Sums:
 
     def reown(self, before: int, after: int, blocks: Words, masks: Masks) -> None:
         """Blocks of layer `before` are to be those of `after`, which shows of each the subblocks in its mask."""
+        self.touched.add(after)
         order = np.argsort(blocks)
         blocks, masks = blocks[order], masks[order]
         with self._lock:
@@ -314,8 +321,8 @@ def missing(pool: Pool) -> Iterator[Look | Compute]:
     """The work that gives every sealed layer its sums. Each piece is run before the next is asked for; ends early when
     writing fails. Layers may come, go and be merged between any two."""
     sums = pool.sums
-    while sums.todo:
-        number = next(iter(sums.todo))
+    # Not of what is about to be merged away: the child that gets its blocks is there, or will be.
+    while (number := next((each for each in sums.todo if each not in pool.state.mergeable), 0)) != 0:
         layer = pool.state.layers.get(number)
         if layer is None or not pool.is_sealed(layer):  # one whose seal is not durable yet comes again when it is
             del sums.todo[number]

@@ -136,6 +136,12 @@ def test_requests_that_come_in_pieces_and_all_at_once_are_answered_in_order(
     assert len(pool.list()) == 50
 
 
+def test_requests_that_come_before_a_stream_has_ended_are_answered_behind_it(pool: nbdthin.Client) -> None:
+    """Whoever has seen the end of a stream may ask on before the daemon has seen it."""
+    for _ in range(200):
+        assert list(pool.scrub())
+
+
 def test_many_clients_at_once_are_served(daemon: Daemon, pool: nbdthin.Client) -> None:
     def work(number: int) -> None:
         with daemon.connect() as own:

@@ -665,13 +665,6 @@ def test_what_a_head_wrote_before_a_crash_gave_its_block_back_is_no_damage(taken
     assert [found.offset for found in scrub(taken_back)[0]] == [0]
 
 
-def test_sums_that_are_not_trusted_are_made_anew(taken_back: Pool) -> None:
-    compute(taken_back)
-    assert scrub(taken_back) == ([], 0)
-    rot(taken_back, "v", 0)
-    assert [found.offset for found in scrub(taken_back)[0]] == [0]
-
-
 def test_a_block_that_a_merge_gives_to_a_head_during_a_scrub_is_no_damage(
     pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
