@@ -46,7 +46,10 @@ async def _run(command: Sequence[str], pool: Path, event: Event) -> None:
         raise
     try:
         async with asyncio.timeout(TIMEOUT):
-            await process.communicate(json.dumps(_plain(event)).encode())
+            try:
+                await process.communicate(json.dumps(_plain(event)).encode())
+            except RuntimeError:  # uvloop's word for a hook that has closed its stdin
+                await process.wait()
         if process.returncode:
             log.warning("the hook %s ended with status %d for %s", command[0], process.returncode, event.kind)
     except TimeoutError:

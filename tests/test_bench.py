@@ -93,7 +93,7 @@ def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:
     assert list(images.iterdir()) == []
 
 
-def test_a_large_mapping_is_measured(tmp_path: Path) -> None:
+def test_mapped(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     images = tmp_path / "images"
     images.mkdir()
