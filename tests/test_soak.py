@@ -45,9 +45,7 @@ REQUESTS = 300  # of a connection, before a new one
 THREADS = IO_THREADS + 2 + 8  # the executors of a live pool, and those of whoever else is in the process
 POOL = 1024 * MiB  # room for all of them with nothing shared: nobody meets a full pool here
 
-# A known gap, kept in sight: since merges carry checksums, at the highest rate of snapshots they fall behind,
-# and layers without a name, and memory with them, grow (32 to 52 layers, 109 to 119 MB within a run).
-pytestmark = [pytest.mark.slow, pytest.mark.xfail(strict=False, reason="merging falls behind at the highest rate")]
+pytestmark = pytest.mark.slow
 
 
 def fill(path: Path, name: str) -> None:
@@ -190,12 +188,16 @@ def hold_flat(figures: list[Figures]) -> None:
     print(f"commits: {after[-1].sequence}")
     assert after[-1].sequence > before[0].sequence + 100, "there was work"
     print(f"checkpoints seen: {sum(b.journal < a.journal for a, b in itertools.pairwise(figures))}")
-    assert _mean(after, "memory") < 1.05 * _mean(before, "memory") + 2 * MiB
-    for what, slack in (("files", 4), ("tasks", 8), ("nameless", 8)):
+    for what, slack in (("files", 4), ("tasks", 8)):
         assert _mean(after, what) <= _mean(before, what) + slack, what
     assert max(each.threads for each in after) <= THREADS, "executors grow to their bounds and no further"
     # Two checkpoints while one is written, the journal between them, and segments of which one may be empty.
     assert max(each.metadata for each in after) < 40 * MiB
+    # A known gap, kept in sight: since merges carry checksums they fall behind at the highest rate of snapshots, and
+    # layers without a name, and memory with them, grow. All else above holds.
+    flat = _mean(after, "memory") < 1.05 * _mean(before, "memory") + 2 * MiB
+    if not flat or _mean(after, "nameless") > _mean(before, "nameless") + 8:
+        pytest.xfail("merging falls behind at the highest rate")
 
 
 def _mean(figures: list[Figures], what: str) -> float:
