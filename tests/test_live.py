@@ -18,6 +18,7 @@ from nbdthin.pool.check import check
 from nbdthin.pool.commands import Clone, Create, Remove, Rollback, Snapshot
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.pool import Pool
+from nbdthin.pool.records import LEAF_BLOCKS
 from tests.pool.conftest import kill
 from tests.rawclient import REFUSING
 
@@ -324,6 +325,54 @@ def test_writes_snapshots_removals_and_merges_at_once_stay_apart(
         await live.execute([Remove(name) for name in live.pool.state.names if name != "web"])
         await merged(live)
         assert await read(volume, 0, REGION * REGIONS) == expected
+
+    run(tmp_path / "pool", work)
+
+
+def test_whoever_holds_several_ranges_and_whoever_wants_all_of_them_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 64 * MIB)])
+        volume = live.open("web")
+        leaf = LEAF_BLOCKS * live.pool.block_size
+
+        async def merge() -> None:
+            async with volume.hold_leaves([0, 2]):
+                await asyncio.sleep(0)
+
+        async with volume.hold_leaves([0]):
+            merging = asyncio.create_task(merge())
+            await asyncio.sleep(0)
+            writing = asyncio.create_task(volume.write(0, memoryview(bytes(3 * leaf))))
+            await asyncio.sleep(0)
+        done, waiting = await asyncio.wait((merging, writing), timeout=60)
+        assert (len(done), waiting) == (2, set())
+        await writing
+
+    run(tmp_path / "pool", work)
+
+
+def test_a_removal_waits_a_moment_where_very_many_layers_are_to_be_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "MERGE_MOST", 0)
+    monkeypatch.setattr(live_module, "MERGE_WAIT", 3600.0)
+
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", MIB)])
+        volume = live.open("web")
+        for name in ("first", "second"):
+            await write(volume, 0, name.encode() * 100)
+            await live.execute([Snapshot("web", name)])
+        await write(volume, 0, b"third" * 100)
+        async with volume.hold_leaves([0]):  # so that the layer of `second` cannot be merged into the volume's
+            await live.execute([Remove("second")])
+            removal = asyncio.create_task(live.execute([Remove("first")]))
+            await live.execute([Create("another", MIB)])
+            assert not removal.done()
+            assert live.pool.state.mergeable
+        await removal
+        await merged(live)
+        assert not live.pool.state.mergeable
 
     run(tmp_path / "pool", work)
 

@@ -62,6 +62,8 @@ PUNCH_PAUSE = 0.0003  # seconds after each hole, which takes 30 us
 MERGE_PAUSES = 50  # times as long as it took is the pause after each step of a merge
 MERGE_PAUSE = 0.05  # seconds; at most so long, on disks where copying takes its time
 MERGE_BEHIND = 3  # layers waiting to be merged from which on there are no pauses
+MERGE_MOST = 32  # from which on a command that leaves another waits for one of them
+MERGE_WAIT = 1.0  # seconds, at most
 SHORT = 10  # none of these pauses when less than a tenth of the pool is free
 SCRUB_RATE = 64 * MiB  # bytes a second: a tenth of a disk or less, and a terabyte in five hours
 PACE_SLACK = 0.1  # seconds of work that may be caught up on after a hold-up
@@ -332,18 +334,22 @@ class LiveVolume:
         return found
 
     def _hold(self, offset: int, length: int) -> _Hold:
-        return _Hold(self, *self._blocks(offset, length))
+        return _Hold(self, self._blocks(offset, length))
 
-    def hold_leaf(self, leaf: int) -> _Hold:
-        """Keep writers off all blocks of a leaf."""
-        return _Hold(self, leaf << LEAF_SHIFT, (leaf << LEAF_SHIFT) + LEAF_BLOCKS - 1)
+    def hold_leaves(self, leaves: list[int]) -> _Hold:
+        """Keep writers off all blocks of some leaves."""
+        firsts = [leaf << LEAF_SHIFT for leaf in leaves]
+        return _Hold(self, *((first, first + LEAF_BLOCKS - 1) for first in firsts))
 
-    async def acquire(self, first: int, last: int) -> asyncio.Future[None]:
+    async def acquire(self, ranges: Sequence[tuple[int, int]]) -> list[asyncio.Future[None]]:
+        """All at once, in one place of the order: who took them one by one could wait for one who waits for him."""
         while self._gate is not None:
             await asyncio.shield(self._gate)
-        earlier = self._earlier(first, last) if self._held else []
-        held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._held[held] = (first, last)
+        earlier = [other for first, last in ranges for other in self._earlier(first, last)] if self._held else []
+        held: list[asyncio.Future[None]] = []
+        for each in ranges:
+            held.append(asyncio.get_running_loop().create_future())
+            self._held[held[-1]] = each
         try:
             for other in earlier:
                 await asyncio.shield(other)
@@ -352,9 +358,10 @@ class LiveVolume:
             raise
         return held
 
-    def release(self, held: asyncio.Future[None]) -> None:
-        del self._held[held]
-        held.set_result(None)
+    def release(self, held: list[asyncio.Future[None]]) -> None:
+        for each in held:
+            del self._held[each]
+            each.set_result(None)
 
     @asynccontextmanager
     async def gated(self) -> AsyncIterator[None]:
@@ -376,15 +383,14 @@ class _DiskFull(NoSpace):
 
 
 class _Hold:
-    __slots__ = ("_first", "_held", "_last", "_volume")
+    __slots__ = ("_held", "_ranges", "_volume")
 
-    def __init__(self, volume: LiveVolume, first: int, last: int) -> None:
+    def __init__(self, volume: LiveVolume, *ranges: tuple[int, int]) -> None:
         self._volume = volume
-        self._first = first
-        self._last = last
+        self._ranges = ranges
 
     async def __aenter__(self) -> None:
-        self._held = await self._volume.acquire(self._first, self._last)
+        self._held = await self._volume.acquire(self._ranges)
 
     async def __aexit__(self, *_: object) -> None:
         self._volume.release(self._held)
@@ -432,6 +438,8 @@ class LivePool:
         self._reclaiming: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
+        self._merges = Waiting()  # commands, for a layer that is merged
+        self._merged_leaves = 0  # since what merging freed was committed
         self._preparing: asyncio.Task[None] | None = None
         self._prepare_at = 0.0  # loop time
         self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
@@ -471,6 +479,8 @@ class LivePool:
 
     async def execute(self, wanted: Sequence[Command]) -> None:
         """Make `wanted` so: all or nothing, one commit. Raises errors.Error; InUse names who holds what."""
+        if any(isinstance(command, commands.Remove | commands.Rollback) for command in wanted):
+            await self._let_merge()
         async with self._structure:
             async with AsyncExitStack() as gates:
                 for name in sorted({name for command in wanted for name in _changed(command)}):
@@ -483,6 +493,14 @@ class LivePool:
             await self.commit()
         except GivenUp as error:
             raise NoSpace("the daemon stops, and finds no room in the journal: it is not done") from error
+
+    async def _let_merge(self) -> None:
+        """What leaves a layer to be merged waits a moment where very many are: else they were made without end."""
+        deadline = self._loop.time() + MERGE_WAIT
+        with contextlib.suppress(GivenUp):
+            while self.merging is not None and len(self.pool.state.mergeable) > MERGE_MOST:
+                if not await self._merges.wait(deadline):
+                    return
 
     def _refuse_used(self, wanted: Sequence[Command]) -> None:
         for command in wanted:
@@ -738,6 +756,7 @@ class LivePool:
         """Nothing waits for space any more, and nobody hears of events."""
         self._space.close()
         self._room.close()
+        self._merges.close()
         self.events.close()
 
     # -- events
@@ -860,19 +879,40 @@ class LivePool:
                         return  # after the next commit it is tried again
                     log.warning("layer %d could not be merged: %s", parent.number, error)
                     self._unmergeable.add(parent.number)
+                if not self._merging_behind or self._space_short:
+                    await self._commit_merged()
+            await self._commit_merged()
         except (PoolFailed, NoSpace, GivenUp):
             pass
         finally:
             self.merging = None
+            self._merges.wake()
             self.pool.sums.moves_ended()
             self._sum_soon()
 
-    async def _pause_merge(self, begun: float) -> None:
-        """After a step that began at `begun`, by time.monotonic: the loop's own clock has steps of 1 ms."""
+    @property
+    def _merging_behind(self) -> bool:
+        """Snapshots come and go faster than they are merged: chains, memory and space would grow without end."""
+        return len(self.pool.state.mergeable) + len(self.pool.state.prunable) > MERGE_BEHIND
+
+    async def _commit_merged(self) -> None:
+        """What merging freed can be used again."""
+        self._merged_leaves = 0
+        await self.commit()
+
+    async def _pause_merge(self, begun: float, leaves: int = 1, turned: bool = False) -> None:
+        """After a step that began at `begun`, by time.monotonic: the loop's own clock has steps of 1 ms.
+
+        `turned`: the loop has turned meanwhile.
+        """
         took = time.monotonic() - begun
-        # None where snapshots come and go faster than they are merged: chains, memory and space would grow without end.
-        busy = len(self.pool.state.mergeable) + len(self.pool.state.prunable) > MERGE_BEHIND
-        await asyncio.sleep(0 if busy or self._space_short else min(MERGE_PAUSES * took, MERGE_PAUSE))
+        self._merged_leaves += leaves
+        if self._merged_leaves >= MERGE_COMMIT:
+            await self._commit_merged()
+        if not (self._merging_behind or self._space_short):
+            await asyncio.sleep(min(MERGE_PAUSES * took, MERGE_PAUSE))
+        elif not turned:
+            await asyncio.sleep(0)
 
     async def _prune_layer(self, layer: Layer) -> None:
         if layer.number in self.pool.state.prunable:
@@ -882,33 +922,29 @@ class LivePool:
                 begun = time.monotonic()
                 if self._closing:
                     return
-            await self.commit()
+            self._merges.wake()
 
     async def _merge_layer(self, parent: Layer) -> None:
-        done = 0
         while (child := merge.child_of(self.pool, parent)) is not None and not self._closing:
             begun = time.monotonic()
-            leaf = next(iter(parent.own), None)
-            if leaf is None:
+            leaves = merge.next_leaves(parent, merge.LEAVES if self._merging_behind else 1)
+            if not leaves:
                 merge.unlink(self.pool, parent, child)
-                break
+                self._merges.wake()
+                return
             async with AsyncExitStack() as held:
                 if child.head:
                     assert child.name is not None
-                    await held.enter_async_context(self.open(child.name).hold_leaf(leaf))
+                    await held.enter_async_context(self.open(child.name).hold_leaves(leaves))
                     if merge.child_of(self.pool, parent) is not child:
                         continue
-                step = merge.Step(self.pool, parent, child, leaf)
+                step = merge.Step(self.pool, parent, child, leaves)
                 if step.has_io:
                     await self.in_thread(step.copy)
                     if merge.child_of(self.pool, parent) is not child:
                         continue
                 step.finish()
-            done += 1
-            if done % MERGE_COMMIT == 0:
-                await self.commit()
-            await self._pause_merge(begun)
-        await self.commit()
+            await self._pause_merge(begun, len(step.leaves), step.has_io)
 
     # -- checksums
 

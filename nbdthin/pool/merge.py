@@ -3,10 +3,10 @@
 A layer without a name and with several children stays, pruned of the blocks that none of them shows.
 
 Nothing waits for it and nothing changes to the eye: every volume and snapshot reads as before, at every moment and
-after any crash. It goes leaf by leaf; in each, entries that the child does not cover move to it. Where both layers hold
-parts of one block, the parent's missing subblocks are copied into the child's block, to places that are not valid there
-yet, or the child's into the parent's where that is less and those places are not valid there: a crash in between leaves
-bytes that nobody reads.
+after any crash. It goes some leaves at a time; in each, entries that the child does not cover move to it. Where both
+layers hold parts of one block, the parent's missing subblocks are copied into the child's block, to places that are not
+valid there yet, or the child's into the parent's where that is less and those places are not valid there: a crash in
+between leaves bytes that nobody reads.
 
 Sums move along (sums.py), into a sealed child, before the entries do, and what is copied is compared with them. What
 does not compare is copied as it is, with the sum that it should have, so that a scrub finds it where it is then.
@@ -18,7 +18,8 @@ meanwhile keeps writers off `blocks` of `layer` when that is a volume's head (li
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,24 +33,25 @@ from nbdthin.pool.space import shown_by
 if TYPE_CHECKING:
     from nbdthin.pool.pool import Pool
 
-COPIES = (
-    16  # blocks joined by copying in one step, of 5 us each in the event loop; the rest of the leaf is for the next
-)
+COPIES = 16  # blocks joined by copying in one step, of 5 us each in the event loop; the rest is for the next
+LEAVES = 8  # of one step, at most, where merging is behind: what a step costs beside them is that of several
 BEHIND = 8  # layers waiting to be merged from which on sums are not carried over
 _SIXTEEN, _THIRTY_TWO = np.uint64(16), np.uint64(32)
 
 
 class Step:
-    """The merge of one leaf of `parent` into `layer`."""
+    """The merge of some leaves of `parent` into `layer`."""
 
-    def __init__(self, pool: Pool, parent: Layer, layer: Layer, leaf: int) -> None:
+    def __init__(self, pool: Pool, parent: Layer, layer: Layer, leaves: Sequence[int]) -> None:
+        """`leaves` are some that `parent` has; only so many of them are taken as make a step of bounded length."""
         self._pool = pool
         self._parent = parent
         self.layer = layer
-        self.leaf = leaf
+        self.leaves: list[int] = []
         self._copies: list[tuple[int, int, int]] = []  # from position, to position, length
-        self._joined: dict[int, tuple[int, int]] = {}  # index -> (entry to be, physical block that it makes free)
-        self._sources: list[tuple[int, int, int, int]] = []  # of copies: index, physical block, owner, mask
+        # By leaf: index -> (entry to be, physical block that it makes free)
+        self._joined: dict[int, dict[int, tuple[int, int]]] = {}
+        self._sources: dict[int, tuple[int, int, int]] = {}  # of copies: physical block -> volume's block, owner, mask
         self._damaged: list[tuple[int, int, int]] = []  # copied although its sum says otherwise: block, owner, subblock
         # Sums move with what they are of, where there are any; a head has none. Where merging is behind they are
         # computed anew: it would fall behind further.
@@ -58,20 +60,30 @@ class Step:
         self._seals = summed and pool.is_sealed(layer) and parent.number not in pool.sums.distrusted
         if self._seals:
             pool.sums.begin_move(parent.number)
-        over = layer.own.get(leaf)
-        if over is not None:
-            upper, lower = words(over), words(parent.own[leaf])
-            rest = FULL & ~(upper | upper >> np.uint64(16))
-            both = np.flatnonzero((upper & FULL != 0) & (lower & rest & FULL != 0))
-            for index in both[:COPIES].tolist():
-                self._plan(index, over[index], parent.own[leaf][index])
+        room = COPIES
+        for leaf in leaves:
+            if room:
+                self.leaves.append(leaf)
+                room -= self._plan_leaf(leaf, room)
 
     @property
     def blocks(self) -> list[int]:
         """Blocks of `layer` that are copied: no one may write them between now and `finish`."""
-        return [(self.leaf << LEAF_SHIFT) + index for index in self._joined]
+        return [block for block, _, _ in self._sources.values()]
 
-    def _plan(self, index: int, upper: int, lower: int) -> None:
+    def _plan_leaf(self, leaf: int, most: int) -> int:
+        """Returns how many blocks are to be copied, of which there may be more than `most`."""
+        over, under = self.layer.own.get(leaf), self._parent.own[leaf]
+        if over is None:
+            return 0
+        upper, lower = words(over), words(under)
+        rest = FULL & ~(upper | upper >> _SIXTEEN)
+        both = np.flatnonzero((upper & FULL != 0) & (lower & rest & FULL != 0))[:most].tolist()
+        for index in both:
+            self._plan(leaf, index, over[index], under[index])
+        return len(both)
+
+    def _plan(self, leaf: int, index: int, upper: int, lower: int) -> None:
         """Both hold data of one block: decide which block stays."""
         needed = lower & FULL & ~(upper | upper >> 16)
         data = upper & FULL
@@ -89,9 +101,10 @@ class Step:
                 goal = (target >> 32) * self._pool.block_size + sub * subblock
                 self._copies.append((origin, goal, count * subblock))
             sub += max(count, 1)
-        self._joined[index] = (target >> 32 << 32 | zero << 16 | data | needed, source >> 32)
+        entry = target >> 32 << 32 | zero << 16 | data | needed
+        self._joined.setdefault(leaf, {})[index] = entry, source >> 32
         owner = self._parent.number if into_child else self.layer.number
-        self._sources.append((index, source >> 32, owner, moved))
+        self._sources[source >> 32] = (leaf << LEAF_SHIFT) + index, owner, moved
 
     @property
     def has_io(self) -> bool:
@@ -100,33 +113,42 @@ class Step:
 
     def copy(self) -> None:
         """Copy what has to move. Raises OSError; the step is then given up, and nothing has changed."""
+        records = self._records()
         for origin, goal, length in self._copies:
             buffer = memoryview(bytearray(length))
             self._pool.data.read_into(buffer, origin)
             self._pool.data.write((buffer,), goal, length)
-            self._compare(buffer, origin)
+            block, first = divmod(origin, self._pool.block_size)
+            if block in records:
+                self._compare(buffer, block, first, records[block])
         if self._seals:
-            self._move_sums()
+            for leaf in self.leaves:
+                self._move_sums(leaf)
 
-    def _compare(self, view: memoryview, position: int) -> None:
-        """What was copied, with its sum. Only noted: as it is it has to go on, there is no other."""
-        size = self._pool.block_size
-        index, block, owner, _ = next(each for each in self._sources if each[1] == position // size)
-        records = self._pool.sums.read(np.array([block], dtype=np.uint64))
-        mask = int(records[0]["mask"]) if records[0]["owner"] == owner else 0
-        sub = size // SUBBLOCKS
-        first = position % size // sub
-        for number in range(len(view) // sub):
-            if mask >> (first + number) & 1:
-                wanted = records[0]["sums"][first + number]
-                if sums.checksum(view[number * sub : (number + 1) * sub]) != wanted:
-                    self._damaged.append(((self.leaf << LEAF_SHIFT) + index, owner, first + number))
+    def _records(self) -> dict[int, np.void]:
+        """The sums of what is to be copied, where there are any."""
+        if not self._sources or not self._pool.sums.exists:
+            return {}
+        blocks = np.array(sorted(self._sources), dtype=np.uint64)
+        records = self._pool.sums.read(blocks)
+        pairs = zip(blocks.tolist(), records, strict=True)
+        return {block: record for block, record in pairs if record["owner"] == self._sources[block][1]}
 
-    def _move_sums(self) -> None:
+    def _compare(self, view: memoryview, block: int, first: int, record: np.void) -> None:
+        """What was copied, from byte `first` of a block, with its sum. Only noted: as it is it has to go on, there is
+        no other."""
+        number, owner, _ = self._sources[block]
+        mask, sub = int(record["mask"]), self._pool.block_size // SUBBLOCKS
+        for each in range(len(view) // sub):
+            place = first // sub + each
+            if mask >> place & 1 and sums.checksum(view[each * sub : (each + 1) * sub]) != record["sums"][place]:
+                self._damaged.append((number, owner, place))
+
+    def _move_sums(self, leaf: int) -> None:
         """Before the entries: a record whose owner has no such entry yet only waits."""
         pool, before, after = self._pool, self._parent.number, self.layer.number
-        lower = words(self._parent.own[self.leaf])
-        over = self.layer.own.get(self.leaf)
+        lower = words(self._parent.own[leaf])
+        over = self.layer.own.get(leaf)
         if over is None:
             moved, kept = lower >> _THIRTY_TWO, lower & FULL
         else:
@@ -134,8 +156,8 @@ class Step:
             moved = np.where(done & (joined & MIXED == lower & MIXED), lower >> _THIRTY_TWO, np.uint64(0))
             kept = joined & FULL
         pool.sums.reown(before, after, moved[moved != 0], kept[moved != 0])
-        for index, block, owner, mask in self._sources:
-            target = self._joined[index][0]
+        for target, block in self._joined.get(leaf, {}).values():
+            _, owner, mask = self._sources[block]
             other = after if owner == before else before
             pool.sums.join((block, owner, mask), (target >> 32, other, target & FULL & ~mask), after)
 
@@ -155,13 +177,16 @@ class Step:
             )
 
     def finish(self) -> bool:
-        """Move the entries. False when the child was written meanwhile in blocks that another step must copy."""
-        pool, parent, layer, leaf = self._pool, self._parent, self.layer, self.leaf
+        """Move the entries. False when the child has data in blocks that another step must copy."""
         self._tell()
         if self._seals:
-            pool.sums.end_move(layer.number)
-        elif not layer.head:
-            pool.sums.todo[layer.number] = None
+            self._pool.sums.end_move(self.layer.number)
+        elif not self.layer.head:
+            self._pool.sums.todo[self.layer.number] = None
+        return all([self._finish_leaf(leaf) for leaf in self.leaves])
+
+    def _finish_leaf(self, leaf: int) -> bool:
+        pool, parent, layer = self._pool, self._parent, self.layer
         lower = parent.own[leaf]
         over = layer.own.get(leaf)
         left = False
@@ -169,7 +194,7 @@ class Step:
             moved, remains = lower[:], None  # a copy: a checkpoint may be holding the sealed parent's
         else:
             joined, gone, done = _join(words(over), words(lower))
-            for index, (entry, physical) in self._joined.items():
+            for index, (entry, physical) in self._joined.get(leaf, {}).items():
                 joined[index], gone[index], done[index] = entry, physical, True
             pool.discard_blocks(gone[gone != 0])
             left = not done.all()
@@ -243,20 +268,25 @@ def child_of(pool: Pool, parent: Layer) -> Layer | None:
     return child
 
 
+def next_leaves(parent: Layer, most: int = LEAVES) -> list[int]:
+    """Leaves that the next step may take."""
+    return list(islice(parent.own, most))
+
+
 def unlink(pool: Pool, parent: Layer, child: Layer) -> None:
     """Every leaf has been merged: `child` takes its parent's place."""
     assert not parent.own
     pool.apply([LayerRecord(child.number, parent.parent.number if parent.parent is not None else 0)])
 
 
-def steps(pool: Pool, parent: Layer) -> Iterator[Step]:
-    """The steps that merge `parent`, a layer without a name, into its only child; at last it is gone.
+def steps(pool: Pool, parent: Layer, leaves: int = LEAVES) -> Iterator[Step]:
+    """The steps, of up to `leaves` each, that merge `parent`, a layer without a name, into its only child.
 
-    Each must be finished, or given up, before the next is asked for. Ends early when the child goes away meanwhile.
+    At last it is gone. Each must be finished, or given up, before the next is asked for. Ends early when the child goes
+    away meanwhile.
     """
     while (child := child_of(pool, parent)) is not None:
-        leaf = next(iter(parent.own), None)
-        if leaf is None:
+        if not parent.own:
             unlink(pool, parent, child)
             return
-        yield Step(pool, parent, child, leaf)
+        yield Step(pool, parent, child, next_leaves(parent, leaves))

@@ -24,8 +24,8 @@ def unname(pool: Pool, name: str) -> int:
     return number
 
 
-def step_of(pool: Pool, number: int) -> merge.Step:
-    return next(iter(merge.steps(pool, pool.state.layers[number])))
+def step_of(pool: Pool, number: int, leaves: int = merge.LEAVES) -> merge.Step:
+    return next(iter(merge.steps(pool, pool.state.layers[number], leaves)))
 
 
 @pytest.fixture
@@ -149,6 +149,27 @@ def test_a_block_written_meanwhile_is_left_to_another_step(quiet: Pool) -> None:
     assert (contents(quiet), quiet.allocator.used) == (before, 3)
 
 
+def test_a_step_takes_several_leaves_but_only_so_many_copies(quiet: Pool) -> None:
+    """What is copied holds up the event loop; what only moves hardly does."""
+    leaves = 3 * merge.LEAVES
+    quiet.create("v", leaves * LEAF)
+    for leaf in range(leaves):
+        quiet.volume("v").write(leaf * LEAF, pattern(merge.COPIES // 2 * BLOCK, leaf))
+    quiet.snapshot("v", "s")
+    for leaf in range(merge.LEAVES):  # of these the blocks are joined, those of all others only move
+        for block in range(merge.COPIES // 2):
+            quiet.volume("v").write(leaf * LEAF + block * BLOCK, pattern(SUB, block))
+    number = unname(quiet, "s")
+    before = contents(quiet)
+    taken = []
+    for step in merge.steps(quiet, quiet.state.layers[number]):
+        taken.append((len(step.leaves), len(step.blocks)))
+        step.copy()
+        assert step.finish()
+        assert contents(quiet) == before
+    assert taken == [(2, merge.COPIES)] * (merge.LEAVES // 2) + [(merge.LEAVES, 0)] * 2
+
+
 def test_a_merge_can_stop_after_any_leaf_and_go_on_later(pools: Pools) -> None:
     pool = pools.make(autocommit=False)
     pool.create("v", 4 * LEAF)
@@ -160,7 +181,7 @@ def test_a_merge_can_stop_after_any_leaf_and_go_on_later(pools: Pools) -> None:
     number = unname(pool, "s")
     before = contents(pool)
     for _ in range(4):
-        step = step_of(pool, number)
+        step = step_of(pool, number, leaves=1)
         step.copy()
         step.finish()
         assert contents(pool) == before

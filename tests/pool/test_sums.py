@@ -393,7 +393,7 @@ def test_sums_that_a_given_up_merge_has_moved_are_computed_again(quiet: Pool) ->
     lower, upper = (quiet.volume(name).layer for name in ("a", "b"))
     quiet.remove("a", "b")
     quiet.commit()
-    merge.Step(quiet, lower, upper, 0).copy()
+    merge.Step(quiet, lower, upper, [0]).copy()
     for parent in (upper, lower):  # into top; the one whose step was given up comes last
         for step in merge.steps(quiet, parent):
             step.copy()

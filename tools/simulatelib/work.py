@@ -469,18 +469,18 @@ class Work:
         parent = pool.state.layers[number]
         child = merge.child_of(pool, parent)
         assert child is not None
-        leaf = next(iter(parent.own), None)
-        if leaf is None:
+        if not parent.own:
             merge.unlink(pool, parent, child)
             return
         if child.head and any(name == child.name for name, _, _ in self._held):
             return  # live.py waits for them
-        step = merge.Step(pool, parent, child, leaf)
+        step = merge.Step(pool, parent, child, merge.next_leaves(parent))
         held = []
         if child.head and child.name is not None:
             held = [(child.name, block, block) for block in step.blocks]
             if not held:  # commands on the volume wait all the same
-                held = [(child.name, (leaf + 1 << LEAF_SHIFT) - 1, (leaf + 1 << LEAF_SHIFT) - 1)]
+                last = (step.leaves[0] + 1 << LEAF_SHIFT) - 1
+                held = [(child.name, last, last)]
         self._held += held
         epoch = pool.enter()
         try:
