@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -36,6 +37,8 @@ import numpy as np
 
 from nbdthin import addresses
 from nbdthin.errors import Error, NoSpace, ReadOnly
+from nbdthin.outbox import HIGH, Outbox
+from nbdthin.polling import Poller
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import LivePool, LiveVolume
@@ -48,12 +51,13 @@ from nbdthin.wire.proto import Chunk, ChunkFlag, Command, CommandFlag, Errno
 
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
 INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
+SEND_BUFFER = 4 * MiB  # bytes
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
 ALONE = 8  # flushes that one client has asked for while all others were silent: the loop may sync for it itself
-OUT_BYTES = 1 * MiB  # bytes of replies gathered before they are handed to the transport
+SEND = 32 * KiB  # bytes of one part of the data file from which on it is sent without being copied
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
@@ -61,6 +65,7 @@ GOODBYE = 1.0  # seconds that a client has to close its side when the server sto
 KEEPALIVE = 60  # seconds of silence after which TCP asks whether the other machine still lives
 STATUS_EXTENTS = 4096  # extents in one BLOCK_STATUS reply; the client asks again for the rest
 
+_SO_SNDBUFFORCE = 32
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
@@ -102,7 +107,9 @@ class Rule(Protocol):
 class Server:
     """Every volume and snapshot of a pool under its own name, on any number of sockets."""
 
-    def __init__(self, live: LivePool, rules: Sequence[Rule] = (), max_connections: int = 4096) -> None:
+    def __init__(
+        self, live: LivePool, rules: Sequence[Rule] = (), max_connections: int = 4096, polling: bool = True
+    ) -> None:
         self._live = live
         self._rules = rules
         self._max_connections = max_connections
@@ -110,6 +117,7 @@ class Server:
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
         self.stopping = False
+        self.poller = Poller(enabled=polling)
         self.speaker: Connection | None = None  # who sent last
         self.flushes_alone = 0  # that it has asked for since someone else sent
         live.users = self.holders
@@ -223,14 +231,17 @@ class Connection(asyncio.BufferedProtocol):
         self._server = server
         self._live = server.live
         self._loop = asyncio.get_running_loop()
+        self._poller = server.poller
         self.closed: asyncio.Future[None] = self._loop.create_future()  # done when nothing of it is left
         self.peer = "?"
+        self._outbox: Outbox
         self._handshake: Handshake | None = Handshake(server)  # None in transmission
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False  # nothing more is received; what was, is handled
         self._closing = False  # no request is parsed any more
         self._half_close = False  # at its end, only our direction is closed at first
         self._discarding = False  # what comes in is of no interest any more
+        self._lingering = False  # all is answered, and what is sent of it is the peer's affair
         self._lost = False  # the transport is gone
         self.gone = False  # so it is, or soon will be: what waits for space need not
         self._view = _buffer(SCRATCH)
@@ -240,27 +251,30 @@ class Connection(asyncio.BufferedProtocol):
         self._payload_request = (0, 0, 0)  # flags, cookie, offset
         self._skip = 0  # bytes of a refused payload still to come
         self._skipped = b""  # the reply to follow them
-        self._out: list[bytes | bytearray | memoryview] = []
-        self._out_bytes = 0
         self._flush_due = False
         self._tasks = 0  # requests in work
         self._in_flight = 0  # bytes they stand for
         self._waiting = 0  # bytes of those that wait for space
-        self._peer_slow = False  # it does not take its replies
         self._paused = False  # we do not read
 
     # -- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same methods
-        self._transport.set_write_buffer_limits(high=OUT_BYTES)
+        sock = self._transport.get_extra_info("socket")
+        if sock.family == socket.AF_UNIX:
+            _enlarge(sock)
+        self._outbox = Outbox(self._live, sock.fileno(), self._outbox_changed, self._outbox_lost)
+        self._put = self._outbox.put
+        self._flush = self._outbox.flush
         if not self._server.add(self):
             self._closing = True
             self._transport.abort()
             return
         assert self._handshake is not None
         self.peer = _peer_name(self._transport)
-        self._transport.write(self._handshake.greeting())
+        self._put(self._handshake.greeting())
+        self._flush()
         self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -279,15 +293,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._payload_complete(self._payload)
             return
         self._end += nbytes
+        poller = self._poller
+        poller.came()
         self._advance()
-
-    def pause_writing(self) -> None:
-        self._peer_slow = True
-        self._control_flow()
-
-    def resume_writing(self) -> None:
-        self._peer_slow = False
-        self._control_flow()
+        poller.answered()
 
     def eof_received(self) -> bool:
         if self._discarding:
@@ -301,7 +310,7 @@ class Connection(asyncio.BufferedProtocol):
         self._give_up()
         if self._timer is not None:
             self._timer.cancel()
-        self._out.clear()
+        self._outbox.close()
         self._maybe_close()
 
     # -- closing
@@ -322,6 +331,7 @@ class Connection(asyncio.BufferedProtocol):
         self._give_up()
         if not self._lost:
             self._transport.abort()
+            self._outbox.close()  # the connection ends with it
 
     # -- waiting for space (pool.waiting.Asker)
 
@@ -357,20 +367,22 @@ class Connection(asyncio.BufferedProtocol):
             if not self.closed.done():
                 self._server.remove(self, self._info.name if self._handshake is None else None)
                 self.closed.set_result(None)
-        elif self._half_close:
-            self._say_goodbye()
         elif not self._discarding:  # else the goodbye is under way
             self._flush()
-            self._transport.close()
-            self._restart_timer(LINGER, self.abort)  # the peer may never take what is still to be sent
+            if self._outbox.pending:
+                if not self._lingering:
+                    self._lingering = True
+                    self._restart_timer(LINGER, self.abort)  # the peer may never take what is still to be sent
+            elif self._half_close:
+                self._say_goodbye()
+            else:
+                self._transport.close()
 
     def _say_goodbye(self) -> None:
         """Close our direction first, and the connection when the peer has closed its own.
 
         Closing a socket that holds unread requests resets the connection, and may destroy replies on their way.
         """
-        self._half_close = False
-        self._flush()
         self._transport.write_eof()
         self._discarding = True
         if self._paused:
@@ -379,11 +391,8 @@ class Connection(asyncio.BufferedProtocol):
         self._restart_timer(GOODBYE, self._goodbye_over)
 
     def _goodbye_over(self) -> None:
-        """The peer does not close; it has what it will get, or `Server.shutdown` ends it."""
-        if self._transport.get_write_buffer_size():
-            self._restart_timer(GOODBYE, self._goodbye_over)
-        else:
-            self._transport.close()
+        """The peer does not close; it has what it will get."""
+        self._transport.close()
 
     # -- flow control
 
@@ -396,9 +405,19 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
             self._advance()
 
+    def _outbox_changed(self) -> None:
+        self._control_flow()
+        if self._closing:
+            self._maybe_close()
+
+    def _outbox_lost(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            log.info("%s: a reply cannot be sent: %s", self.peer, error)
+        self.abort()
+
     @property
     def _stalled(self) -> bool:
-        return self._peer_slow or self._in_flight - min(self._waiting, WAITING) >= IN_FLIGHT
+        return self._outbox.slow or self._in_flight - min(self._waiting, WAITING) >= IN_FLIGHT
 
     def _pause(self) -> None:
         if not self._paused and not self._lost:
@@ -423,11 +442,12 @@ class Connection(asyncio.BufferedProtocol):
     def _negotiate(self, handshake: Handshake) -> None:
         handshake.receive(self._view[: self._end])
         self._end = 0
-        while not self._peer_slow and (reply := handshake.step()) is not None:
+        while not self._outbox.slow and (reply := handshake.step()) is not None:
             if not self._server.stopping:
                 self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
             if reply:
-                self._transport.write(reply)
+                self._put(reply)
+                self._flush()
         if handshake.state is HandshakeState.OPEN:
             return
         if handshake.state is HandshakeState.DONE:
@@ -473,6 +493,7 @@ class Connection(asyncio.BufferedProtocol):
         view, end = self._view, self._end
         if self._server.speaker is not self:
             self._server.speaker, self._server.flushes_alone = self, 0
+        outbox = self._outbox
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
         unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
@@ -513,7 +534,7 @@ class Connection(asyncio.BufferedProtocol):
                         self._other(command, flags, cookie, offset, length)
                 except Exception as failure:
                     self._fail(command, cookie, failure)
-            if self._out_bytes >= OUT_BYTES:
+            if outbox.pending >= HIGH:
                 self._flush()
             if command == _BLOCK_STATUS:  # milliseconds: let the loop turn before the next request
                 self._pause()
@@ -522,8 +543,7 @@ class Connection(asyncio.BufferedProtocol):
                 break
         if position >= 0:
             self._keep_from(position)
-        if self._out:
-            self._flush()
+        self._flush()
         if self._draining and not waiting:
             self._closing = True
         if self._closing:
@@ -571,13 +591,12 @@ class Connection(asyncio.BufferedProtocol):
     def _payload_complete(self, payload: memoryview) -> None:
         self._payload = None
         self._write(*self._payload_request, payload, True)
-        if self._out:
-            self._flush()
+        self._flush()
 
     # -- commands
 
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        position = self._volume.locate(offset, length)
+        position = self._volume.locate(offset, length) if length < SEND else 0
         if position > 0:
             header = _DATA_HEADER if self._structured else _SIMPLE_HEADER
             buffer = bytearray(header + length)
@@ -596,6 +615,8 @@ class Connection(asyncio.BufferedProtocol):
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return
         segments = self._volume.segments(offset, length)
+        if length >= SEND and self._read_uncopied(flags, cookie, offset, segments):
+            return
         put: Callable[[memoryview], None]
         if self._structured and not flags & _DF and any(position == ZERO for position, _ in segments):
             put = partial(self._put_chunks, cookie, offset, segments)
@@ -607,6 +628,33 @@ class Connection(asyncio.BufferedProtocol):
             put(view)
         else:
             self._start(_READ, cookie, length, self._read_slowly(segments, view, put))
+
+    def _read_uncopied(self, flags: int, cookie: int, offset: int, segments: list[tuple[int, int]]) -> bool:
+        """Answer from the page cache without copying. False where it has not all, or where a part is little."""
+        for position, length in segments:
+            if position != ZERO and not (length >= SEND and self._live.pool.data.can_send(position, length)):
+                return False
+        outbox, put = self._outbox, self._put
+        in_chunks = self._structured and not flags & _DF and any(position == ZERO for position, _ in segments)
+        if not in_chunks:
+            total = sum(length for _, length in segments)
+            if self._structured:
+                put(transmission.data_chunk_header(cookie, offset, total, True))
+            else:
+                put(_simple(0, cookie))
+        for index, (position, length) in enumerate(segments):
+            last = index == len(segments) - 1
+            if position == ZERO:
+                if in_chunks:
+                    put(transmission.hole_chunk(cookie, offset, length, last))
+                else:
+                    put(memoryview(bytes(length)))
+            else:
+                if in_chunks:
+                    put(transmission.data_chunk_header(cookie, offset, length, last))
+                outbox.put_range(position, length)
+            offset += length
+        return True
 
     def _read_verified(self, flags: int, cookie: int, offset: int, length: int) -> None:
         """As `_read`, of what has been compared with its checksums."""
@@ -773,10 +821,6 @@ class Connection(asyncio.BufferedProtocol):
 
     # -- replies
 
-    def _put(self, reply: bytes | bytearray | memoryview) -> None:
-        self._out.append(reply)
-        self._out_bytes += len(reply)
-
     def _answer_error(self, command: int, cookie: int, error: int) -> None:
         if command == _READ and self._structured:
             self._put(transmission.error_chunk(cookie, error, os.strerror(error)))
@@ -791,16 +835,6 @@ class Connection(asyncio.BufferedProtocol):
             log.error("%s: a request failed: %s", self.peer, Command(command).name, exc_info=error)
         self._answer_error(command, cookie, _errno(error))
 
-    def _flush(self) -> None:
-        out = self._out
-        if not out:
-            return
-        self._out = []
-        self._out_bytes = 0
-        if not self._lost:
-            self._live.publish()
-            self._transport.writelines(out)
-
 
 def _errno(error: Exception) -> int:
     """What a client is told."""
@@ -809,6 +843,14 @@ def _errno(error: Exception) -> int:
     if isinstance(error, NoSpace):
         return int(Errno.ENOSPC)
     return int(Errno.EPERM if isinstance(error, ReadOnly) else Errno.EIO)
+
+
+def _enlarge(sock: socket.socket) -> None:
+    """Room for a large reply: a unix socket's buffer does not grow by itself, as TCP's do."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER)
+    except OSError:  # not root: as much as everybody may have
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 def _buffer(length: int) -> memoryview:

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
 from nbdthin.pool import commands, events, merge, sums
@@ -69,6 +69,7 @@ SCRUB_RATE = 64 * MiB  # bytes a second: a tenth of a disk or less, and a teraby
 PACE_SLACK = 0.1  # seconds of work that may be caught up on after a hold-up
 SUM_AGAIN = 30.0  # seconds until the next try to write checksums
 PROGRESS = 0.2  # seconds between two reports of a scrub
+TAKE_BACK = 5.0  # seconds that a slow client has where what was sent to it could not be detached
 MOST_DAMAGED = 1000  # places told of, of those that readers meet
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
@@ -396,6 +397,17 @@ class _Hold:
         self._volume.release(self._held)
 
 
+class Sender(Protocol):
+    """A connection that sends pages of the data file uncopied."""
+
+    @property
+    def holds_pages(self) -> bool:
+        """Its peer has not taken all of them."""
+
+    def cut(self) -> None:
+        """End it, and let go of them."""
+
+
 class LivePool:
     """An open pool (autocommit off) in the running event loop. `close` before the loop ends."""
 
@@ -409,6 +421,7 @@ class LivePool:
         self._stopped = asyncio.Event()
         self.users: Callable[[str], tuple[str, ...]] = lambda _: ()  # who holds a name; the server's to say
         self.no_space: Callable[[str], str | None] = lambda _: None  # the policy for a name, where it is not the pool's
+        self.senders: weakref.WeakSet[Sender] = weakref.WeakSet()
         self.events = Events()
         pool.notify = self.events.notify
         self._levels = Levels(pool.policy.low_water)
@@ -446,8 +459,9 @@ class LivePool:
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
         pool.unsynced.start(pool.journal.sequence + 1)
+        pool.data.find_sending()
         if pool.has_leftovers and not is_device(pool.data.path):
-            self._spawn(self._sweep())
+            self.spawn(self._sweep())
         self._merge_soon()
         self._sum_soon()
         if not pool.journal.next_ready:
@@ -466,14 +480,22 @@ class LivePool:
         return await self._entered(self._io, function, *arguments)
 
     async def _entered(self, executor: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
-        epoch = self.pool.enter()
+        epoch = self.enter()
         try:
             return await self._loop.run_in_executor(executor, function, *arguments)
         finally:
-            self.pool.leave(epoch)
-            self._reclaim_soon()
-            left, self._next_leave = self._next_leave, self._loop.create_future()
-            left.set_result(None)
+            self.leave(epoch)
+
+    def enter(self) -> int:
+        """A read that does not end in this turn begins: blocks freed from now on are not reused before `leave`."""
+        return self.pool.enter()
+
+    def leave(self, epoch: int) -> None:
+        """The read for which `enter` returned `epoch` has ended."""
+        self.pool.leave(epoch)
+        self._reclaim_soon()
+        left, self._next_leave = self._next_leave, self._loop.create_future()
+        left.set_result(None)
 
     # -- commands
 
@@ -535,7 +557,7 @@ class LivePool:
     def publish(self) -> None:
         """To be called before replies leave: what they promise survives the end of this process."""
         if self.pool.unsynced.publish():
-            self._spawn(self._commit_quietly())
+            self.spawn(self._commit_quietly())
 
     async def _commit(self) -> None:
         """Batch after batch, as long as someone waits."""
@@ -635,14 +657,14 @@ class LivePool:
         self._merge_soon()  # what the batch left without a name may be merged now
         self._sum_soon()
         if batch.checkpoint_due:
-            self._spawn(self._checkpoint(batch))
+            self.spawn(self._checkpoint(batch))
         elif not self.pool.journal.next_ready and not self._closing:
             self._prepare_soon(now=self.pool.journal.may_fit)
 
     def _prepare_soon(self, *, now: bool = False) -> None:
         """Have room for the next journal segment while there is room: removing things must work on a full disk."""
         if self._preparing is None and (now or self._loop.time() >= self._prepare_at):
-            self._preparing = self._spawn(self._prepare())
+            self._preparing = self.spawn(self._prepare())
 
     async def _prepare(self) -> None:
         try:
@@ -676,7 +698,7 @@ class LivePool:
 
     def _tick(self) -> None:
         if self.pool.has_changes and self.pool.failed is None:
-            self._spawn(self._commit_quietly())
+            self.spawn(self._commit_quietly())
         starved = self.pool.journal.starved
         if starved:
             self._prepare_soon(now=self.pool.journal.may_fit)
@@ -732,7 +754,7 @@ class LivePool:
     def blocks_freed(self) -> None:
         """Somebody may have given blocks up: who waits for some does not wait for the timer's commit, too."""
         if self._space.count and self._freeing is None and self.pool.allocator.pending:
-            self._freeing = self._spawn(self._free_quietly())
+            self._freeing = self.spawn(self._free_quietly())
 
     async def _free_quietly(self) -> None:
         await self._commit_quietly()
@@ -830,14 +852,16 @@ class LivePool:
 
     def _reclaim_soon(self) -> asyncio.Task[None] | None:
         if self._reclaiming is None and self.pool.can_reclaim:
-            self._reclaiming = self._spawn(self._reclaim())
+            self._reclaiming = self.spawn(self._reclaim())
         return self._reclaiming
 
     async def _reclaim(self) -> None:
         while (blocks := self.pool.take_reclaimable()) is not None:
-            await self._loop.run_in_executor(
+            punched = await self._loop.run_in_executor(
                 self._upkeep, self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)
             )
+            if not punched and self.pool.data.sent:
+                await self._take_back()
             self.pool.allocator.release(blocks)
             self.space_came()
         self._reclaiming = None
@@ -845,6 +869,15 @@ class LivePool:
             self._prepare_soon(now=self.pool.journal.may_fit)
         if self.pool.allocator.used != self._watched or self._free_when_full is not None:
             self._watch()
+
+    async def _take_back(self) -> None:
+        """What sockets may point at could not be detached: their peers take it, or are cut off."""
+        deadline = self._loop.time() + TAKE_BACK
+        while held := [sender for sender in self.senders if sender.holds_pages]:
+            if self._loop.time() >= deadline:
+                for sender in held:
+                    sender.cut()
+            await asyncio.sleep(0.01)
 
     async def _sweep(self) -> None:
         """Give back what a crash left in free blocks: of writes that no commit followed, of frees that none punched."""
@@ -866,7 +899,7 @@ class LivePool:
 
     def _merge_soon(self) -> None:
         if self.merging is None and not self._closing and self.pool.next_unnamed(self._unmergeable) is not None:
-            self.merging = self._spawn(self._merge())
+            self.merging = self.spawn(self._merge())
 
     async def _merge(self) -> None:
         try:
@@ -951,7 +984,7 @@ class LivePool:
     def _sum_soon(self) -> None:
         if self.summing is None and self.pool.sums.todo and not self._closing and self.pool.failed is None:
             if self._loop.time() >= self._sum_at:
-                self.summing = self._spawn(self._sum())
+                self.summing = self.spawn(self._sum())
 
     async def _sum(self) -> None:
         """Compute the checksums that sealed layers lack."""
@@ -1016,7 +1049,8 @@ class LivePool:
 
     # -- the end
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Work that `close` waits for."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
