@@ -61,6 +61,10 @@ def check_path(path: Path | str, *, data: Path | str | None = None) -> Report:
         state, sequence = pool.state, pool.journal.sequence
         wrong = tuple(check(pool))
         used = pool.allocator.used
+        if not state.named:
+            notes += (
+                f"{path / 'journal'}: it does not say which pool it is of, so that was not checked (an old pool)",
+            )
     if wrong:
         with locked(path):
             return _report_damage(path, identity, found, notes, *wrong)
@@ -218,7 +222,7 @@ def _space(pool: Pool) -> Iterator[str]:
 
 def _journal(pool: Pool) -> Iterator[str]:
     """What the files say must be what memory says."""
-    stored = State()
+    stored = State(pool.superblock.uuid)
 
     def replay(frame: Frame) -> None:
         for record in decode(frame.payload):

@@ -34,7 +34,9 @@ from nbdthin.pool.superblock import VERSION as POOL_VERSION
 
 VERSION = 1
 _KINDS: dict[str, type[Record]] = {
-    kind.__name__.lower(): kind for kind in records.kinds().values() if kind not in (records.Entries, records.Leaf)
+    kind.__name__.lower(): kind
+    for kind in records.kinds().values()
+    if kind not in (records.Entries, records.Leaf, records.Uuid)
 }
 _TAGS = {kind: tag for tag, kind in records.kinds().items()}
 _RANGE = {"layer": int, "block": int, "count": int, "physical": int, "data": str, "zero": str}
@@ -62,6 +64,8 @@ def lines(superblock: Superblock, state: State) -> Iterator[Line]:
     yield {"type": "pool", "dump": VERSION, **head}
     count = {"lines": 1, "layers": 0, "names": 0, "blocks": 0}
     for record in sorted(state.snapshot_records(), key=_order(state)):
+        if isinstance(record, records.Uuid):  # the first line says it
+            continue
         count["lines"] += 1
         count["layers"] += isinstance(record, records.Layer)
         count["names"] += isinstance(record, records.Name)
@@ -212,6 +216,7 @@ class _Reader:
             raise ValueError(f"not a size in blocks: {made.size} of {made.block_size}")
         made.data_header()  # ValueError: not a uuid
         self.superblock = made
+        self.state.uuid = made.uuid
         self._owned = bytearray(made.size // made.block_size)
 
     def _take_record(self, kind: type[Record], line: Line) -> None:

@@ -54,6 +54,7 @@ from nbdthin.pool.records import (
     Record,
     Size,
     Unname,
+    Uuid,
     decode,
     encode,
 )
@@ -205,7 +206,7 @@ class Pool:
         self.block_size = superblock.block_size
         self.failed: str | None = None  # why nothing can be made durable any more
         self.has_leftovers = False  # it was not closed: free blocks may take space in the file
-        self.state = State()
+        self.state = State(superblock.uuid)
         self.allocator = Allocator(superblock.size // self.block_size, max(RUN_BYTES // self.block_size, 1))
         self.limits = Limits(self.state, self.block_size)
         self.allocator.limits = self.limits.left
@@ -214,7 +215,7 @@ class Pool:
         self._refused_size = 0  # bytes that the file system did not let it grow to, as was told
         self.journal_low = False  # the file system is full: what is left of the journal is for what frees space
         self.journal = Journal(path / "journal", files)
-        self.unsynced = Unsynced(path / "journal", files)
+        self.unsynced = Unsynced(path / "journal", superblock.uuid, files)
         self.data = DataFile(path / superblock.data, superblock.size, files)
         self.sums = Sums(path / "sums", files)
         self._lock = lock
@@ -283,7 +284,7 @@ class Pool:
                 files.mkdir(parent, 0o777)
             files.mkdir(draft)
             drafted = _DataDraft(data_path if data_path is not None else draft / "data", superblock, force, files)
-            Journal.create(draft / "journal", encode([Counter(1), End(1)]), files)
+            Journal.create(draft / "journal", encode([Counter(1), Uuid(superblock.uuid), End(2)]), files)
             files.close(files.open(draft / "lock", os.O_CREAT))
             superblock.write(draft / "superblock", files)
             files.sync_directory(draft)

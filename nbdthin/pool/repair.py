@@ -206,6 +206,8 @@ def repair(path: Path | str, *, data: Path | str | None = None, dry_run: bool = 
         directory = _source(path)
         found = survey(directory)
         salvage = examine(found, identity)
+        if salvage.foreign is not None:
+            raise _foreign(salvage.foreign, identity)
         if is_device(identity.data) and identity.data_bytes < salvage.size:
             raise Invalid(f"{identity.data} has {identity.data_bytes} bytes, the pool needs {salvage.size}")
         damage = (*identity.findings, *found.damage, *salvage.defects)
@@ -233,7 +235,9 @@ def examine(found: Survey, identity: Identity) -> Salvage:
     superblock = identity.superblock
     assert superblock is not None
     data_bytes = None if identity.page is None else identity.data_bytes
-    salvage = Salvage(found, superblock.block_size, superblock.size, data_bytes)
+    salvage = Salvage(found, superblock, data_bytes)
+    if salvage.foreign is not None:
+        return salvage
     if (found.damage or salvage.defects) and any(found.directory.glob("unsynced.*")):
         what = "writes that were answered and never flushed, noted when the process was killed (unsynced.*)"
         salvage.losses.append(Loss("", 0, 0, what))
@@ -247,9 +251,17 @@ def examine(found: Survey, identity: Identity) -> Salvage:
     return salvage
 
 
+def _foreign(found: Finding, identity: Identity) -> Corrupt:
+    """The journal is not that of the data: to mix them would be the end of both."""
+    whose = [] if identity.write_superblock else [str(identity.path / "superblock")]
+    whose += [] if identity.write_header else [str(identity.data)]
+    what = f"{found.what}, as {' and '.join(whose)} say (put the right journal back, or `nbdthin restore` a dump)"
+    return Corrupt(found.path, found.offset, what)
+
+
 def replay(directory: Path, superblock: Superblock) -> State:
     """The state that recovery gets from a journal. Raises Corrupt."""
-    state = State()
+    state = State(superblock.uuid)
 
     def apply(frame: Frame) -> None:
         try:

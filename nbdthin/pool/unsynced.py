@@ -26,7 +26,7 @@ from pathlib import Path
 
 from nbdthin.pool.files import Files, write_all
 from nbdthin.pool.journal import HEADER, MAGIC, frame, parse_frame
-from nbdthin.pool.records import Entries, Record, decode, encode
+from nbdthin.pool.records import Entries, Record, Uuid, decode, encode
 from nbdthin.units import MiB
 
 ENOUGH = 2 * MiB  # bytes of one batch from which on a commit is due
@@ -39,8 +39,9 @@ log = logging.getLogger("nbdthin.pool")
 class Unsynced:
     """The two files of an open pool. Not thread-safe; no call waits for a disk."""
 
-    def __init__(self, directory: Path, files: Files) -> None:
+    def __init__(self, directory: Path, uuid: str, files: Files) -> None:
         self._paths = (directory / "unsynced.0", directory / "unsynced.1")
+        self._uuid = uuid  # of the pool: the first group of a batch says it
         self._files = files
         self._fds: list[int] = []
         self._boot = files.boot_id().encode().ljust(_BOOT, b"\0")[:_BOOT]
@@ -70,7 +71,11 @@ class Unsynced:
             groups = self._read(self._paths[number & 1], number)
             if not groups:
                 break
-            found.append([record for group in groups for record in decode(group)])
+            records = [record for group in groups for record in decode(group)]
+            if any(isinstance(record, Uuid) and record.uuid != self._uuid for record in records):
+                log.warning("%s is of another pool: it is passed over", self._paths[number & 1])
+                break
+            found.append(records)
         return found
 
     def _read(self, path: Path, number: int) -> list[bytes]:
@@ -138,6 +143,8 @@ class Unsynced:
         if not self._records:
             return False
         records, self._records = self._records, []
+        if not self._position:
+            records.insert(0, Uuid(self._uuid))
         if not self._whole or len(self._fds) < len(self._paths):
             return False
         group = frame(self._sequence, self._boot + encode(records))

@@ -20,9 +20,9 @@ from nbdthin.errors import Corrupt, Error, Locked
 from nbdthin.pool.check import check_path
 from nbdthin.pool.dump import dump, restore
 from nbdthin.pool.files import Files
-from nbdthin.pool.journal import HEADER
+from nbdthin.pool.journal import HEADER, Journal
 from nbdthin.pool.pool import Pool
-from nbdthin.pool.records import Entries, Layer, Name, Size, encode, u64
+from nbdthin.pool.records import Counter, End, Entries, Layer, Name, Size, encode, u64
 from nbdthin.pool.repair import Repair, repair
 from nbdthin.pool.salvage import DOUBTFUL, GONE, Loss
 from nbdthin.pool.superblock import DATA_HEADER
@@ -685,6 +685,55 @@ def test_the_data_of_another_pool_is_never_given_a_header(pools: Pools, sample: 
     (path / "data").write_bytes(pattern(4096 * KiB))
     with pytest.raises(Corrupt, match="not the data of a pool"):
         repair(path)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_journal_of_another_pool_is_refused_by_all_and_nothing_is_changed(
+    pools: Pools, sample: Sample, checkpointed: bool
+) -> None:
+    path = sample.copy()
+    other = pools.make(size=4096 * KiB, block_size=BLOCK)
+    other.create("web", SIZE)
+    if checkpointed:
+        checkpoint(other)
+    uuid, own = other.superblock.uuid, Pool.open(path, inspect=True)
+    own.close()
+    shutil.rmtree(path / "journal")
+    shutil.copytree(pools.close(other) / "journal", path / "journal")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    file = checkpoints(path)[-1]
+    message = f"{file} at byte 0: this is of pool {uuid}, not of pool {own.superblock.uuid}"
+    with pytest.raises(Corrupt, match=message):
+        Pool.open(path)
+    assert check_path(path).problems == (message,)
+    with pytest.raises(Corrupt, match=f"{message}, as {path / 'superblock'} and {path / 'data'} say"):
+        repair(path)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_a_lost_superblock_is_not_made_from_data_that_is_not_the_journals(pools: Pools, sample: Sample) -> None:
+    path = sample.copy()
+    other = pools.close(pools.make(size=4096 * KiB, block_size=BLOCK))
+    (path / "superblock").unlink()
+    shutil.copy(other / "data", path / "data")
+    with pytest.raises(Corrupt, match=f"this is of pool .*, as {path / 'data'} say") as caught:
+        repair(path)
+    assert caught.value.path.parent == path / "journal"
+    assert not (path / "superblock").exists()
+
+
+def test_a_journal_from_before_that_names_no_pool_is_opened_and_named_by_its_next_checkpoint(pools: Pools) -> None:
+    path = pools.close(pools.make(size=4096 * KiB, block_size=BLOCK))
+    shutil.rmtree(path / "journal")
+    Journal.create(path / "journal", encode([Counter(1), End(1)]))
+    (note,) = check_path(path).notes
+    assert note.startswith(f"{path / 'journal'}: it does not say which pool it is of")
+    assert check_path(path).problems == () == repair(path).damage
+    pool = pools.open(path)
+    pool.create("web", SIZE)
+    checkpoint(pool)
+    pools.close(pool)
+    assert check_path(path).notes == ()
 
 
 def test_data_that_moved_is_found_where_it_is_said_to_be(sample: Sample, tmp_path: Path) -> None:

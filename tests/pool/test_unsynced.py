@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from nbdthin.pool.journal import Journal
 from nbdthin.pool.pool import Pool
 from nbdthin.units import KiB
 
-from .conftest import BLOCK, Faults, Pools, flip, pattern
+from .conftest import BLOCK, Faults, Pools, flip, pattern, used
 
 
 class OtherBoot(Files):
@@ -97,6 +98,20 @@ def test_another_boot_believes_nothing_of_it(pools: Pools, served: Pool) -> None
     path = pools.kill(served)
     with Pool.open(path, files=OtherBoot()) as again:
         assert again.volume("v").read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_what_another_pool_had_answered_is_passed_over(pools: Pools, served: Pool) -> None:
+    other = pools.make(autocommit=False)
+    other.unsynced.start(other.journal.sequence + 1)
+    other.create("v", 64 * BLOCK)
+    other.commit()
+    assert other.journal.sequence == served.journal.sequence
+    other.volume("v").write(7 * BLOCK, pattern(BLOCK))
+    other.unsynced.publish()
+    path = pools.kill(served)
+    shutil.copy(group(other), group(served))
+    again = pools.open(path)
+    assert again.volume("v").read(7 * BLOCK, BLOCK) == bytes(BLOCK) and used(again) == 0
 
 
 def test_what_no_reply_promised_need_not_survive(pools: Pools, served: Pool) -> None:
