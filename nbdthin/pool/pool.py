@@ -216,8 +216,12 @@ class Pool:
         self.journal_low = False  # the file system is full: what is left of the journal is for what frees space
         self.journal = Journal(path / "journal", files)
         self.unsynced = Unsynced(path / "journal", superblock.uuid, files)
-        self.data = DataFile(path / superblock.data, superblock.size, files)
         self.sums = Sums(path / "sums", files)
+        try:
+            self.data = DataFile(path / superblock.data, superblock.size, files)
+        except BaseException:
+            self.sums.close()
+            raise
         self._lock = lock
         self._autocommit = autocommit
         self._records: list[Record] = []  # structural changes since the last `begin`
@@ -340,6 +344,7 @@ class Pool:
         try:
             pool._load(inspect)
         except BaseException:
+            pool.failed = "it could not be opened"  # what a killed process left is not done with
             pool._release()
             raise
         return pool

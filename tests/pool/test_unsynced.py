@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from nbdthin.errors import NoSpace, PoolFailed
+from nbdthin.errors import Corrupt, NoSpace, PoolFailed
 from nbdthin.pool import unsynced
+from nbdthin.pool.check import check_path
 from nbdthin.pool.files import Files
 from nbdthin.pool.journal import Journal
 from nbdthin.pool.pool import Pool
 from nbdthin.units import KiB
 
-from .conftest import BLOCK, Faults, Pools, flip, pattern, used
+from .conftest import BLOCK, Faults, Pools, checkpoints, flip, pattern, used
 
 
 class OtherBoot(Files):
@@ -98,6 +99,20 @@ def test_another_boot_believes_nothing_of_it(pools: Pools, served: Pool) -> None
     path = pools.kill(served)
     with Pool.open(path, files=OtherBoot()) as again:
         assert again.volume("v").read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_a_pool_that_does_not_open_keeps_what_a_kill_left(pools: Pools, served: Pool) -> None:
+    served.volume("v").write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    path = pools.kill(served)
+    for file in (path / "data", checkpoints(path)[0]):
+        flip(file, 20)
+        assert check_path(path).problems
+        for inspect in (True, False):
+            with pytest.raises(Corrupt):
+                Pool.open(path, inspect=inspect)
+        flip(file, 20)
+    assert pools.open(path).volume("v").read(0, BLOCK) == pattern(BLOCK)
 
 
 def test_what_another_pool_had_answered_is_passed_over(pools: Pools, served: Pool) -> None:
