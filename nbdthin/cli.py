@@ -103,6 +103,9 @@ def _check_arguments(parser: ArgumentParser) -> None:
 def _repair_arguments(parser: ArgumentParser) -> None:
     _check_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
+    parser.add_argument(
+        "--write-header", action="store_true", help="the data is this pool's though nothing in it shows that"
+    )
 
 
 def _dump_arguments(parser: ArgumentParser) -> None:
@@ -315,7 +318,7 @@ def _report_failed(report: Report) -> str:
 def _repair(arguments: Namespace) -> Repair:
     from nbdthin.pool.repair import repair
 
-    return repair(arguments.pool, data=arguments.data, dry_run=arguments.dry_run)
+    return repair(arguments.pool, data=arguments.data, write_header=arguments.write_header, dry_run=arguments.dry_run)
 
 
 def _show_repair(done: Repair) -> None:

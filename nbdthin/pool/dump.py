@@ -24,7 +24,7 @@ import numpy as np
 from nbdthin.errors import Corrupt, Error, Exists, Invalid, NotFound
 from nbdthin.pool import commands, records
 from nbdthin.pool.check import links
-from nbdthin.pool.files import FILES, Files, write_all
+from nbdthin.pool.files import FILES, Files, open_file, write_all
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, Layer, State, words
 from nbdthin.pool.pool import MAX_BLOCKS, Pool
 from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Record, u64
@@ -377,7 +377,7 @@ def _place(path: Path, data: Path | str | None) -> Path:
 
 def _open_data(place: Path) -> int:
     try:
-        return os.open(place, os.O_RDWR | os.O_CLOEXEC)
+        return open_file(place, os.O_RDWR, device=True)
     except FileNotFoundError as error:
         raise NotFound(f"the data is not at {place} (`--data FILE` says where it is)") from error
 

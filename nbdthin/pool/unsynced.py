@@ -24,7 +24,8 @@ import os
 from array import array
 from pathlib import Path
 
-from nbdthin.pool.files import Files, write_all
+from nbdthin.errors import Corrupt
+from nbdthin.pool.files import Files, not_a_file, write_all
 from nbdthin.pool.journal import HEADER, MAGIC, frame, parse_frame
 from nbdthin.pool.records import Entries, Record, Uuid, decode, encode
 from nbdthin.units import MiB
@@ -65,7 +66,11 @@ class Unsynced:
         """What a process of this boot had answered beyond frame `sequence` of the journal: a list a frame to be.
 
         Each is to become the frame that it was noted for: then it counts no more, whenever the next kill comes.
+        Raises BadRecord, or Corrupt for what is no file.
         """
+        for path in self._paths:
+            if what := not_a_file(path):
+                raise Corrupt(path, None, what)
         found = []
         for number in (sequence + 1, sequence + 2):
             groups = self._read(self._paths[number & 1], number)

@@ -6,10 +6,12 @@ The oracle is what every name read as before. What repair does not name as lost 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -685,6 +687,102 @@ def test_the_data_of_another_pool_is_never_given_a_header(pools: Pools, sample: 
     (path / "data").write_bytes(pattern(4096 * KiB))
     with pytest.raises(Corrupt, match="not the data of a pool"):
         repair(path)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_file_that_is_named_as_the_data_is_not_written_unless_its_header_shows_that_it_is(
+    sample: Sample, tmp_path: Path, missing: bool
+) -> None:
+    path, file = sample.copy(), tmp_path / "notes.txt"
+    if missing:
+        (path / "data").unlink()
+    else:
+        overwrite(path / "data", 0, bytes(512))
+    for content in (b"somebody's notes\n", b"", pattern(4096 * KiB), bytes(4096 * KiB)):
+        file.write_bytes(content)
+        with pytest.raises(Corrupt, match="nothing shows that it is this pool's"):
+            repair(path, data=file)
+        assert "nothing shows" in check_path(path, data=file).problems[0]
+        if len(content) < 4096 * KiB:
+            with pytest.raises(Corrupt, match="not this pool's"):
+                repair(path, data=file, write_header=True)
+        assert file.read_bytes() == content
+
+
+def test_data_whose_header_is_gone_is_taken_by_whoever_insists(sample: Sample, tmp_path: Path) -> None:
+    path = sample.copy()
+    (path / "data").rename(tmp_path / "moved")
+    overwrite(tmp_path / "moved", 0, pattern(DATA_HEADER))
+    with pytest.raises(Corrupt, match="--write-header"):
+        repair(path, data=tmp_path / "moved")
+    assert repair(path, data=tmp_path / "moved", write_header=True).lost == ()
+    with Pool.open(path) as pool:
+        assert read_all(pool) == sample.contents
+
+
+def test_a_damaged_header_that_still_has_the_uuid_is_known(sample: Sample, tmp_path: Path) -> None:
+    path = sample.copy()
+    (path / "data").rename(tmp_path / "moved")
+    for offset in (3, 20, 50):
+        flip(tmp_path / "moved", offset)
+        assert repair(path, data=tmp_path / "moved").lost == ()
+        shutil.copy(sample.path / "superblock", path / "superblock")
+    overwrite(tmp_path / "moved", 16, pattern(16))
+    with pytest.raises(Corrupt, match="nothing shows"):
+        repair(path, data=tmp_path / "moved")
+
+
+# -- what is no file
+
+
+def as_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def as_socket(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as bound:  # a longer path is not bound to
+        bound.bind(path.name)
+
+
+KINDS = [(as_fifo, "a FIFO"), (as_directory, "a directory"), (as_socket, "a socket")]
+
+
+@pytest.mark.parametrize("name", ["superblock", "data", "sums", "log", "checkpoint", "unsynced.0", "unsynced.1"])
+@pytest.mark.parametrize(("kind", "called"), KINDS, ids=lambda value: getattr(value, "__name__", None))
+def test_what_is_no_file_is_named_waited_for_by_nobody_and_put_aside(
+    sample: Sample, kind: Callable[[Path], None], called: str, name: str
+) -> None:
+    path = sample.copy()
+    place = {"log": logs(path)[1], "checkpoint": checkpoints(path)[0]}.get(name, path / name)
+    if name.startswith("unsynced"):
+        place = path / "journal" / name
+    place.unlink(missing_ok=True)
+    kind(place)
+    with pytest.raises(Corrupt, match=f"{place}: this is {called}, not a regular file"):
+        Pool.open(path)
+    (problem, *_) = check_path(path).problems
+    assert problem.startswith(f"{place}: this is {called}, not a regular file")
+    if name == "data":
+        with pytest.raises(Corrupt, match=f"{place}: this is {called}"):
+            repair(path)
+    else:
+        assert_repaired(path, sample.contents)
+        (aside,) = [item for item in path.rglob(f"{place.name}*") if item.is_dir() or not item.is_file()]
+        assert "damaged-1" in str(aside)
+
+
+def test_what_stands_in_the_place_of_the_next_segment_is_replaced(sample: Sample) -> None:
+    path = sample.copy()
+    (path / "journal" / "next").unlink()
+    as_fifo(path / "journal" / "next")
+    assert check_path(path).problems == ()
+    with Pool.open(path) as pool:
+        pool.create("new", SIZE)
+    assert (path / "journal" / "next").is_file()
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
