@@ -308,7 +308,7 @@ def _show_report(report: Report) -> None:
     for problem in report.problems:
         print(printable(problem))
     for note in report.notes:
-        print(f"harmless: {printable(note)}")
+        print(f"note: {printable(note)}")
 
 
 def _report_failed(report: Report) -> str:
@@ -331,7 +331,7 @@ def _show_repair(done: Repair) -> None:
     if done.damage and not done.lost:
         print("lost: nothing")
     for note in done.notes:
-        print(f"harmless: {printable(note)}")
+        print(f"note: {printable(note)}")
     for path in done.kept:
         print(f"kept: {printable(str(path))}")
 

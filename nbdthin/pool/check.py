@@ -20,6 +20,7 @@ from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, L
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import LEAF_BLOCKS, decode
 from nbdthin.pool.repair import Identity, examine, identify, locked
+from nbdthin.pool.sums import leaf_of
 from nbdthin.pool.survey import Finding, Survey, survey
 
 
@@ -61,10 +62,7 @@ def check_path(path: Path | str, *, data: Path | str | None = None) -> Report:
         state, sequence = pool.state, pool.journal.sequence
         wrong = tuple(check(pool))
         used = pool.allocator.used
-        if not state.named:
-            notes += (
-                f"{path / 'journal'}: it does not say which pool it is of, so that was not checked (an old pool)",
-            )
+        notes += tuple(_notes(pool))
     if wrong:
         with locked(path):
             return _report_damage(path, identity, found, notes, *wrong)
@@ -82,6 +80,22 @@ def _report_damage(path: Path, identity: Identity, found: Survey, notes: tuple[s
         blocks = sum(len(layer.physical_blocks()) for layer in state.layers.values())
     problems = tuple(dict.fromkeys(str(finding) for finding in (*identity.findings, *found.damage, *defects)))
     return Report(path, names, layers, blocks, found.last, problems or more, notes)
+
+
+def _notes(pool: Pool) -> Iterator[str]:
+    """What an administrator may want to know of a pool without problems."""
+    if not pool.state.named:
+        yield f"{pool.path / 'journal'}: it does not say which pool it is of, so that was not checked (an old pool)"
+    place = pool.path / "sums"
+    if pool.sums_lost:
+        yield f"{place} is missing: checksums of what is sealed are computed anew, from what the disk has then"
+    elif damaged := _damaged_sums(pool):
+        yield f"{place}: records that are torn or damaged: {damaged}; they are computed anew, from the disk"
+
+
+def _damaged_sums(pool: Pool) -> int:
+    sealed = [layer for layer in pool.state.layers.values() if not layer.head]
+    return sum(pool.sums.damaged(leaf_of(layer, leaf).blocks) for layer in sealed for leaf in layer.own)
 
 
 def check(pool: Pool) -> list[str]:

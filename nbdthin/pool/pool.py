@@ -18,6 +18,7 @@ import builtins
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import sys
@@ -64,6 +65,8 @@ from nbdthin.pool.superblock import DATA_HEADER, Superblock, read_superblock
 from nbdthin.pool.unsynced import Unsynced
 from nbdthin.pool.volume import JOURNAL_LOW, Shrink, Volume
 from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
+
+log = logging.getLogger("nbdthin.pool")
 
 DEFAULT_SIZE = 100 * GiB  # what docker's loop pool had; sparse, so it costs nothing
 DEFAULT_BLOCK_SIZE = 64 * KiB
@@ -289,7 +292,8 @@ class Pool:
             files.mkdir(draft)
             drafted = _DataDraft(data_path if data_path is not None else draft / "data", superblock, force, files)
             Journal.create(draft / "journal", encode([Counter(1), Uuid(superblock.uuid), End(2)]), files)
-            files.close(files.open(draft / "lock", os.O_CREAT))
+            for name in ("lock", "sums"):
+                files.close(files.open(draft / name, os.O_CREAT))
             superblock.write(draft / "superblock", files)
             files.sync_directory(draft)
             drafted.write_header()
@@ -374,10 +378,17 @@ class Pool:
         if before is not None:
             self._commit_recovered(recovered, before)
         self.sums.todo.update((layer.number, None) for layer in self.state.layers.values() if not layer.head)
-        self.sums.touched = set(self.state.layers) if self.sums.exists else set()
+        self.sums.touched = set() if self.sums.empty else set(self.state.layers)
         # A merge that a crash took back may have given their blocks to a head, which wrote to them in place.
         self.sums.distrusted = set(self.state.mergeable)
         self.arm_growth()
+        if not inspect and self.sums_lost:
+            log.warning("%s is missing: checksums of what is sealed are computed anew", self.path / "sums")
+
+    @property
+    def sums_lost(self) -> bool:
+        """Sealed layers may have had checksums, and their file is gone."""
+        return not self.sums.exists and any(layer.own and not layer.head for layer in self.state.layers.values())
 
     def _commit_recovered(self, recovered: builtins.list[builtins.list[Record]], before: Words) -> None:
         """Make durable what a killed process had answered, before anything builds on it. `before`: blocks in use."""

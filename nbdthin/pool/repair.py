@@ -322,6 +322,8 @@ def _write(identity: Identity, superblock: Superblock, size: int, fd: int, files
     for wrong in identity.wrong_kinds:
         kept.append(path / f"{wrong.name}.damaged-{number}")
         files.rename(wrong, kept[-1])
+        if wrong.name == "sums":
+            write_file(files, wrong, ())
     if identity.write_header:
         assert identity.page is not None
         kept.append(path / f"data-header.damaged-{number}")
@@ -350,8 +352,8 @@ def replace_journal(
     Journal.create_at(made, max(number, 2), Capture(state).payloads(), files)  # 1 would say that nothing was before
     again = replay(made, superblock)
     assert again.names == state.names and again.layers.keys() == state.layers.keys()
-    if (path / "sums").exists():  # of a later state than this one, in which layers may have had these numbers already
-        files.unlink(path / "sums")
+    if not not_a_file(path / "sums"):  # of a later state than this one, in which layers may have had these numbers
+        write_file(files, path / "sums", ())
         files.sync_directory(path)
     return [_put_in_place(path, made, old, files)] if old.exists() else _put(path, made, files)
 
