@@ -22,6 +22,7 @@ from nbdthin.pool.records import LEAF_BLOCKS, decode
 from nbdthin.pool.repair import Identity, examine, identify, locked
 from nbdthin.pool.sums import leaf_of
 from nbdthin.pool.survey import Finding, Survey, survey
+from nbdthin.pool.unsynced import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,19 @@ def check_path(path: Path | str, *, data: Path | str | None = None) -> Report:
         wrong = tuple(check(pool))
         used = pool.allocator.used
         notes += tuple(_notes(pool))
+        names, layers = len(state.names), len(state.layers)
+        try:
+            recovered = pool.read_unsynced()
+            pool.apply_recovered(recovered)  # last of all: opening would refuse what cannot be applied
+        except Corrupt as error:
+            wrong += (str(error),)
+        else:
+            if answered := count(recovered):
+                notes += (f"{path / 'journal'}: answered changes that a kill left, taken over by opening: {answered}",)
     if wrong:
         with locked(path):
             return _report_damage(path, identity, found, notes, *wrong)
-    return Report(path, len(state.names), len(state.layers), used, sequence, (), notes)
+    return Report(path, names, layers, used, sequence, (), notes)
 
 
 def _report_damage(path: Path, identity: Identity, found: Survey, notes: tuple[str, ...], *more: str) -> Report:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,9 @@ from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Record, u64
 from nbdthin.pool.repair import flocked, locked, replace_journal
 from nbdthin.pool.superblock import DATA_HEADER, FEATURES, Superblock, parse_data_header, read_superblock
 from nbdthin.pool.superblock import VERSION as POOL_VERSION
+from nbdthin.pool.unsynced import count
+
+log = logging.getLogger("nbdthin.pool")
 
 VERSION = 1
 _KINDS: dict[str, type[Record]] = {
@@ -49,9 +53,25 @@ Line = dict[str, object]
 
 
 def dump(path: Path | str) -> Iterator[str]:
-    """The lines of a dump of the pool at `path`, which must not be in use. Raises as `Pool.open` does."""
+    """The lines of a dump of the pool at `path`, which must not be in use. Raises as `Pool.open` does.
+
+    What a killed process had answered beyond the journal is not in it, and the log says so: until it is durable, a dump
+    that points to its data would outlive that data in a power cut.
+    """
     with contextlib.closing(Pool.open(path, inspect=True)) as pool:
+        _warn_of_unsynced(pool)
         yield from map(_text, lines(pool.superblock, pool.state))
+
+
+def _warn_of_unsynced(pool: Pool) -> None:
+    try:
+        answered = count(pool.read_unsynced())
+    except Corrupt as error:
+        log.warning("%s", error)
+        return
+    if answered:
+        what = "answered changes that a kill left are not in this dump: %d (open or serve the pool to take them over)"
+        log.warning(f"%s: {what}", pool.path, answered)
 
 
 def _text(line: Line) -> str:
@@ -62,20 +82,20 @@ def lines(superblock: Superblock, state: State) -> Iterator[Line]:
     head = asdict(superblock)
     del head["data"]
     yield {"type": "pool", "dump": VERSION, **head}
-    count = {"lines": 1, "layers": 0, "names": 0, "blocks": 0}
+    counted = {"lines": 1, "layers": 0, "names": 0, "blocks": 0}
     for record in sorted(state.snapshot_records(), key=_order(state)):
         if isinstance(record, records.Uuid):  # the first line says it
             continue
-        count["lines"] += 1
-        count["layers"] += isinstance(record, records.Layer)
-        count["names"] += isinstance(record, records.Name)
+        counted["lines"] += 1
+        counted["layers"] += isinstance(record, records.Layer)
+        counted["names"] += isinstance(record, records.Name)
         yield {"type": type(record).__name__.lower(), **record._asdict(), **_sorted_labels(record)}
     for number in sorted(state.layers):
         for item in _ranges(state.layers[number]):
-            count["lines"] += 1
-            count["blocks"] += cast(int, item["count"]) if item["physical"] else 0
+            counted["lines"] += 1
+            counted["blocks"] += cast(int, item["count"]) if item["physical"] else 0
             yield item
-    yield {"type": "end", **count}
+    yield {"type": "end", **counted}
 
 
 class _order:

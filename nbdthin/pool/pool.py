@@ -363,9 +363,9 @@ class Pool:
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
         self.has_leftovers = self.unsynced.left
-        recovered = [] if inspect else self._read_unsynced()
+        recovered = [] if inspect else self.read_unsynced()
         before = self._owned_blocks() if recovered else None
-        self._apply_recovered(recovered)
+        self.apply_recovered(recovered)
         if self.state.size:
             self._check_grown(self.state.size)
             self.allocator.extend(self.state.size // self.block_size)
@@ -402,14 +402,15 @@ class Pool:
             self.commit()
         self.unsynced.forget()
 
-    def _read_unsynced(self) -> builtins.list[builtins.list[Record]]:
-        """What a process that was killed had answered beyond the journal."""
+    def read_unsynced(self) -> builtins.list[builtins.list[Record]]:
+        """What a process that was killed had answered beyond the journal. Raises Corrupt."""
         try:
             return self.unsynced.recover(self.journal.sequence)
         except BadRecord as error:
             raise self._bad_unsynced(error) from error
 
-    def _apply_recovered(self, recovered: builtins.list[builtins.list[Record]]) -> None:
+    def apply_recovered(self, recovered: builtins.list[builtins.list[Record]]) -> None:
+        """Raises Corrupt."""
         try:
             for records in recovered:
                 for record in records:

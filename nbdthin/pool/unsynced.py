@@ -37,6 +37,12 @@ _BOOT = 36  # bytes that name a boot
 log = logging.getLogger("nbdthin.pool")
 
 
+def count(recovered: list[list[Record]]) -> int:
+    """Changes: blocks of volumes and other records."""
+    records = [record for each in recovered for record in each if not isinstance(record, Uuid)]
+    return sum(len(record.blocks) // 8 if isinstance(record, Entries) else 1 for record in records)
+
+
 class Unsynced:
     """The two files of an open pool. Not thread-safe; no call waits for a disk."""
 
