@@ -17,7 +17,7 @@ from nbdthin.errors import Corrupt, Invalid
 from nbdthin.pool import allocator
 from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, Words, words
-from nbdthin.pool.pool import Pool
+from nbdthin.pool.pool import REPAIRED, Pool
 from nbdthin.pool.records import LEAF_BLOCKS, decode
 from nbdthin.pool.repair import Identity, examine, identify, locked
 from nbdthin.pool.sums import leaf_of
@@ -96,6 +96,8 @@ def _notes(pool: Pool) -> Iterator[str]:
     """What an administrator may want to know of a pool without problems."""
     if not pool.state.named:
         yield f"{pool.path / 'journal'}: it does not say which pool it is of, so that was not checked (an old pool)"
+    if (pool.path / REPAIRED).exists():
+        yield f"{pool.path / REPAIRED}: what a repair has lost; its blocks are not swept (`nbdthin repair --release`)"
     place = pool.path / "sums"
     if pool.sums_lost:
         yield f"{place} is missing: checksums of what is sealed are computed anew, from what the disk has then"

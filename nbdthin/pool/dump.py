@@ -27,7 +27,7 @@ from nbdthin.pool import commands, records
 from nbdthin.pool.check import links
 from nbdthin.pool.files import FILES, Files, open_file, write_all
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, Layer, State, words
-from nbdthin.pool.pool import MAX_BLOCKS, Pool
+from nbdthin.pool.pool import MAX_BLOCKS, REPAIRED, Pool
 from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Record, u64
 from nbdthin.pool.repair import flocked, locked, replace_journal
 from nbdthin.pool.superblock import DATA_HEADER, FEATURES, Superblock, parse_data_header, read_superblock
@@ -372,6 +372,8 @@ def _write(path: Path, loaded: Loaded, place: Path, force: bool, files: Files) -
             write_all(files, fd, wanted.data_header(), 0)
             files.sync(fd)
         wanted.write(path / "superblock", files)
+        if (path / REPAIRED).exists():  # what that lost is here again, or never will be
+            files.unlink(path / REPAIRED)
         files.sync_directory(path)
         files.sync_directory(path.absolute().parent)
     return kept[0] if kept else None

@@ -69,6 +69,7 @@ from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
 log = logging.getLogger("nbdthin.pool")
 
 DEFAULT_SIZE = 100 * GiB  # what docker's loop pool had; sparse, so it costs nothing
+REPAIRED = "repaired"  # in the pool: a repair has lost something, and a dump may still name what is in free blocks
 DEFAULT_BLOCK_SIZE = 64 * KiB
 BLOCK_SIZES = (16 * KiB, 1 * MiB)
 MIN_BLOCKS = 16
@@ -362,7 +363,7 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
-        self.has_leftovers = self.unsynced.left
+        self.has_leftovers = self.unsynced.left and not (self.path / REPAIRED).exists()
         recovered = [] if inspect else self.read_unsynced()
         before = self._owned_blocks() if recovered else None
         self.apply_recovered(recovered)

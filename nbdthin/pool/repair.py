@@ -7,6 +7,8 @@ Rules:
 - what was there is kept beside it, under its name and `.damaged-N`: nothing is destroyed;
 - the new journal is written whole and synced under another name, read back as recovery would, and takes the old one's
   place in one step: a crash at any moment leaves one or the other;
+- what is lost may still be in blocks that are free now: they are kept from being swept (`POOL/repaired`), until
+  somebody says that no dump will bring it back;
 - nothing is guessed about whose data it is: a sound header of another pool, or a file that is no pool's, is refused.
 
 Asks nothing.
@@ -29,7 +31,7 @@ from nbdthin.pool.data import device_size, is_device
 from nbdthin.pool.files import FILES, Files, not_a_file, open_file, read_file, write_all, write_file
 from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import State
-from nbdthin.pool.pool import Capture
+from nbdthin.pool.pool import REPAIRED, Capture
 from nbdthin.pool.records import BadRecord, decode
 from nbdthin.pool.salvage import Loss, Salvage
 from nbdthin.pool.superblock import (
@@ -243,10 +245,27 @@ def repair(
         kept: list[Path] = []
         if damage and not dry_run:
             kept = _write(identity, superblock, salvage.size, fd, files)
+            if salvage.losses:
+                write_file(files, path / REPAIRED, (f"{loss}\n".encode() for loss in salvage.losses))
+                files.sync_directory(path)
             if found.damage or salvage.defects:
                 kept += replace_journal(path, directory, salvage.state, superblock, found.last + 1, files)
     notes = tuple(str(finding) for finding in found.findings if finding.harmless)
     return Repair(path, dry_run, tuple(map(str, damage)), notes, tuple(salvage.losses) if damage else (), tuple(kept))
+
+
+def release(path: Path | str, *, files: Files = FILES) -> None:
+    """Nothing will bring back what repairs of the pool at `path` have lost: whoever serves it next may sweep.
+
+    Raises NotFound where no repair has lost anything, Locked or OSError.
+    """
+    path = Path(path)
+    with locked(path):
+        if not (path / REPAIRED).exists():
+            raise NotFound(f"no repair has lost anything of {path}: there is nothing to let go of")
+        files.close(files.open(path / "journal" / "unsynced.0", os.O_CREAT))  # as after a kill: there is space to find
+        files.unlink(path / REPAIRED)
+        files.sync_directory(path)
 
 
 def _source(path: Path) -> Path:

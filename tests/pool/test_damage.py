@@ -18,19 +18,19 @@ from pathlib import Path
 
 import pytest
 
-from nbdthin.errors import Corrupt, Error, Locked
+from nbdthin.errors import Corrupt, Error, Locked, NotFound
 from nbdthin.pool.check import check_path
 from nbdthin.pool.dump import dump, restore
 from nbdthin.pool.files import Files
 from nbdthin.pool.journal import HEADER, Journal
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import Counter, End, Entries, Layer, Name, Size, encode, u64
-from nbdthin.pool.repair import Repair, repair
+from nbdthin.pool.repair import Repair, release, repair
 from nbdthin.pool.salvage import DOUBTFUL, GONE, Loss
 from nbdthin.pool.superblock import DATA_HEADER
 from nbdthin.units import KiB
 
-from .conftest import Pools, checkpoints, flip, frames, logs, pattern
+from .conftest import Pools, checkpoints, flip, frames, kill, logs, pattern
 
 BLOCK = 16 * KiB
 SUB = KiB
@@ -642,6 +642,50 @@ def test_a_crash_at_any_step_of_a_repair_leaves_a_pool_that_can_be_repaired(samp
             continue
         break
     assert after > 15
+
+
+def test_free_blocks_are_not_swept_after_a_repair_with_loss_until_they_are_let_go(sample: Sample) -> None:
+    path = sample.copy()
+    wiped_frame(path)
+    done = repair(path)
+    assert (path / "repaired").read_text() == "".join(f"{loss}\n" for loss in done.lost)
+    for _ in range(2):  # a kill, and another
+        pool = Pool.open(path)
+        pool.unsynced.start(pool.journal.sequence + 1)
+        kill(pool)
+        again = Pool.open(path, inspect=True)
+        assert again.unsynced.left and not again.has_leftovers
+        again.close()
+    Pool.open(path).close()
+    assert any("`nbdthin repair --release`" in note for note in check_path(path).notes)
+    release(path)
+    with Pool.open(path) as pool:
+        assert pool.has_leftovers, "it was closed cleanly, and has space to give back"
+    with pytest.raises(NotFound):
+        release(path)
+    assert check_path(path).notes == () == check_path(path).problems
+
+
+def test_a_dump_restored_after_a_repair_with_loss_brings_it_all_back(sample: Sample, tmp_path: Path) -> None:
+    (tmp_path / "dump").write_text("".join(dump(sample.path)))
+    path = sample.copy()
+    lost_last_segment(path)
+    assert repair(path).lost
+    pool = Pool.open(path)
+    pool.unsynced.start(pool.journal.sequence + 1)
+    kill(pool)
+    with Pool.open(path) as pool:
+        assert not pool.has_leftovers
+    restore(tmp_path / "dump", path, force=True)
+    assert not (path / "repaired").exists()
+    with Pool.open(path) as pool:
+        assert read_all(pool) == sample.contents
+
+
+def test_a_repair_without_loss_holds_nothing_back(sample: Sample) -> None:
+    path = sample.copy()
+    truncated_superblock(path)
+    assert repair(path).lost == () and not (path / "repaired").exists()
 
 
 def test_a_file_system_that_cannot_exchange_names_is_repaired_all_the_same(sample: Sample) -> None:
