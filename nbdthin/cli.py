@@ -102,7 +102,14 @@ def _check_arguments(parser: ArgumentParser) -> None:
 
 def _repair_arguments(parser: ArgumentParser) -> None:
     _check_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
+    instead.add_argument(
+        "--release", action="store_true", help="give back what earlier repairs have lost: no dump will be restored"
+    )
+    parser.add_argument(
+        "--write-header", action="store_true", help="the data is this pool's though nothing in it shows that"
+    )
 
 
 def _dump_arguments(parser: ArgumentParser) -> None:
@@ -305,20 +312,25 @@ def _show_report(report: Report) -> None:
     for problem in report.problems:
         print(printable(problem))
     for note in report.notes:
-        print(f"harmless: {printable(note)}")
+        print(f"note: {printable(note)}")
 
 
 def _report_failed(report: Report) -> str:
     return f"{report.path} does not add up (problems: {len(report.problems)})" if report.problems else ""
 
 
-def _repair(arguments: Namespace) -> Repair:
-    from nbdthin.pool.repair import repair
+def _repair(arguments: Namespace) -> Repair | None:
+    from nbdthin.pool.repair import release, repair
 
-    return repair(arguments.pool, data=arguments.data, dry_run=arguments.dry_run)
+    if arguments.release:
+        release(arguments.pool)
+        return None
+    return repair(arguments.pool, data=arguments.data, write_header=arguments.write_header, dry_run=arguments.dry_run)
 
 
-def _show_repair(done: Repair) -> None:
+def _show_repair(done: Repair | None) -> None:
+    if done is None:
+        return
     if not done.damage:
         print(f"{printable(str(done.path))} is not damaged: nothing was changed")
     for damage in done.damage:
@@ -328,9 +340,14 @@ def _show_repair(done: Repair) -> None:
     if done.damage and not done.lost:
         print("lost: nothing")
     for note in done.notes:
-        print(f"harmless: {printable(note)}")
+        print(f"note: {printable(note)}")
     for path in done.kept:
         print(f"kept: {printable(str(path))}")
+    if done.lost:
+        print("note: blocks that nothing names any more are free now, and taken by what is written next: if there is a")
+        print(
+            "note: dump, restore it before serving the pool; if not, `nbdthin repair --release` gives their space back"
+        )
 
 
 def _dump(arguments: Namespace) -> dict[str, str] | None:

@@ -203,6 +203,21 @@ def test_repair_says_what_was_damaged_what_is_lost_and_what_was_kept(tmp_path: P
     assert said(None, "check", path) == f"{path} is sound: 2 names, 2 layers, 1 blocks in use\n"
 
 
+def test_repair_with_loss_tells_of_dumps_and_is_asked_to_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+    with_names(path)
+    assert "nothing to let go of" in refused(None, "repair", path, "--release")
+    (log,) = (path / "journal").glob("*.log")
+    with log.open("r+b") as file:
+        file.seek(60)
+        file.write(bytes(40))
+    shown = said(None, "repair", path)
+    assert "lost: commit" in shown and "if there is a\nnote: dump, restore it before serving the pool;" in shown
+    assert f"note: {path}/repaired: what a repair has lost;" in said(None, "check", path)
+    assert said(None, "repair", path, "--release") == ""
+    assert "repaired" not in said(None, "check", path)
+
+
 def test_what_is_dumped_can_be_restored(tmp_path: Path) -> None:
     path = tmp_path / "pool"
     with_names(path)

@@ -17,10 +17,12 @@ from nbdthin.errors import Corrupt, Invalid
 from nbdthin.pool import allocator
 from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, Words, words
-from nbdthin.pool.pool import Pool
+from nbdthin.pool.pool import REPAIRED, Pool
 from nbdthin.pool.records import LEAF_BLOCKS, decode
 from nbdthin.pool.repair import Identity, examine, identify, locked
+from nbdthin.pool.sums import leaf_of
 from nbdthin.pool.survey import Finding, Survey, survey
+from nbdthin.pool.unsynced import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,20 @@ def check_path(path: Path | str, *, data: Path | str | None = None) -> Report:
         state, sequence = pool.state, pool.journal.sequence
         wrong = tuple(check(pool))
         used = pool.allocator.used
+        notes += tuple(_notes(pool))
+        names, layers = len(state.names), len(state.layers)
+        try:
+            recovered = pool.read_unsynced()
+            pool.apply_recovered(recovered)  # last of all: opening would refuse what cannot be applied
+        except Corrupt as error:
+            wrong += (str(error),)
+        else:
+            if answered := count(recovered):
+                notes += (f"{path / 'journal'}: answered changes that a kill left, taken over by opening: {answered}",)
     if wrong:
         with locked(path):
             return _report_damage(path, identity, found, notes, *wrong)
-    return Report(path, len(state.names), len(state.layers), used, sequence, (), notes)
+    return Report(path, names, layers, used, sequence, (), notes)
 
 
 def _report_damage(path: Path, identity: Identity, found: Survey, notes: tuple[str, ...], *more: str) -> Report:
@@ -78,6 +90,24 @@ def _report_damage(path: Path, identity: Identity, found: Survey, notes: tuple[s
         blocks = sum(len(layer.physical_blocks()) for layer in state.layers.values())
     problems = tuple(dict.fromkeys(str(finding) for finding in (*identity.findings, *found.damage, *defects)))
     return Report(path, names, layers, blocks, found.last, problems or more, notes)
+
+
+def _notes(pool: Pool) -> Iterator[str]:
+    """What an administrator may want to know of a pool without problems."""
+    if not pool.state.named:
+        yield f"{pool.path / 'journal'}: it does not say which pool it is of, so that was not checked (an old pool)"
+    if (pool.path / REPAIRED).exists():
+        yield f"{pool.path / REPAIRED}: what a repair has lost; its blocks are not swept (`nbdthin repair --release`)"
+    place = pool.path / "sums"
+    if pool.sums_lost:
+        yield f"{place} is missing: checksums of what is sealed are computed anew, from what the disk has then"
+    elif damaged := _damaged_sums(pool):
+        yield f"{place}: records that are torn or damaged: {damaged}; they are computed anew, from the disk"
+
+
+def _damaged_sums(pool: Pool) -> int:
+    sealed = [layer for layer in pool.state.layers.values() if not layer.head]
+    return sum(pool.sums.damaged(leaf_of(layer, leaf).blocks) for layer in sealed for leaf in layer.own)
 
 
 def check(pool: Pool) -> list[str]:
@@ -218,7 +248,7 @@ def _space(pool: Pool) -> Iterator[str]:
 
 def _journal(pool: Pool) -> Iterator[str]:
     """What the files say must be what memory says."""
-    stored = State()
+    stored = State(pool.superblock.uuid)
 
     def replay(frame: Frame) -> None:
         for record in decode(frame.payload):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -24,17 +25,22 @@ import numpy as np
 from nbdthin.errors import Corrupt, Error, Exists, Invalid, NotFound
 from nbdthin.pool import commands, records
 from nbdthin.pool.check import links
-from nbdthin.pool.files import FILES, Files, write_all
+from nbdthin.pool.files import FILES, Files, open_file, write_all
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, Layer, State, words
-from nbdthin.pool.pool import MAX_BLOCKS, Pool
+from nbdthin.pool.pool import MAX_BLOCKS, REPAIRED, Pool
 from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Record, u64
 from nbdthin.pool.repair import flocked, locked, replace_journal
 from nbdthin.pool.superblock import DATA_HEADER, FEATURES, Superblock, parse_data_header, read_superblock
 from nbdthin.pool.superblock import VERSION as POOL_VERSION
+from nbdthin.pool.unsynced import count
+
+log = logging.getLogger("nbdthin.pool")
 
 VERSION = 1
 _KINDS: dict[str, type[Record]] = {
-    kind.__name__.lower(): kind for kind in records.kinds().values() if kind not in (records.Entries, records.Leaf)
+    kind.__name__.lower(): kind
+    for kind in records.kinds().values()
+    if kind not in (records.Entries, records.Leaf, records.Uuid)
 }
 _TAGS = {kind: tag for tag, kind in records.kinds().items()}
 _RANGE = {"layer": int, "block": int, "count": int, "physical": int, "data": str, "zero": str}
@@ -47,9 +53,25 @@ Line = dict[str, object]
 
 
 def dump(path: Path | str) -> Iterator[str]:
-    """The lines of a dump of the pool at `path`, which must not be in use. Raises as `Pool.open` does."""
+    """The lines of a dump of the pool at `path`, which must not be in use. Raises as `Pool.open` does.
+
+    What a killed process had answered beyond the journal is not in it, and the log says so: until it is durable, a dump
+    that points to its data would outlive that data in a power cut.
+    """
     with contextlib.closing(Pool.open(path, inspect=True)) as pool:
+        _warn_of_unsynced(pool)
         yield from map(_text, lines(pool.superblock, pool.state))
+
+
+def _warn_of_unsynced(pool: Pool) -> None:
+    try:
+        answered = count(pool.read_unsynced())
+    except Corrupt as error:
+        log.warning("%s", error)
+        return
+    if answered:
+        what = "answered changes that a kill left are not in this dump: %d (open or serve the pool to take them over)"
+        log.warning(f"%s: {what}", pool.path, answered)
 
 
 def _text(line: Line) -> str:
@@ -60,18 +82,20 @@ def lines(superblock: Superblock, state: State) -> Iterator[Line]:
     head = asdict(superblock)
     del head["data"]
     yield {"type": "pool", "dump": VERSION, **head}
-    count = {"lines": 1, "layers": 0, "names": 0, "blocks": 0}
+    counted = {"lines": 1, "layers": 0, "names": 0, "blocks": 0}
     for record in sorted(state.snapshot_records(), key=_order(state)):
-        count["lines"] += 1
-        count["layers"] += isinstance(record, records.Layer)
-        count["names"] += isinstance(record, records.Name)
+        if isinstance(record, records.Uuid):  # the first line says it
+            continue
+        counted["lines"] += 1
+        counted["layers"] += isinstance(record, records.Layer)
+        counted["names"] += isinstance(record, records.Name)
         yield {"type": type(record).__name__.lower(), **record._asdict(), **_sorted_labels(record)}
     for number in sorted(state.layers):
         for item in _ranges(state.layers[number]):
-            count["lines"] += 1
-            count["blocks"] += cast(int, item["count"]) if item["physical"] else 0
+            counted["lines"] += 1
+            counted["blocks"] += cast(int, item["count"]) if item["physical"] else 0
             yield item
-    yield {"type": "end", **count}
+    yield {"type": "end", **counted}
 
 
 class _order:
@@ -212,6 +236,7 @@ class _Reader:
             raise ValueError(f"not a size in blocks: {made.size} of {made.block_size}")
         made.data_header()  # ValueError: not a uuid
         self.superblock = made
+        self.state.uuid = made.uuid
         self._owned = bytearray(made.size // made.block_size)
 
     def _take_record(self, kind: type[Record], line: Line) -> None:
@@ -347,6 +372,8 @@ def _write(path: Path, loaded: Loaded, place: Path, force: bool, files: Files) -
             write_all(files, fd, wanted.data_header(), 0)
             files.sync(fd)
         wanted.write(path / "superblock", files)
+        if (path / REPAIRED).exists():  # what that lost is here again, or never will be
+            files.unlink(path / REPAIRED)
         files.sync_directory(path)
         files.sync_directory(path.absolute().parent)
     return kept[0] if kept else None
@@ -372,7 +399,7 @@ def _place(path: Path, data: Path | str | None) -> Path:
 
 def _open_data(place: Path) -> int:
     try:
-        return os.open(place, os.O_RDWR | os.O_CLOEXEC)
+        return open_file(place, os.O_RDWR, device=True)
     except FileNotFoundError as error:
         raise NotFound(f"the data is not at {place} (`--data FILE` says where it is)") from error
 

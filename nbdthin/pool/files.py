@@ -12,12 +12,23 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
+
+from nbdthin.errors import Corrupt
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -30,8 +41,11 @@ class Files:
     write = staticmethod(os.pwritev)
 
     def open(self, path: Path, flags: int) -> int:
-        """A file for reading and writing; with O_CREAT it may be new."""
-        return os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        """A file for reading and writing; with O_CREAT it may be new, with O_EXCL alone it is a block device.
+
+        Raises Corrupt for what is neither.
+        """
+        return open_file(path, flags | os.O_RDWR, device=flags & (os.O_EXCL | os.O_CREAT) == os.O_EXCL)
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -83,6 +97,42 @@ class Files:
 
 
 FILES = Files()
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY, *, device: bool = False) -> int:
+    """A descriptor of a regular file, or a block device with `device`. Raises Corrupt for anything else, and OSError.
+
+    Opening a FIFO to read it would wait for somebody to write to it, for ever; to do both, it does not.
+    """
+    waits = 0 if flags & os.O_RDWR else os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | waits, 0o600)
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENXIO) and (what := not_a_file(path, device=device)):
+            raise Corrupt(path, None, what) from error
+        raise
+    if what := _wrong_kind(os.fstat(fd).st_mode, device):
+        os.close(fd)
+        raise Corrupt(path, None, what)
+    return fd
+
+
+def read_file(path: Path) -> bytes:
+    """All of a regular file. Raises as `open_file`."""
+    with open(open_file(path), "rb") as file:
+        return file.read()
+
+
+def not_a_file(path: Path, *, device: bool = False) -> str:
+    """What is at `path` in place of a regular file; empty where that is one, or nothing."""
+    return _wrong_kind(path.stat().st_mode, device) if path.exists() else ""
+
+
+def _wrong_kind(mode: int, device: bool) -> str:
+    if stat.S_ISREG(mode) or (device and stat.S_ISBLK(mode)):
+        return ""
+    wanted = "a regular file or a block device" if device else "a regular file"
+    return f"this is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not {wanted}"
 
 
 def write_all(files: Files, fd: int, data: bytes | memoryview, position: int) -> None:

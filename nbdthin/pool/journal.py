@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nbdthin.errors import Corrupt, NoSpace
-from nbdthin.pool.files import FILES, Files, write_all, write_file
+from nbdthin.pool.files import FILES, Files, open_file, read_file, write_all, write_file
 from nbdthin.units import MiB
 
 MAGIC = b"NBTJ"
@@ -228,7 +228,7 @@ class Journal:
 
     def _read_checkpoint(self, number: int, path: Path) -> Iterator[Frame]:
         """Frame by frame: a checkpoint may be half of the memory that its pool takes."""
-        with open(path, "rb", buffering=0) as file:
+        with open(open_file(path), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if not size:
                 raise Corrupt(path, 0, "an empty checkpoint")
@@ -242,7 +242,7 @@ class Journal:
 
     def _replay(self, path: Path, last: bool, apply: Callable[[Frame], None]) -> int:
         """Apply a segment's frames; the offset behind the last one."""
-        data = path.read_bytes()
+        data = read_file(path)
         if len(data) < SEGMENT_BYTES:
             raise Corrupt(path, len(data), f"the segment was cut off here: it was made with {SEGMENT_BYTES} bytes")
         offset = 0
@@ -397,7 +397,7 @@ class Journal:
     @staticmethod
     def _is_blank(path: Path) -> bool:
         """A whole segment of zeroes is ready there."""
-        if not path.exists():
+        if not path.is_file():
             return False
         data = path.read_bytes()
         return len(data) >= SEGMENT_BYTES and data.count(0) == len(data)

@@ -306,7 +306,10 @@ class Layer:
 class State:
     """What exists: names and layers. Changed by `apply` and by nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, uuid: str = "") -> None:
+        """`uuid` of the pool, where it is known: records of any other are refused."""
+        self.uuid = uuid
+        self.named = False  # a record has said whose all this is; pools of before that record have none
         self.names: dict[str, records.Name] = {}
         self.layers: dict[int, Layer] = {}
         self.next_layer = 1
@@ -339,6 +342,11 @@ class State:
                     self.next_layer = max(self.next_layer, record.next_layer)
                 case records.Size():
                     self.size = record.size
+                case records.Uuid():
+                    if self.uuid not in ("", record.uuid):
+                        raise BadRecord(f"this is of pool {record.uuid}, not of pool {self.uuid}")
+                    self.uuid = record.uuid
+                    self.named = True
                 case records.End():
                     pass
         except KeyError as error:
@@ -422,6 +430,8 @@ class State:
     def snapshot_records(self) -> list[Record]:
         """Names and layers as records, parents first: what a checkpoint starts with."""
         ordered: list[Record] = [records.Counter(self.next_layer)]
+        if self.uuid:
+            ordered.append(records.Uuid(self.uuid))
         if self.size:
             ordered.append(records.Size(self.size))
         seen: set[int] = set()

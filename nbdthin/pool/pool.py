@@ -18,6 +18,7 @@ import builtins
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import sys
@@ -54,6 +55,7 @@ from nbdthin.pool.records import (
     Record,
     Size,
     Unname,
+    Uuid,
     decode,
     encode,
 )
@@ -64,7 +66,10 @@ from nbdthin.pool.unsynced import Unsynced
 from nbdthin.pool.volume import JOURNAL_LOW, Shrink, Volume
 from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
 
+log = logging.getLogger("nbdthin.pool")
+
 DEFAULT_SIZE = 100 * GiB  # what docker's loop pool had; sparse, so it costs nothing
+REPAIRED = "repaired"  # in the pool: a repair has lost something, and a dump may still name what is in free blocks
 DEFAULT_BLOCK_SIZE = 64 * KiB
 BLOCK_SIZES = (16 * KiB, 1 * MiB)
 MIN_BLOCKS = 16
@@ -205,7 +210,7 @@ class Pool:
         self.block_size = superblock.block_size
         self.failed: str | None = None  # why nothing can be made durable any more
         self.has_leftovers = False  # it was not closed: free blocks may take space in the file
-        self.state = State()
+        self.state = State(superblock.uuid)
         self.allocator = Allocator(superblock.size // self.block_size, max(RUN_BYTES // self.block_size, 1))
         self.limits = Limits(self.state, self.block_size)
         self.allocator.limits = self.limits.left
@@ -214,9 +219,13 @@ class Pool:
         self._refused_size = 0  # bytes that the file system did not let it grow to, as was told
         self.journal_low = False  # the file system is full: what is left of the journal is for what frees space
         self.journal = Journal(path / "journal", files)
-        self.unsynced = Unsynced(path / "journal", files)
-        self.data = DataFile(path / superblock.data, superblock.size, files)
+        self.unsynced = Unsynced(path / "journal", superblock.uuid, files)
         self.sums = Sums(path / "sums", files)
+        try:
+            self.data = DataFile(path / superblock.data, superblock.size, files)
+        except BaseException:
+            self.sums.close()
+            raise
         self._lock = lock
         self._autocommit = autocommit
         self._records: list[Record] = []  # structural changes since the last `begin`
@@ -283,8 +292,9 @@ class Pool:
                 files.mkdir(parent, 0o777)
             files.mkdir(draft)
             drafted = _DataDraft(data_path if data_path is not None else draft / "data", superblock, force, files)
-            Journal.create(draft / "journal", encode([Counter(1), End(1)]), files)
-            files.close(files.open(draft / "lock", os.O_CREAT))
+            Journal.create(draft / "journal", encode([Counter(1), Uuid(superblock.uuid), End(2)]), files)
+            for name in ("lock", "sums"):
+                files.close(files.open(draft / name, os.O_CREAT))
             superblock.write(draft / "superblock", files)
             files.sync_directory(draft)
             drafted.write_header()
@@ -339,6 +349,7 @@ class Pool:
         try:
             pool._load(inspect)
         except BaseException:
+            pool.failed = "it could not be opened"  # what a killed process left is not done with
             pool._release()
             raise
         return pool
@@ -352,10 +363,10 @@ class Pool:
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
             raise Corrupt(path, None, "the checkpoint is not whole")
-        self.has_leftovers = self.unsynced.left
-        recovered = [] if inspect else self._read_unsynced()
+        self.has_leftovers = self.unsynced.left and not (self.path / REPAIRED).exists()
+        recovered = [] if inspect else self.read_unsynced()
         before = self._owned_blocks() if recovered else None
-        self._apply_recovered(recovered)
+        self.apply_recovered(recovered)
         if self.state.size:
             self._check_grown(self.state.size)
             self.allocator.extend(self.state.size // self.block_size)
@@ -368,10 +379,17 @@ class Pool:
         if before is not None:
             self._commit_recovered(recovered, before)
         self.sums.todo.update((layer.number, None) for layer in self.state.layers.values() if not layer.head)
-        self.sums.touched = set(self.state.layers) if self.sums.exists else set()
+        self.sums.touched = set() if self.sums.empty else set(self.state.layers)
         # A merge that a crash took back may have given their blocks to a head, which wrote to them in place.
         self.sums.distrusted = set(self.state.mergeable)
         self.arm_growth()
+        if not inspect and self.sums_lost:
+            log.warning("%s is missing: checksums of what is sealed are computed anew", self.path / "sums")
+
+    @property
+    def sums_lost(self) -> bool:
+        """Sealed layers may have had checksums, and their file is gone."""
+        return not self.sums.exists and any(layer.own and not layer.head for layer in self.state.layers.values())
 
     def _commit_recovered(self, recovered: builtins.list[builtins.list[Record]], before: Words) -> None:
         """Make durable what a killed process had answered, before anything builds on it. `before`: blocks in use."""
@@ -385,14 +403,15 @@ class Pool:
             self.commit()
         self.unsynced.forget()
 
-    def _read_unsynced(self) -> builtins.list[builtins.list[Record]]:
-        """What a process that was killed had answered beyond the journal."""
+    def read_unsynced(self) -> builtins.list[builtins.list[Record]]:
+        """What a process that was killed had answered beyond the journal. Raises Corrupt."""
         try:
             return self.unsynced.recover(self.journal.sequence)
         except BadRecord as error:
             raise self._bad_unsynced(error) from error
 
-    def _apply_recovered(self, recovered: builtins.list[builtins.list[Record]]) -> None:
+    def apply_recovered(self, recovered: builtins.list[builtins.list[Record]]) -> None:
+        """Raises Corrupt."""
         try:
             for records in recovered:
                 for record in records:

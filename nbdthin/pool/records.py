@@ -83,9 +83,25 @@ class Size(NamedTuple):
     size: int
 
 
-Record = Layer | Name | Unname | Entries | Leaf | Counter | End | Size
+class Uuid(NamedTuple):
+    """All of this is of the pool `uuid`: in the journal of another, everything that it says is wrong."""
 
-_TYPES: dict[int, type[Record]] = {1: Layer, 2: Name, 3: Unname, 4: Entries, 5: Leaf, 6: Counter, 7: End, 8: Size}
+    uuid: str
+
+
+Record = Layer | Name | Unname | Entries | Leaf | Counter | End | Size | Uuid
+
+_TYPES: dict[int, type[Record]] = {
+    1: Layer,
+    2: Name,
+    3: Unname,
+    4: Entries,
+    5: Leaf,
+    6: Counter,
+    7: End,
+    8: Size,
+    9: Uuid,
+}
 _FIELDS: dict[type[Record], tuple[type, ...]] = {
     Layer: (int, int),
     Name: (str, bool, int, int, float, dict, int, int, int),
@@ -95,6 +111,7 @@ _FIELDS: dict[type[Record], tuple[type, ...]] = {
     Counter: (int,),
     End: (int,),
     Size: (int,),
+    Uuid: (str,),
 }
 _TAGS = {kind: tag for tag, kind in _TYPES.items()}
 

@@ -7,6 +7,8 @@ Rules:
 - what was there is kept beside it, under its name and `.damaged-N`: nothing is destroyed;
 - the new journal is written whole and synced under another name, read back as recovery would, and takes the old one's
   place in one step: a crash at any moment leaves one or the other;
+- what is lost may still be in blocks that are free now: they are kept from being swept (`POOL/repaired`), until
+  somebody says that no dump will bring it back;
 - nothing is guessed about whose data it is: a sound header of another pool, or a file that is no pool's, is refused.
 
 Asks nothing.
@@ -26,10 +28,10 @@ from pathlib import Path
 from nbdthin.errors import Corrupt, Invalid, Locked, NotFound
 from nbdthin.pool.allocator import Allocator
 from nbdthin.pool.data import device_size, is_device
-from nbdthin.pool.files import FILES, Files, write_all, write_file
+from nbdthin.pool.files import FILES, Files, not_a_file, open_file, read_file, write_all, write_file
 from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import State
-from nbdthin.pool.pool import Capture
+from nbdthin.pool.pool import REPAIRED, Capture
 from nbdthin.pool.records import BadRecord, decode
 from nbdthin.pool.salvage import Loss, Salvage
 from nbdthin.pool.superblock import (
@@ -68,6 +70,7 @@ class Identity:
     page: bytes | None = None  # the first bytes of the data, None where there is none
     write_header: bool = False
     data_bytes: int = 0
+    wrong_kinds: list[Path] = field(default_factory=list)  # a FIFO, a directory: no files, and in the way of some
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -99,10 +102,13 @@ def flocked(fd: int, message: str) -> Iterator[None]:
 # -- whose it is
 
 
-def identify(path: Path, data: Path | None = None) -> Identity:
+def identify(path: Path, data: Path | None = None, *, write_header: bool = False) -> Identity:
     """Read the superblock and the data's header. Raises NotFound where there is no pool, LaterVersion, or Corrupt where
-    the data is another pool's."""
+    the data is another pool's, or cannot be told to be this one's: `write_header` says that it is."""
     identity = Identity(path, path / "data")
+    if what := not_a_file(path / "sums"):
+        identity.findings.append(Finding(path / "sums", None, f"{what}: checksums are computed anew"))
+        identity.wrong_kinds.append(path / "sums")
     try:
         identity.superblock = read_superblock(path / "superblock")
         identity.data = path / identity.superblock.data
@@ -116,28 +122,34 @@ def identify(path: Path, data: Path | None = None) -> Identity:
     except Corrupt as error:
         identity.findings.append(Finding(error.path, error.offset, error.what))
         identity.write_superblock = True
-    if data is not None and data.absolute() != identity.data.absolute():
+        if not_a_file(path / "superblock"):
+            identity.wrong_kinds.append(path / "superblock")
+    named = data is not None and data.absolute() != identity.data.absolute()
+    if data is not None and named:
         if identity.superblock is not None and _is_data_of(identity.data, identity.superblock):
             raise Invalid(f"the data of {path} is where its superblock says, at {identity.data}: leave out --data")
         identity.data = data.absolute()
         identity.write_superblock = True
-    _read_header(identity, data is not None)
+    _read_header(identity, named, write_header)
     return identity
 
 
 def _is_data_of(path: Path, superblock: Superblock) -> bool:
     try:
-        with open(path, "rb") as file:
-            return file.read(DATA_HEADER) == superblock.data_header()
-    except OSError:
+        return _page(path) == superblock.data_header()
+    except (OSError, Corrupt):
         return False
 
 
-def _read_header(identity: Identity, named: bool) -> None:
+def _page(path: Path) -> bytes:
+    with open(open_file(path, device=True), "rb") as file:
+        return file.read(DATA_HEADER)
+
+
+def _read_header(identity: Identity, named: bool, forced: bool) -> None:
     path = identity.data
     try:
-        with open(path, "rb") as file:
-            identity.page = file.read(DATA_HEADER)
+        identity.page = _page(path)
         identity.data_bytes = device_size(path) if is_device(path) else path.stat().st_size
     except FileNotFoundError:
         identity.findings.append(Finding(path, None, "the pool's data is missing"))
@@ -155,8 +167,8 @@ def _read_header(identity: Identity, named: bool) -> None:
     if identity.superblock is None or identity.page != identity.superblock.data_header():
         identity.findings.append(Finding(path, 0, problem or "the data's header is not that of this pool's superblock"))
         identity.write_header = True
-        if superblock is not None and not named:
-            _refuse_foreign(path, identity.page, superblock)
+        if superblock is not None and not _may_be_ours(identity.page, superblock, named):
+            _refuse_foreign(identity, superblock, problem, forced)
     if identity.superblock is not None and identity.data_bytes < identity.superblock.size:
         _say_truncated(identity, identity.superblock.size)
 
@@ -175,47 +187,85 @@ def _header_copy(path: Path, page: bytes, place: str) -> tuple[Superblock | None
         return None, error.what
 
 
-def _refuse_foreign(path: Path, page: bytes, superblock: Superblock) -> None:
-    """A header is written again only over what shows that it was one, or over a sector of zeroes."""
-    expected = superblock.data_header()
-    known = page[: len(DATA_MAGIC)] == DATA_MAGIC or page[16:32] == expected[16:32]
-    if not known and any(page[:_SECTOR]):
-        raise Corrupt(path, 0, f"not the data of a pool, or its header is gone (`--data {path}` says that it is)")
+def _may_be_ours(page: bytes, superblock: Superblock, named: bool) -> bool:
+    """A damaged header still shows whose it is. A sector of zeroes is one that was lost, where the superblock says."""
+    uuid, expected = page[16:32], superblock.data_header()[16:32]
+    differing = sum(one != other for one, other in zip(uuid, expected, strict=False)) + len(expected) - len(uuid)
+    if differing <= (1 if page.startswith(DATA_MAGIC) else 0):
+        return True
+    return not named and not any(page[:_SECTOR])
+
+
+def _refuse_foreign(identity: Identity, superblock: Superblock, problem: str, forced: bool) -> None:
+    """Nothing shows that the data is the pool's. Who insists must have one that can hold the pool, at least."""
+    if not forced:
+        what = f"{problem}; nothing shows that it is this pool's (--write-header says that it is, and writes it)"
+        raise Corrupt(identity.data, 0, what)
+    if identity.data_bytes < superblock.size:
+        what = f"{problem}; and it has {identity.data_bytes} bytes, the pool {superblock.size}: not this pool's"
+        raise Corrupt(identity.data, 0, what)
 
 
 # -- the verb
 
 
-def repair(path: Path | str, *, data: Path | str | None = None, dry_run: bool = False, files: Files = FILES) -> Repair:
+def repair(
+    path: Path | str,
+    *,
+    data: Path | str | None = None,
+    write_header: bool = False,
+    dry_run: bool = False,
+    files: Files = FILES,
+) -> Repair:
     """Repair the pool at `path`, which must not be in use; `dry_run` only says what that would do.
 
-    `data`: where its data is, when the superblock does not say so rightly. Raises NotFound, Locked, OSError, or Corrupt
-    for what cannot be repaired; then nothing was changed.
+    `data`: where its data is, when the superblock does not say so rightly; `write_header`: that is this pool's,
+    although its header does not show it. Raises NotFound, Locked, OSError, or Corrupt for what cannot be repaired;
+    then nothing was changed.
     """
     path = Path(path)
     with locked(path), contextlib.ExitStack() as held:
-        identity = identify(path, None if data is None else Path(data))
+        identity = identify(path, None if data is None else Path(data), write_header=write_header)
         superblock = identity.superblock
         if superblock is None:
             raise Corrupt(path / "superblock", None, f"it cannot be read, nor its copy in {identity.data} (--data?)")
         if identity.page is None:
             raise NotFound(f"the pool's data is missing: {identity.data} (`--data FILE` says where it is)")
-        fd = os.open(identity.data, os.O_RDWR | os.O_CLOEXEC)
+        fd = open_file(identity.data, os.O_RDWR, device=True)
         held.callback(os.close, fd)
         held.enter_context(flocked(fd, f"{identity.data} is the data of a pool that is open"))
         directory = _source(path)
         found = survey(directory)
         salvage = examine(found, identity)
+        if salvage.foreign is not None:
+            raise _foreign(salvage.foreign, identity)
         if is_device(identity.data) and identity.data_bytes < salvage.size:
             raise Invalid(f"{identity.data} has {identity.data_bytes} bytes, the pool needs {salvage.size}")
         damage = (*identity.findings, *found.damage, *salvage.defects)
         kept: list[Path] = []
         if damage and not dry_run:
             kept = _write(identity, superblock, salvage.size, fd, files)
+            if salvage.losses:
+                write_file(files, path / REPAIRED, (f"{loss}\n".encode() for loss in salvage.losses))
+                files.sync_directory(path)
             if found.damage or salvage.defects:
                 kept += replace_journal(path, directory, salvage.state, superblock, found.last + 1, files)
     notes = tuple(str(finding) for finding in found.findings if finding.harmless)
     return Repair(path, dry_run, tuple(map(str, damage)), notes, tuple(salvage.losses) if damage else (), tuple(kept))
+
+
+def release(path: Path | str, *, files: Files = FILES) -> None:
+    """Nothing will bring back what repairs of the pool at `path` have lost: whoever serves it next may sweep.
+
+    Raises NotFound where no repair has lost anything, Locked or OSError.
+    """
+    path = Path(path)
+    with locked(path):
+        if not (path / REPAIRED).exists():
+            raise NotFound(f"no repair has lost anything of {path}: there is nothing to let go of")
+        files.close(files.open(path / "journal" / "unsynced.0", os.O_CREAT))  # as after a kill: there is space to find
+        files.unlink(path / REPAIRED)
+        files.sync_directory(path)
 
 
 def _source(path: Path) -> Path:
@@ -233,7 +283,9 @@ def examine(found: Survey, identity: Identity) -> Salvage:
     superblock = identity.superblock
     assert superblock is not None
     data_bytes = None if identity.page is None else identity.data_bytes
-    salvage = Salvage(found, superblock.block_size, superblock.size, data_bytes)
+    salvage = Salvage(found, superblock, data_bytes)
+    if salvage.foreign is not None:
+        return salvage
     if (found.damage or salvage.defects) and any(found.directory.glob("unsynced.*")):
         what = "writes that were answered and never flushed, noted when the process was killed (unsynced.*)"
         salvage.losses.append(Loss("", 0, 0, what))
@@ -247,9 +299,17 @@ def examine(found: Survey, identity: Identity) -> Salvage:
     return salvage
 
 
+def _foreign(found: Finding, identity: Identity) -> Corrupt:
+    """The journal is not that of the data: to mix them would be the end of both."""
+    whose = [] if identity.write_superblock else [str(identity.path / "superblock")]
+    whose += [] if identity.write_header else [str(identity.data)]
+    what = f"{found.what}, as {' and '.join(whose)} say (put the right journal back, or `nbdthin restore` a dump)"
+    return Corrupt(found.path, found.offset, what)
+
+
 def replay(directory: Path, superblock: Superblock) -> State:
     """The state that recovery gets from a journal. Raises Corrupt."""
-    state = State()
+    state = State(superblock.uuid)
 
     def apply(frame: Frame) -> None:
         try:
@@ -278,6 +338,11 @@ def _write(identity: Identity, superblock: Superblock, size: int, fd: int, files
     """The superblock, the data's header and its size, where they are wrong; what was put aside."""
     path, kept = identity.path, []
     number = _free_number(path)
+    for wrong in identity.wrong_kinds:
+        kept.append(path / f"{wrong.name}.damaged-{number}")
+        files.rename(wrong, kept[-1])
+        if wrong.name == "sums":
+            write_file(files, wrong, ())
     if identity.write_header:
         assert identity.page is not None
         kept.append(path / f"data-header.damaged-{number}")
@@ -291,7 +356,7 @@ def _write(identity: Identity, superblock: Superblock, size: int, fd: int, files
     if identity.write_superblock:
         if (path / "superblock").exists():
             kept.append(path / f"superblock.damaged-{number}")
-            write_file(files, kept[-1], [(path / "superblock").read_bytes()])
+            write_file(files, kept[-1], [read_file(path / "superblock")])
         superblock.write(path / "superblock", files)
     files.sync_directory(path)
     return kept
@@ -306,8 +371,8 @@ def replace_journal(
     Journal.create_at(made, max(number, 2), Capture(state).payloads(), files)  # 1 would say that nothing was before
     again = replay(made, superblock)
     assert again.names == state.names and again.layers.keys() == state.layers.keys()
-    if (path / "sums").exists():  # of a later state than this one, in which layers may have had these numbers already
-        files.unlink(path / "sums")
+    if not not_a_file(path / "sums"):  # of a later state than this one, in which layers may have had these numbers
+        write_file(files, path / "sums", ())
         files.sync_directory(path)
     return [_put_in_place(path, made, old, files)] if old.exists() else _put(path, made, files)
 

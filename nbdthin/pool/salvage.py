@@ -31,6 +31,7 @@ from nbdthin.pool.journal import Frame
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer, State, Words, words
 from nbdthin.pool.pool import MAX_BLOCKS
 from nbdthin.pool.records import LEAF_BLOCKS, LEAF_BYTES, BadRecord, Record
+from nbdthin.pool.superblock import Superblock
 from nbdthin.pool.survey import Finding, Lost, Survey
 
 Flags = npt.NDArray[np.bool_]
@@ -69,13 +70,14 @@ class _Said(NamedTuple):
 class Salvage:
     """Call it with a survey; then `state` is what can be had, `defects` and `losses` what is wrong with the rest."""
 
-    def __init__(self, found: Survey, block_size: int, size: int, data_bytes: int | None) -> None:
-        """`size` of the pool when it was made; `data_bytes`: what its data really has, None if not known."""
-        self.state = State()
+    def __init__(self, found: Survey, superblock: Superblock, data_bytes: int | None) -> None:
+        """`data_bytes`: what the pool's data really has, None if not known."""
+        self.state = State(superblock.uuid)
+        self.foreign: Finding | None = None  # where it says that it is of another pool: nothing behind that was read
         self.defects: list[Finding] = []  # records that do not add up, with their place
         self.losses: list[Loss] = []
-        self._block_size = block_size
-        self._made_with = size
+        self._block_size = superblock.block_size
+        self._made_with = superblock.size
         self._data_bytes = data_bytes
         self._journal = found.directory
         self._gaps: list[Lost] = []
@@ -90,6 +92,8 @@ class Salvage:
                 self._lose(step)
             else:
                 self._apply_frame(step.frame())
+            if self.foreign is not None:
+                return
         self._settle()
 
     @property
@@ -108,6 +112,11 @@ class Salvage:
             self._lose(Lost(frame.sequence, frame.sequence, frame.path, frame.offset))
             return
         for record in decoded:
+            if isinstance(record, records.Uuid) and record.uuid != self.state.uuid:
+                what = f"this is of pool {record.uuid}, not of pool {self.state.uuid}"
+                self.foreign = Finding(frame.path, frame.offset, what)
+                self.defects = [self.foreign]
+                return
             try:
                 self._apply(record)
             except BadRecord as error:

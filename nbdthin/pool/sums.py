@@ -72,7 +72,8 @@ class Damage(OSError):
 
 
 class Sums:
-    """The file of records. It is made when the first is written; an error there costs sums, and is logged once."""
+    """The file of records. Where it is missing it has been lost, and is made when the first record is written; an error
+    there costs sums, and is logged once."""
 
     def __init__(self, path: Path, files: Files) -> None:
         self.todo: dict[int, None] = {}  # sealed layers that may lack sums
@@ -97,11 +98,23 @@ class Sums:
     def exists(self) -> bool:
         return self._fd >= 0
 
+    @property
+    def empty(self) -> bool:
+        return self._fd < 0 or not os.fstat(self._fd).st_size
+
     def read(self, blocks: Words) -> Records:
         """The records of some physical blocks, ascending; owner 0 for what is none."""
+        return self._read(blocks)[0]
+
+    def damaged(self, blocks: Words) -> int:
+        """How many of the records of some physical blocks, ascending, are not what was written."""
+        return self._read(blocks)[1]
+
+    def _read(self, blocks: Words) -> tuple[Records, int]:
         records: Records = np.zeros(len(blocks), RECORD)
+        damaged = 0
         if self._fd < 0:
-            return records
+            return records, damaged
         view = records.view(np.uint8).data
         for start, end in runs(blocks):
             with contextlib.suppress(OSError):
@@ -110,7 +123,8 @@ class Sums:
         for index in np.flatnonzero(records["crc"] | records["mask"]).tolist():
             if zlib.crc32(view[index * SIZE : index * SIZE + _CHECKED]) != crcs[index]:
                 records[index : index + 1].view(np.uint8)[:] = 0
-        return records
+                damaged += 1
+        return records, damaged
 
     def _write(self, blocks: Words, records: Records) -> None:
         view = records.view(np.uint8).data

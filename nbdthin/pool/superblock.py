@@ -16,7 +16,7 @@ from types import MappingProxyType
 import msgpack
 
 from nbdthin.errors import Corrupt, NotFound
-from nbdthin.pool.files import FILES, Files, write_file
+from nbdthin.pool.files import FILES, Files, read_file, write_file
 from nbdthin.units import KiB
 
 MAGIC = b"nbdthin\0"
@@ -57,7 +57,7 @@ class Superblock:
 def read_superblock(path: Path) -> Superblock:
     """Raises NotFound where there is none, Corrupt where it does not check or is of a later version."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError as error:
         raise NotFound(f"no pool at {path.parent} (`nbdthin init {path.parent}` makes one)") from error
     except NotADirectoryError as error:

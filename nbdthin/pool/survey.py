@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nbdthin.pool import journal
+from nbdthin.pool.files import not_a_file
 from nbdthin.pool.journal import (
     FRAME,
     HEADER,
@@ -160,6 +161,8 @@ def _files(directory: Path, result: Survey) -> list[File]:
                 found.append(file)
             if path.name == "next" and not file.pieces:
                 _look_at_next(path, result)
+        elif (what := not_a_file(path)) and (match or path.stem == "unsynced"):
+            result.findings.append(Finding(path, None, what))
         elif path.suffix != ".new" and path.stem != "unsynced":
             result.findings.append(Finding(path, None, "not a file of a journal", harmless=True))
     return found

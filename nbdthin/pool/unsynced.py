@@ -24,9 +24,10 @@ import os
 from array import array
 from pathlib import Path
 
-from nbdthin.pool.files import Files, write_all
+from nbdthin.errors import Corrupt
+from nbdthin.pool.files import Files, not_a_file, write_all
 from nbdthin.pool.journal import HEADER, MAGIC, frame, parse_frame
-from nbdthin.pool.records import Entries, Record, decode, encode
+from nbdthin.pool.records import Entries, Record, Uuid, decode, encode
 from nbdthin.units import MiB
 
 ENOUGH = 2 * MiB  # bytes of one batch from which on a commit is due
@@ -36,11 +37,18 @@ _BOOT = 36  # bytes that name a boot
 log = logging.getLogger("nbdthin.pool")
 
 
+def count(recovered: list[list[Record]]) -> int:
+    """Changes: blocks of volumes and other records."""
+    records = [record for each in recovered for record in each if not isinstance(record, Uuid)]
+    return sum(len(record.blocks) // 8 if isinstance(record, Entries) else 1 for record in records)
+
+
 class Unsynced:
     """The two files of an open pool. Not thread-safe; no call waits for a disk."""
 
-    def __init__(self, directory: Path, files: Files) -> None:
+    def __init__(self, directory: Path, uuid: str, files: Files) -> None:
         self._paths = (directory / "unsynced.0", directory / "unsynced.1")
+        self._uuid = uuid  # of the pool: the first group of a batch says it
         self._files = files
         self._fds: list[int] = []
         self._boot = files.boot_id().encode().ljust(_BOOT, b"\0")[:_BOOT]
@@ -64,13 +72,21 @@ class Unsynced:
         """What a process of this boot had answered beyond frame `sequence` of the journal: a list a frame to be.
 
         Each is to become the frame that it was noted for: then it counts no more, whenever the next kill comes.
+        Raises BadRecord, or Corrupt for what is no file.
         """
+        for path in self._paths:
+            if what := not_a_file(path):
+                raise Corrupt(path, None, what)
         found = []
         for number in (sequence + 1, sequence + 2):
             groups = self._read(self._paths[number & 1], number)
             if not groups:
                 break
-            found.append([record for group in groups for record in decode(group)])
+            records = [record for group in groups for record in decode(group)]
+            if any(isinstance(record, Uuid) and record.uuid != self._uuid for record in records):
+                log.warning("%s is of another pool: it is passed over", self._paths[number & 1])
+                break
+            found.append(records)
         return found
 
     def _read(self, path: Path, number: int) -> list[bytes]:
@@ -138,6 +154,8 @@ class Unsynced:
         if not self._records:
             return False
         records, self._records = self._records, []
+        if not self._position:
+            records.insert(0, Uuid(self._uuid))
         if not self._whole or len(self._fds) < len(self._paths):
             return False
         group = frame(self._sequence, self._boot + encode(records))

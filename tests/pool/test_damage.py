@@ -6,29 +6,31 @@ The oracle is what every name read as before. What repair does not name as lost 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from nbdthin.errors import Corrupt, Error, Locked
+from nbdthin.errors import Corrupt, Error, Locked, NotFound
 from nbdthin.pool.check import check_path
 from nbdthin.pool.dump import dump, restore
 from nbdthin.pool.files import Files
-from nbdthin.pool.journal import HEADER
+from nbdthin.pool.journal import HEADER, Journal
 from nbdthin.pool.pool import Pool
-from nbdthin.pool.records import Entries, Layer, Name, Size, encode, u64
-from nbdthin.pool.repair import Repair, repair
+from nbdthin.pool.records import Counter, End, Entries, Layer, Name, Size, encode, u64
+from nbdthin.pool.repair import Repair, release, repair
 from nbdthin.pool.salvage import DOUBTFUL, GONE, Loss
 from nbdthin.pool.superblock import DATA_HEADER
 from nbdthin.units import KiB
 
-from .conftest import Pools, checkpoints, flip, frames, logs, pattern
+from .conftest import Pools, checkpoints, flip, frames, kill, logs, pattern
 
 BLOCK = 16 * KiB
 SUB = KiB
@@ -642,6 +644,50 @@ def test_a_crash_at_any_step_of_a_repair_leaves_a_pool_that_can_be_repaired(samp
     assert after > 15
 
 
+def test_free_blocks_are_not_swept_after_a_repair_with_loss_until_they_are_let_go(sample: Sample) -> None:
+    path = sample.copy()
+    wiped_frame(path)
+    done = repair(path)
+    assert (path / "repaired").read_text() == "".join(f"{loss}\n" for loss in done.lost)
+    for _ in range(2):  # a kill, and another
+        pool = Pool.open(path)
+        pool.unsynced.start(pool.journal.sequence + 1)
+        kill(pool)
+        again = Pool.open(path, inspect=True)
+        assert again.unsynced.left and not again.has_leftovers
+        again.close()
+    Pool.open(path).close()
+    assert any("`nbdthin repair --release`" in note for note in check_path(path).notes)
+    release(path)
+    with Pool.open(path) as pool:
+        assert pool.has_leftovers, "it was closed cleanly, and has space to give back"
+    with pytest.raises(NotFound):
+        release(path)
+    assert check_path(path).notes == () == check_path(path).problems
+
+
+def test_a_dump_restored_after_a_repair_with_loss_brings_it_all_back(sample: Sample, tmp_path: Path) -> None:
+    (tmp_path / "dump").write_text("".join(dump(sample.path)))
+    path = sample.copy()
+    lost_last_segment(path)
+    assert repair(path).lost
+    pool = Pool.open(path)
+    pool.unsynced.start(pool.journal.sequence + 1)
+    kill(pool)
+    with Pool.open(path) as pool:
+        assert not pool.has_leftovers
+    restore(tmp_path / "dump", path, force=True)
+    assert not (path / "repaired").exists()
+    with Pool.open(path) as pool:
+        assert read_all(pool) == sample.contents
+
+
+def test_a_repair_without_loss_holds_nothing_back(sample: Sample) -> None:
+    path = sample.copy()
+    truncated_superblock(path)
+    assert repair(path).lost == () and not (path / "repaired").exists()
+
+
 def test_a_file_system_that_cannot_exchange_names_is_repaired_all_the_same(sample: Sample) -> None:
     class Plain(Files):
         left = 1000
@@ -685,6 +731,151 @@ def test_the_data_of_another_pool_is_never_given_a_header(pools: Pools, sample: 
     (path / "data").write_bytes(pattern(4096 * KiB))
     with pytest.raises(Corrupt, match="not the data of a pool"):
         repair(path)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_file_that_is_named_as_the_data_is_not_written_unless_its_header_shows_that_it_is(
+    sample: Sample, tmp_path: Path, missing: bool
+) -> None:
+    path, file = sample.copy(), tmp_path / "notes.txt"
+    if missing:
+        (path / "data").unlink()
+    else:
+        overwrite(path / "data", 0, bytes(512))
+    for content in (b"somebody's notes\n", b"", pattern(4096 * KiB), bytes(4096 * KiB)):
+        file.write_bytes(content)
+        with pytest.raises(Corrupt, match="nothing shows that it is this pool's"):
+            repair(path, data=file)
+        assert "nothing shows" in check_path(path, data=file).problems[0]
+        if len(content) < 4096 * KiB:
+            with pytest.raises(Corrupt, match="not this pool's"):
+                repair(path, data=file, write_header=True)
+        assert file.read_bytes() == content
+
+
+def test_data_whose_header_is_gone_is_taken_by_whoever_insists(sample: Sample, tmp_path: Path) -> None:
+    path = sample.copy()
+    (path / "data").rename(tmp_path / "moved")
+    overwrite(tmp_path / "moved", 0, pattern(DATA_HEADER))
+    with pytest.raises(Corrupt, match="--write-header"):
+        repair(path, data=tmp_path / "moved")
+    assert repair(path, data=tmp_path / "moved", write_header=True).lost == ()
+    with Pool.open(path) as pool:
+        assert read_all(pool) == sample.contents
+
+
+def test_a_damaged_header_that_still_has_the_uuid_is_known(sample: Sample, tmp_path: Path) -> None:
+    path = sample.copy()
+    (path / "data").rename(tmp_path / "moved")
+    for offset in (3, 20, 50):
+        flip(tmp_path / "moved", offset)
+        assert repair(path, data=tmp_path / "moved").lost == ()
+        shutil.copy(sample.path / "superblock", path / "superblock")
+    overwrite(tmp_path / "moved", 16, pattern(16))
+    with pytest.raises(Corrupt, match="nothing shows"):
+        repair(path, data=tmp_path / "moved")
+
+
+# -- what is no file
+
+
+def as_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def as_socket(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as bound:  # a longer path is not bound to
+        bound.bind(path.name)
+
+
+KINDS = [(as_fifo, "a FIFO"), (as_directory, "a directory"), (as_socket, "a socket")]
+
+
+@pytest.mark.parametrize("name", ["superblock", "data", "sums", "log", "checkpoint", "unsynced.0", "unsynced.1"])
+@pytest.mark.parametrize(("kind", "called"), KINDS, ids=lambda value: getattr(value, "__name__", None))
+def test_what_is_no_file_is_named_waited_for_by_nobody_and_put_aside(
+    sample: Sample, kind: Callable[[Path], None], called: str, name: str
+) -> None:
+    path = sample.copy()
+    place = {"log": logs(path)[1], "checkpoint": checkpoints(path)[0]}.get(name, path / name)
+    if name.startswith("unsynced"):
+        place = path / "journal" / name
+    place.unlink(missing_ok=True)
+    kind(place)
+    with pytest.raises(Corrupt, match=f"{place}: this is {called}, not a regular file"):
+        Pool.open(path)
+    (problem, *_) = check_path(path).problems
+    assert problem.startswith(f"{place}: this is {called}, not a regular file")
+    if name == "data":
+        with pytest.raises(Corrupt, match=f"{place}: this is {called}"):
+            repair(path)
+    else:
+        assert_repaired(path, sample.contents)
+        (aside,) = [item for item in path.rglob(f"{place.name}*") if item.is_dir() or not item.is_file()]
+        assert "damaged-1" in str(aside)
+
+
+def test_what_stands_in_the_place_of_the_next_segment_is_replaced(sample: Sample) -> None:
+    path = sample.copy()
+    (path / "journal" / "next").unlink()
+    as_fifo(path / "journal" / "next")
+    assert check_path(path).problems == ()
+    with Pool.open(path) as pool:
+        pool.create("new", SIZE)
+    assert (path / "journal" / "next").is_file()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_journal_of_another_pool_is_refused_by_all_and_nothing_is_changed(
+    pools: Pools, sample: Sample, checkpointed: bool
+) -> None:
+    path = sample.copy()
+    other = pools.make(size=4096 * KiB, block_size=BLOCK)
+    other.create("web", SIZE)
+    if checkpointed:
+        checkpoint(other)
+    uuid, own = other.superblock.uuid, Pool.open(path, inspect=True)
+    own.close()
+    shutil.rmtree(path / "journal")
+    shutil.copytree(pools.close(other) / "journal", path / "journal")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    file = checkpoints(path)[-1]
+    message = f"{file} at byte 0: this is of pool {uuid}, not of pool {own.superblock.uuid}"
+    with pytest.raises(Corrupt, match=message):
+        Pool.open(path)
+    assert check_path(path).problems == (message,)
+    with pytest.raises(Corrupt, match=f"{message}, as {path / 'superblock'} and {path / 'data'} say"):
+        repair(path)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_a_lost_superblock_is_not_made_from_data_that_is_not_the_journals(pools: Pools, sample: Sample) -> None:
+    path = sample.copy()
+    other = pools.close(pools.make(size=4096 * KiB, block_size=BLOCK))
+    (path / "superblock").unlink()
+    shutil.copy(other / "data", path / "data")
+    with pytest.raises(Corrupt, match=f"this is of pool .*, as {path / 'data'} say") as caught:
+        repair(path)
+    assert caught.value.path.parent == path / "journal"
+    assert not (path / "superblock").exists()
+
+
+def test_a_journal_from_before_that_names_no_pool_is_opened_and_named_by_its_next_checkpoint(pools: Pools) -> None:
+    path = pools.close(pools.make(size=4096 * KiB, block_size=BLOCK))
+    shutil.rmtree(path / "journal")
+    Journal.create(path / "journal", encode([Counter(1), End(1)]))
+    (note,) = check_path(path).notes
+    assert note.startswith(f"{path / 'journal'}: it does not say which pool it is of")
+    assert check_path(path).problems == () == repair(path).damage
+    pool = pools.open(path)
+    pool.create("web", SIZE)
+    checkpoint(pool)
+    pools.close(pool)
+    assert check_path(path).notes == ()
 
 
 def test_data_that_moved_is_found_where_it_is_said_to_be(sample: Sample, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from nbdthin.pool.records import (
     Record,
     Size,
     Unname,
+    Uuid,
     decode,
     encode,
     u64,
@@ -51,6 +52,11 @@ GOLDEN: list[tuple[Record, str, object]] = [
     (Counter(9), "91920609", [6, 9]),
     (End(12), "9192070c", [7, 12]),
     (Size(1 << 30), "919208ce40000000", [8, 1 << 30]),
+    (
+        Uuid("00112233-4455-6677-8899-aabbccddeeff"),
+        "919209d924" + b"00112233-4455-6677-8899-aabbccddeeff".hex(),
+        [9, "00112233-4455-6677-8899-aabbccddeeff"],
+    ),
 ]
 
 
@@ -86,7 +92,7 @@ def test_an_empty_list_is_a_payload() -> None:
         b"\x91\x01",
         b"\x91\x90",
         b"\x91\x92\x00\x01",  # tag 0
-        b"\x91\x92\x09\x01",  # the tag after the last
+        b"\x91\x92\x0a\x01",  # the tag after the last
         b"\x91\x92\xff\x01",
         b"\x91\x92\xa11\x01",  # a tag that is text
         b"\x91\x92\x01\x01",  # too few fields

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from nbdthin.errors import NoSpace, NotFound
 from nbdthin.pool import merge, sums
+from nbdthin.pool.check import check_path
 from nbdthin.pool.layers import SUBBLOCKS, Layer
 from nbdthin.pool.policy import Policy
 from nbdthin.pool.pool import Pool
@@ -101,12 +102,12 @@ def test_a_record_has_the_bytes_that_the_format_says(pool: Pool) -> None:
     assert crc == zlib.crc32((pool.path / "sums").read_bytes()[block * 80 : block * 80 + 76])
 
 
-def test_there_is_no_file_before_something_is_sealed(pool: Pool) -> None:
+def test_there_is_no_record_before_something_is_sealed(pool: Pool) -> None:
     pool.create("v", MiB)
     pool.volume("v").write(0, pattern(BLOCK))
     pool.commit()
     compute(pool)
-    assert not (pool.path / "sums").exists()
+    assert (pool.path / "sums").stat().st_size == 0
 
 
 def test_what_is_computed_is_computed_once(pools: Pools, family: Pool) -> None:
@@ -146,6 +147,36 @@ def test_without_its_file_sums_are_computed_anew(pools: Pools, family: Pool, dam
     assert len(scrub(pool)[0]) == 1 and scrub(pool)[1] == 0
 
 
+def test_a_lost_file_of_sums_is_told_by_check_and_in_the_log_and_is_no_problem(
+    pools: Pools, family: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = pools.close(family)
+    pools.close(pools.open(path))
+    assert check_path(path).notes == () and caplog.messages == []
+    (path / "sums").unlink()
+    report = check_path(path)
+    assert report.problems == () and report.notes[0].startswith(f"{path / 'sums'} is missing: checksums")
+    assert caplog.messages == []
+    pool = pools.open(path)
+    assert caplog.messages == [f"{path / 'sums'} is missing: checksums of what is sealed are computed anew"]
+    compute(pool)
+    assert check_path(pools.close(pool)).notes == ()
+
+
+def test_damaged_records_of_sums_are_counted_by_check(pools: Pools, family: Pool) -> None:
+    block = position(family, "s", 0) // BLOCK
+    path = pools.close(family)
+    flip(path / "sums", block * 80 + 20)
+    report = check_path(path)
+    assert report.problems == () and "records that are torn or damaged: 1;" in report.notes[0]
+
+
+def test_a_pool_in_which_nothing_is_sealed_misses_no_sums(pools: Pools) -> None:
+    path = pools.close(pools.make())
+    (path / "sums").unlink()
+    assert check_path(path).notes == ()
+
+
 def test_every_flipped_byte_of_a_record_is_no_sum_and_no_alarm(family: Pool) -> None:
     block = position(family, "s", 0) // BLOCK
     for at in range(76 + 4):
@@ -171,7 +202,7 @@ def test_a_repaired_pool_begins_without_sums(pools: Pools, family: Pool) -> None
     path = pools.close(family)
     flip(checkpoints(path)[-1], 30)
     assert repair(path).damage
-    assert not (path / "sums").exists()
+    assert (path / "sums").stat().st_size == 0 and check_path(path).notes == ()
     assert scrub(pools.open(path))[0] == []
 
 
@@ -581,7 +612,7 @@ class History:
             path = self.pools.kill(self.pool)
         else:
             path = self.pools.crash(self.pool)
-        if self.random.random() < 0.1 and (path / "sums").exists():
+        if self.random.random() < 0.1 and (path / "sums").stat().st_size:
             self.tear(path / "sums")
         self.pool = self.pools.open(path, autocommit=False)
 

@@ -73,7 +73,7 @@ def test_a_superblock_is_read_back_from_a_data_header_and_from_no_other_bytes() 
 
 def test_a_new_pool_has_the_files_that_format_md_lists(pools: Pools) -> None:
     pool = pools.make(size=MiB)
-    assert {path.name for path in pool.path.iterdir()} == {"superblock", "data", "journal", "lock"}
+    assert {path.name for path in pool.path.iterdir()} == {"superblock", "data", "sums", "journal", "lock"}
     values = fields(pool.path / "superblock")
     assert list(values) == ["uuid", "block_size", "size", "data", "created", "version", "features"]
     assert (values["block_size"], values["size"], values["data"]) == (64 * KiB, MiB, "data")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from nbdthin.errors import NoSpace, PoolFailed
+from nbdthin.errors import Corrupt, NoSpace, PoolFailed
 from nbdthin.pool import unsynced
+from nbdthin.pool.check import check_path
+from nbdthin.pool.dump import dump, lines
 from nbdthin.pool.files import Files
 from nbdthin.pool.journal import Journal
 from nbdthin.pool.pool import Pool
+from nbdthin.pool.records import Unname
 from nbdthin.units import KiB
 
-from .conftest import BLOCK, Faults, Pools, flip, pattern
+from .conftest import BLOCK, Faults, Pools, checkpoints, flip, pattern, used
 
 
 class OtherBoot(Files):
@@ -97,6 +102,63 @@ def test_another_boot_believes_nothing_of_it(pools: Pools, served: Pool) -> None
     path = pools.kill(served)
     with Pool.open(path, files=OtherBoot()) as again:
         assert again.volume("v").read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_a_pool_that_does_not_open_keeps_what_a_kill_left(pools: Pools, served: Pool) -> None:
+    served.volume("v").write(0, pattern(BLOCK))
+    served.unsynced.publish()
+    path = pools.kill(served)
+    for file in (path / "data", checkpoints(path)[0]):
+        flip(file, 20)
+        assert check_path(path).problems
+        for inspect in (True, False):
+            with pytest.raises(Corrupt):
+                Pool.open(path, inspect=inspect)
+        flip(file, 20)
+    assert pools.open(path).volume("v").read(0, BLOCK) == pattern(BLOCK)
+
+
+def test_check_and_dump_say_what_a_kill_left(
+    pools: Pools, served: Pool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    before = json.loads(json.dumps(list(lines(served.superblock, served.state))))
+    served.volume("v").write(0, pattern(3 * BLOCK))
+    served.snapshot("v", "s")
+    served.unsynced.publish()
+    path = pools.kill(served)
+    report = check_path(path)
+    left = f"{path / 'journal'}: answered changes that a kill left, taken over by opening: 6"
+    assert (report.problems, report.notes, report.names, report.blocks) == ((), (left,), 1, 0)
+    assert [json.loads(line) for line in dump(path)] == before
+    assert "answered changes that a kill left are not in this dump: 6" in caplog.text
+    assert check_path(path) == report
+    pools.close(pools.open(path))
+    assert check_path(path).notes == () and check_path(path).names == 2
+
+
+def test_check_finds_what_a_kill_left_and_opening_refuses(pools: Pools, served: Pool) -> None:
+    served.unsynced.add(Unname("nobody"))
+    served.unsynced.publish()
+    path = pools.kill(served)
+    with pytest.raises(Corrupt, match="unflushed writes of a killed process cannot be read"):
+        Pool.open(path)
+    assert "cannot be read" in check_path(path).problems[0]
+    group(served).unlink()
+    pools.open(path)
+
+
+def test_what_another_pool_had_answered_is_passed_over(pools: Pools, served: Pool) -> None:
+    other = pools.make(autocommit=False)
+    other.unsynced.start(other.journal.sequence + 1)
+    other.create("v", 64 * BLOCK)
+    other.commit()
+    assert other.journal.sequence == served.journal.sequence
+    other.volume("v").write(7 * BLOCK, pattern(BLOCK))
+    other.unsynced.publish()
+    path = pools.kill(served)
+    shutil.copy(group(other), group(served))
+    again = pools.open(path)
+    assert again.volume("v").read(7 * BLOCK, BLOCK) == bytes(BLOCK) and used(again) == 0
 
 
 def test_what_no_reply_promised_need_not_survive(pools: Pools, served: Pool) -> None:
