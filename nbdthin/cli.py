@@ -9,24 +9,26 @@ How things look is display.py's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from nbdthin import __version__, display
 from nbdthin.control.client import Client, connect
 from nbdthin.control.codec import plain, printable
 from nbdthin.control.rows import Export, Info, Node
-from nbdthin.errors import Error, Invalid
-from nbdthin.pool.rows import Extent, Finding, PoolInfo
+from nbdthin.errors import Error, Invalid, Unreachable
+from nbdthin.pool.rows import Extent, Finding, PoolInfo, Scrubbed
+from nbdthin.units import format_size
 
 if TYPE_CHECKING:
     from nbdthin.control.commands import Daemon
@@ -256,17 +258,28 @@ def _scrub_arguments(parser: ArgumentParser) -> None:
 
 def _scrub(arguments: Namespace) -> list[Finding]:
     """What was found; it has been printed by then."""
-    found = []
+    found: list[Finding] = []
+    last: Scrubbed | None = None
     with _connect(arguments) as pool, display.Scrubbing(quiet=_wants_json(arguments)) as shown:
-        for step in pool.scrub(*arguments.names, rate=arguments.rate):
-            if step.finding is not None:
-                found.append(step.finding)
-            if _wants_json(arguments):
-                print(json.dumps(step, default=plain))
-                sys.stdout.flush()
-            else:
-                shown.show(step)
+        try:
+            for last in pool.scrub(*arguments.names, rate=arguments.rate):
+                if last.finding is not None:
+                    found.append(last.finding)
+                if _wants_json(arguments):
+                    print(json.dumps(last, default=plain))
+                    sys.stdout.flush()
+                else:
+                    shown.show(last)
+        except Unreachable as error:
+            raise Unreachable(f"{error}; {_scrub_came(last, found)}") from error
     return found
+
+
+def _scrub_came(last: Scrubbed | None, found: list[Finding]) -> str:
+    if last is None:
+        return "how far the scrub had come is not known"
+    damaged = f", and found damage (places: {len(found)})" if found else ""
+    return f"the scrub had come to {format_size(last.done)} of {format_size(last.total)}{damaged}"
 
 
 def _scrub_failed(found: list[Finding]) -> str:
@@ -473,14 +486,31 @@ def _run(argv: Sequence[str] | None) -> int:
     return _complain(problem) if problem else 0
 
 
+class _Output(TextIOWrapper):
+    """stdout, whose errors say that they are its own: an OSError alone may be anything's, and argparse drops it."""
+
+    def write(self, text: str, /) -> int:
+        with _output_named():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _output_named():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _output_named() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # whoever reads has enough: no complaint
+        raise
+    except OSError as error:
+        raise Error(f"cannot write output: {error.strerror or error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us
-            setattr(sys, name, open(os.devnull, "w"))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a label may hold what the terminal cannot show
+    _prepare_output()
     try:
         return _run(argv)
     except KeyboardInterrupt:
@@ -488,27 +518,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Error as error:
         return _complain(str(error))
     except BrokenPipeError:
-        _drop_output()
         return BROKEN_PIPE
     except OSError as error:
-        if not _output_works():
-            _drop_output()
         return _complain(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    finally:
+        _flush_or_drop(sys.stdout)
+
+
+def _prepare_output() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))
+    # backslashreplace: a label may hold what the terminal cannot show.
+    if isinstance(sys.stderr, TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")
+    old = sys.stdout
+    if type(old) is TextIOWrapper:
+        encoding, at_lines, at_once = old.encoding, old.line_buffering, old.write_through
+        sys.stdout = _Output(old.detach(), encoding, "backslashreplace", None, at_lines, at_once)
 
 
 def _complain(problem: str) -> int:
-    print(f"nbdthin: {printable(problem)}", file=sys.stderr)
+    try:
+        print(f"nbdthin: {printable(problem)}", file=sys.stderr)
+    except OSError:
+        pass  # nobody can be told
+    _flush_or_drop(sys.stderr)
     return 1
 
 
-def _output_works() -> bool:
+def _flush_or_drop(stream: TextIO) -> None:
+    """What is left in the buffer has nowhere to go: the interpreter would try again at its exit, and fail."""
     try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
-
-
-def _drop_output() -> None:
-    """What is left in the buffer has nowhere to go: without this, the interpreter would try again at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stream.flush()
+    except (OSError, Error):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -393,12 +393,64 @@ def test_output_into_a_closed_pipe_is_no_complaint(daemon: Daemon) -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_output_onto_a_full_disk_is_one_line(daemon: Daemon) -> None:
+def onto_a_full_disk(daemon: Daemon, *arguments: str | Path, unbuffered: str = "") -> tuple[int, str]:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            nbdthin_command("--socket", daemon.control, "info"), stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert (done.returncode, done.stderr) == (1, "nbdthin: No space left on device\n")
+        environment = os.environ | {"NBDTHIN_SOCKET": str(daemon.control), "PYTHONUNBUFFERED": unbuffered}
+        command = nbdthin_command(*arguments)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    return done.returncode, done.stderr
+
+
+def test_output_onto_a_full_disk_is_one_line_for_every_verb(daemon: Daemon, tmp_path: Path) -> None:
+    with_names(tmp_path / "pool")
+    with_names(tmp_path / "replaced")
+    said(None, "dump", tmp_path / "pool", "--output", tmp_path / "dump")
+    (tmp_path / "exports.toml").write_text('[server]\nlisten = ["tcp:127.0.0.1:0"]\n[control]\nsocket = "c"')
+    for command in ("create a 1M", "snapshot a a@1"):
+        said(daemon, *command.split())
+    uses: dict[str, list[str | Path]] = {
+        "init": [tmp_path / "new"],
+        "serve": ["--config", tmp_path / "exports.toml"],
+        "create": ["b", "1M"],
+        "snapshot": ["a", "a@2"],
+        "clone": ["a@1", "c"],
+        "rollback": ["c", "a@1"],
+        "rename": ["c", "d"],
+        "resize": ["d", "2M"],
+        "label": ["d", "k=v"],
+        "quota": ["d", "1M"],
+        "reserve": ["d", "none"],
+        "extend": ["200G"],
+        "ls": [],
+        "show": ["d"],
+        "tree": [],
+        "info": [],
+        "diff": ["a@1", "a@1"],
+        "rm": ["d"],
+        "events": [],
+        "scrub": [],
+        "check": [tmp_path / "pool"],
+        "repair": [tmp_path / "pool"],
+        "dump": [tmp_path / "pool"],
+        "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
+        "delta": [tmp_path / "replaced", "a", "a"],
+    }
+    assert uses.keys() == VERBS.keys()
+    for verb, arguments in uses.items():
+        status, errors = onto_a_full_disk(daemon, "--json", verb, *arguments)
+        last = errors.splitlines()[-1] if verb == "serve" else errors.rstrip("\n")  # its log goes before
+        assert (status, last) == (1, "nbdthin: cannot write output: No space left on device"), (verb, errors)
+    for option in ("--help", "--version", "info", "dump"):
+        more = [tmp_path / "pool"] if option == "dump" else []
+        for unbuffered in ("", "1"):
+            status, errors = onto_a_full_disk(daemon, option, *more, unbuffered=unbuffered)
+            assert (status, errors) == (1, "nbdthin: cannot write output: No space left on device\n")
+
+
+def test_where_nobody_can_be_told_the_exit_status_tells(daemon: Daemon) -> None:
+    with open("/dev/full", "w") as full:
+        command = nbdthin_command("--socket", daemon.control, "show", "no")
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == 1
 
 
 def on_terminal(daemon: Daemon, *arguments: str, columns: int) -> str:

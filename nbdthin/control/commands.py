@@ -18,7 +18,7 @@ from nbdthin import __version__, host
 from nbdthin.addresses import Address
 from nbdthin.control import codec
 from nbdthin.control.rows import Export, Info
-from nbdthin.errors import InUse, Invalid
+from nbdthin.errors import InUse, Invalid, Unreachable
 from nbdthin.pool.commands import (
     Clone,
     Command,
@@ -39,6 +39,7 @@ from nbdthin.pool.rows import Extent, Row, Scrubbed
 if TYPE_CHECKING:
     from nbdthin.pool.live import LivePool
 
+STOPS = "the daemon stops"
 FORCED_TRIES = 3  # a client that reconnects at once may be back before its volume is removed
 
 
@@ -221,7 +222,14 @@ def _info(daemon: Daemon, _: Nothing) -> Info:
 
 
 def _events(daemon: Daemon, _: Nothing) -> AsyncIterator[Event]:
-    return daemon.live.listen()
+    return _until_stopped(daemon.live.listen())
+
+
+async def _until_stopped(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """An end without a word would look as if nothing more could happen."""
+    async for event in events:
+        yield event
+    raise Unreachable(STOPS)
 
 
 def _scrub(daemon: Daemon, arguments: Scrub) -> AsyncIterator[Scrubbed]:
