@@ -30,6 +30,7 @@ from nbdthin.control import commands
 from nbdthin.control.server import ControlServer
 from nbdthin.errors import ConfigError
 from nbdthin.hook import run_hook
+from nbdthin.pool.files import draft_named
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.server import Server
@@ -120,7 +121,8 @@ def _bind(address: Address, undo: contextlib.ExitStack, *, private: bool = False
 def _open_pool(config: Config) -> Pool:
     wanted = config.pool
     if not (wanted.path / "superblock").exists():
-        Pool.init(wanted.path, size=wanted.size, block_size=wanted.block_size, data=wanted.data)
+        with draft_named(wanted.path):
+            Pool.init(wanted.path, size=wanted.size, block_size=wanted.block_size, data=wanted.data)
         log.info("made the pool %s", wanted.path)
     pool = Pool.open(wanted.path, autocommit=False, policy=wanted)
     if wanted.data is not None and pool.data.path != wanted.data:

@@ -12,7 +12,8 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
@@ -113,8 +114,25 @@ def write_file(files: Files, path: Path, parts: Iterable[bytes]) -> int:
         finally:
             files.close(fd)
         files.rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # what stays is removed at the next open
             files.unlink(partial)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # the name that who reads it knows
         raise
     return size
+
+
+@contextlib.contextmanager
+def draft_named(path: Path) -> Iterator[None]:
+    """A pool is made as `.NAME-XXXXXXXX` and then renamed: an OSError about that speaks of `path` instead."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()  # of links that lead in a circle, pathlib says something else later
+        yield
+    except OSError as error:
+        name = Path(os.path.realpath(path)).name if path.is_symlink() else path.name
+        if error.filename is not None:
+            draft = rf"(^|/)\.{re.escape(name)}-[0-9a-f]{{8}}(?=/|$)"
+            error.filename = re.sub(draft, lambda found: found[1] + name, os.fsdecode(error.filename))
+        raise
