@@ -18,7 +18,7 @@ from nbdthin import __version__, host
 from nbdthin.addresses import Address
 from nbdthin.control import codec
 from nbdthin.control.rows import Export, Info
-from nbdthin.errors import InUse, Invalid, Unreachable
+from nbdthin.errors import InUse, Invalid, NoSpace, Unreachable
 from nbdthin.pool.commands import (
     Clone,
     Command,
@@ -34,6 +34,7 @@ from nbdthin.pool.commands import (
 )
 from nbdthin.pool.commands import Remove as RemoveOne
 from nbdthin.pool.events import Event
+from nbdthin.pool.limits import advised
 from nbdthin.pool.rows import Extent, Row, Scrubbed
 
 if TYPE_CHECKING:
@@ -173,7 +174,10 @@ async def _change(daemon: Daemon, row: Change, arguments: object) -> None:
     if isinstance(arguments, Remove) and arguments.force:
         await _remove_by_force(daemon, arguments.names, commands)
     else:
-        await daemon.live.execute(commands)
+        try:
+            await daemon.live.execute(commands)
+        except NoSpace as error:
+            raise advised(error, daemon.live.pool) from error
 
 
 async def _remove_by_force(daemon: Daemon, names: Sequence[str], commands: Sequence[Command]) -> None:
