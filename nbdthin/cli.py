@@ -197,7 +197,7 @@ def _serve(arguments: Namespace) -> None:
     def ready(running: Daemon) -> None:
         if _wants_json(arguments):
             listen = [str(address) for address in running.listen]
-            _print_json({"pool": wanted.pool.path, "listen": listen, "control": wanted.control.socket})
+            _print_json({"pool": wanted.pool.path, "listen": listen, "control": running.control})
             sys.stdout.flush()
 
     with _mendable(wanted.pool.path):

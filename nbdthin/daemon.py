@@ -78,6 +78,13 @@ class _Sockets:
     def listen(self) -> tuple[Address, ...]:
         return tuple(addresses.address_of(each) for each in self.exports)
 
+    @property
+    def control_path(self) -> Path:
+        """Where it is, which is not always what the config says."""
+        address = addresses.address_of(self.control)
+        assert isinstance(address, UnixAddress)
+        return address.path
+
 
 def _make_directory(path: Path, undo: contextlib.ExitStack) -> None:
     """Make `path` and what is missing above it; what is still empty at the end is removed again."""
@@ -105,6 +112,8 @@ def _open_sockets(config: Config, undo: contextlib.ExitStack) -> _Sockets:
         raise ConfigError("no address to listen at: [server] listen is empty, and systemd handed over no socket")
     if not control:
         control = _bind(UnixAddress(config.control.socket), undo, private=True)
+    if len(control) > 1 or control[0].family != socket.AF_UNIX:  # who may change a pool is a matter of file modes
+        raise ConfigError(f"systemd handed over {len(control)} sockets named {CONTROL_FD!r}: one is wanted, a path")
     return _Sockets(control[0], exports)
 
 
@@ -141,11 +150,11 @@ async def _serve(config: Config, pool: Pool, sockets: _Sockets, ready: Callable[
     try:
         listen = sockets.listen
         server = Server(live, config.exports)
-        daemon = commands.Daemon(live, server, listen)
+        daemon = commands.Daemon(live, server, listen, sockets.control_path)
         control = ControlServer(daemon)
         await server.listen(sockets.exports)
         await control.listen(sockets.control)
-        log.info("serving %s at %s; control at %s", pool.path, ", ".join(map(str, listen)), config.control.socket)
+        log.info("serving %s at %s; control at %s", pool.path, ", ".join(map(str, listen)), daemon.control)
         ready(daemon)
         systemd.notify("READY=1")
         await stop.wait()

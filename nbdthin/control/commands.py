@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nbdthin import __version__, host
@@ -66,6 +67,7 @@ class Daemon:
     live: LivePool
     exports: Exports
     listen: tuple[Address, ...]
+    control: Path
 
     def export(self, row: Row) -> Export:
         """`row` with what only the daemon knows."""

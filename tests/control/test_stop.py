@@ -99,7 +99,7 @@ def test_whoever_waits_for_a_commit_that_comes_too_late_is_told_what_is_not_know
 
     async def main() -> None:
         live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, files=files))
-        control = ControlServer(commands.Daemon(live, Server(live), ()))
+        control = ControlServer(commands.Daemon(live, Server(live), (), tmp_path / "sock"))
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(str(tmp_path / "sock"))
             await control.listen(listening)
