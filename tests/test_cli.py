@@ -464,6 +464,12 @@ def test_a_pool_that_nobody_may_look_into_is_not_called_missing(public: Path) ->
     for verb in (["check"], ["repair"], ["dump"], ["init"]):
         done = nobody(public, *verb, "pool")
         assert (done.status, done.errors) == (1, "nbdthin: pool/superblock: Permission denied\n"), verb
+    (public / "pool").chmod(0o700)
+    (public / "pool/data").chmod(0)
+    (public / "free").mkdir()
+    (public / "free").chmod(0o777)
+    done = nobody(public, "dump", "pool", "--output", "free/dump")
+    assert (done.status, done.errors) == (1, "nbdthin: pool/data: Permission denied\n"), "not of the file it goes to"
 
 
 def test_links_in_a_circle_are_one_line(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nbdthin import __version__, host
 from nbdthin.addresses import Address
 from nbdthin.control import codec
 from nbdthin.control.rows import Export, Info
-from nbdthin.errors import InUse, Invalid, NoSpace, Unreachable
+from nbdthin.errors import InUse, Invalid, NoSpace, OverQuota, Unreachable
 from nbdthin.pool.commands import (
     Clone,
     Command,
@@ -178,8 +178,10 @@ async def _change(daemon: Daemon, row: Change, arguments: object) -> None:
     else:
         try:
             await daemon.live.execute(commands)
+        except OverQuota:
+            raise
         except NoSpace as error:
-            raise advised(error, daemon.live.pool) from error
+            raise NoSpace(advised(str(error), daemon.live.pool)) from error
 
 
 async def _remove_by_force(daemon: Daemon, names: Sequence[str], commands: Sequence[Command]) -> None:

@@ -104,12 +104,17 @@ def write_file(files: Files, path: Path, parts: Iterable[bytes]) -> int:
     """
     partial = path.with_name(path.name + ".new")
     size = 0
+    ours = True  # what is being done, and what an error is of: not where the parts come from
     try:
         fd = files.open(partial, os.O_CREAT | os.O_TRUNC)
         try:
+            ours = False
             for part in parts:
+                ours = True
                 write_all(files, fd, part, size)
                 size += len(part)
+                ours = False
+            ours = True
             files.sync(fd)
         finally:
             files.close(fd)
@@ -117,8 +122,8 @@ def write_file(files: Files, path: Path, parts: Iterable[bytes]) -> int:
     except BaseException as error:
         with contextlib.suppress(OSError):  # what stays is removed at the next open
             files.unlink(partial)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # the name that who reads it knows
+        if ours and isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # the name that its reader knows
         raise
     return size
 

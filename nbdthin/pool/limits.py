@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from nbdthin.errors import NoSpace, OverQuota
+from nbdthin.errors import OverQuota
 from nbdthin.pool.layers import Layer, State
 from nbdthin.pool.records import Name
 from nbdthin.units import format_size
@@ -86,10 +86,13 @@ class Limits:
         return total
 
 
-def advised(error: NoSpace, pool: Pool) -> NoSpace:
-    """`error` with advice that fits what `pool` is short of. Where it speaks of something else, it stays as it is."""
-    what, _, advice = str(error).rpartition(" (")
-    return NoSpace(f"{what} ({_advice(pool)})") if "nbdthin extend" in advice else error
+def advised(message: str, pool: Pool) -> str:
+    """A refusal with advice that fits what `pool` is short of; one that does not speak of extending it stays as it is.
+
+    Who refuses knows the pool's own size only.
+    """
+    what, _, advice = message.rpartition(" (")
+    return f"{what} ({_advice(pool)})" if "nbdthin extend" in advice else message
 
 
 def _advice(pool: Pool) -> str:

@@ -72,6 +72,16 @@ def test_ctrl_c_ends_a_stream_without_a_word(daemon: Daemon, arguments: list[str
         assert verb.returncode == 128 + signal.SIGINT
 
 
+def test_a_stream_into_a_closed_pipe_ends_without_a_word(daemon: Daemon) -> None:
+    with started(daemon, "events") as verb:
+        assert verb.stdout is not None and verb.stderr is not None
+        verb.stdout.close()
+        with daemon.connect() as pool:
+            pool.extend("200 GiB")
+        assert verb.stderr.read() == ""
+        assert verb.wait(PATIENCE) == 128 + signal.SIGPIPE
+
+
 def test_the_python_client_is_told_that_the_daemon_stops(daemon: Daemon) -> None:
     with daemon.connect() as pool:
         events = pool.events()
