@@ -9,24 +9,28 @@ How things look is display.py's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
+import stat
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from nbdthin import __version__, display
 from nbdthin.control.client import Client, connect
-from nbdthin.control.codec import plain, printable
+from nbdthin.control.codec import plain, printable, shortened
 from nbdthin.control.rows import Export, Info, Node
-from nbdthin.errors import Error, Invalid
-from nbdthin.pool.rows import Extent, Finding, PoolInfo
+from nbdthin.errors import Corrupt, Error, Invalid, Unreachable
+from nbdthin.pool.rows import Extent, Finding, PoolInfo, Scrubbed
+from nbdthin.units import format_size
 
 if TYPE_CHECKING:
     from nbdthin.control.commands import Daemon
@@ -46,26 +50,35 @@ def _no_arguments(_: ArgumentParser) -> None:
     pass
 
 
+def _path(text: str) -> str:
+    """Where something is. What a script's unset variable leaves is no place, and not the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 def _names(*names: str) -> Callable[[ArgumentParser], None]:
     """Positional arguments, in this order."""
 
     def add(parser: ArgumentParser) -> None:
         for name in names:
-            parser.add_argument(name.lower(), metavar=name)
+            parser.add_argument(name.lower(), metavar=name, type=_path if name in ("POOL", "FILE") else str)
 
     return add
 
 
 def _init_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("pool", metavar="POOL", help="a directory that does not exist or is empty")
+    parser.add_argument("pool", metavar="POOL", type=_path, help="a directory that does not exist or is empty")
     parser.add_argument("--size", help="a limit, not an allocation (default: 100G, or all of a block device)")
     parser.add_argument("--block-size", default="64K", metavar="SIZE", help="16K to 1M, for good (default: 64K)")
-    parser.add_argument("--data", metavar="FILE_OR_DEVICE", help="where the data goes (default: POOL/data)")
+    parser.add_argument("--data", metavar="FILE_OR_DEVICE", type=_path, help="where the data goes (default: POOL/data)")
     parser.add_argument("--force", action="store_true", help="use FILE_OR_DEVICE even if it holds something")
 
 
 def _serve_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help=f"default: {DEFAULT_CONFIG}")
+    parser.add_argument(
+        "--config", default=DEFAULT_CONFIG, metavar="FILE", type=_path, help=f"default: {DEFAULT_CONFIG}"
+    )
     parser.add_argument("--verbose", action="store_true", help="log connections too")
 
 
@@ -96,8 +109,10 @@ def _ls_arguments(parser: ArgumentParser) -> None:
 
 
 def _check_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("pool", metavar="POOL")
-    parser.add_argument("--data", metavar="FILE_OR_DEVICE", help="where the data is, if the superblock cannot say")
+    parser.add_argument("pool", metavar="POOL", type=_path)
+    parser.add_argument(
+        "--data", metavar="FILE_OR_DEVICE", type=_path, help="where the data is, if the superblock cannot say"
+    )
 
 
 def _repair_arguments(parser: ArgumentParser) -> None:
@@ -113,13 +128,17 @@ def _repair_arguments(parser: ArgumentParser) -> None:
 
 
 def _dump_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("pool", metavar="POOL")
-    parser.add_argument("--output", metavar="FILE", help="instead of stdout; takes its name when it is whole")
+    parser.add_argument("pool", metavar="POOL", type=_path)
+    parser.add_argument(
+        "--output", metavar="FILE", type=_path, help="instead of stdout; takes its name when it is whole"
+    )
 
 
 def _restore_arguments(parser: ArgumentParser) -> None:
     _names("FILE", "POOL")(parser)
-    parser.add_argument("--data", metavar="FILE_OR_DEVICE", help="where the data is (default: where POOL has it)")
+    parser.add_argument(
+        "--data", metavar="FILE_OR_DEVICE", type=_path, help="where the data is (default: where POOL has it)"
+    )
     parser.add_argument("--force", action="store_true", help="even if POOL is sound, or its data's header is not")
 
 
@@ -139,17 +158,39 @@ def _connect(arguments: Namespace) -> Client:
 
 
 def _init(arguments: Namespace) -> PoolInfo:
+    from nbdthin.pool.files import draft_named
     from nbdthin.pool.pool import Pool
 
-    Pool.init(
-        arguments.pool,
-        size=arguments.size,
-        block_size=arguments.block_size,
-        data=arguments.data,
-        force=arguments.force,
-    )
-    with Pool.open(arguments.pool) as pool:
+    path = Path(arguments.pool)
+    with contextlib.suppress(FileNotFoundError):
+        if path.samefile("."):
+            raise Invalid(f"{path} is the working directory, which the pool would replace: go elsewhere first")
+    with draft_named(path):
+        Pool.init(
+            path, size=arguments.size, block_size=arguments.block_size, data=arguments.data, force=arguments.force
+        )
+    with _mendable(path), Pool.open(path) as pool:
         return pool.info()
+
+
+@contextlib.contextmanager
+def _mendable(pool: Path | str) -> Iterator[None]:
+    """Damage is told with what to do about it; of what a later version wrote, `repair` would say the same again."""
+    from nbdthin.pool.superblock import LaterVersion
+
+    try:
+        yield
+    except LaterVersion:
+        raise
+    except Corrupt as error:
+        where = shlex.quote(str(pool))
+        raise Error(f"{error} (see all of it: `nbdthin check {where}`; then: `nbdthin repair {where}`)") from error
+
+
+def _look_into(pool: str) -> None:
+    """A directory that nobody may look into would seem to be empty, and no pool. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (Path(pool) / "superblock").stat()
 
 
 def _serve(arguments: Namespace) -> None:
@@ -163,10 +204,11 @@ def _serve(arguments: Namespace) -> None:
     def ready(running: Daemon) -> None:
         if _wants_json(arguments):
             listen = [str(address) for address in running.listen]
-            _print_json({"pool": wanted.pool.path, "listen": listen, "control": wanted.control.socket})
+            _print_json({"pool": wanted.pool.path, "listen": listen, "control": running.control})
             sys.stdout.flush()
 
-    daemon.serve(wanted, ready)
+    with _mendable(wanted.pool.path):
+        daemon.serve(wanted, ready)
 
 
 def _create(arguments: Namespace) -> Export:
@@ -242,8 +284,12 @@ def _reserve(arguments: Namespace) -> Export:
 
 def _extend(arguments: Namespace) -> Info:
     with _connect(arguments) as pool:
+        before = pool.info().pool.data_total
         pool.extend(arguments.size)
-        return pool.info()
+        info = pool.info()
+    if info.pool.data_total == before and not _wants_json(arguments):
+        print(f"the pool has room for {format_size(before)} of data already: nothing was changed")
+    return info
 
 
 def _events(arguments: Namespace) -> None:
@@ -263,17 +309,28 @@ def _scrub_arguments(parser: ArgumentParser) -> None:
 
 def _scrub(arguments: Namespace) -> list[Finding]:
     """What was found; it has been printed by then."""
-    found = []
+    found: list[Finding] = []
+    last: Scrubbed | None = None
     with _connect(arguments) as pool, display.Scrubbing(quiet=_wants_json(arguments)) as shown:
-        for step in pool.scrub(*arguments.names, rate=arguments.rate):
-            if step.finding is not None:
-                found.append(step.finding)
-            if _wants_json(arguments):
-                print(json.dumps(step, default=plain))
-                sys.stdout.flush()
-            else:
-                shown.show(step)
+        try:
+            for last in pool.scrub(*arguments.names, rate=arguments.rate):
+                if last.finding is not None:
+                    found.append(last.finding)
+                if _wants_json(arguments):
+                    print(json.dumps(last, default=plain))
+                    sys.stdout.flush()
+                else:
+                    shown.show(last)
+        except Unreachable as error:
+            raise Unreachable(f"{error}; {_scrub_came(last, found)}") from error
     return found
+
+
+def _scrub_came(last: Scrubbed | None, found: list[Finding]) -> str:
+    if last is None:
+        return "how far the scrub had come is not known"
+    damaged = f", and found damage (places: {len(found)})" if found else ""
+    return f"the scrub had come to {format_size(last.done)} of {format_size(last.total)}{damaged}"
 
 
 def _scrub_failed(found: list[Finding]) -> str:
@@ -303,6 +360,7 @@ def _diff(arguments: Namespace) -> list[Extent]:
 def _check(arguments: Namespace) -> Report:
     from nbdthin.pool.check import check_path
 
+    _look_into(arguments.pool)
     return check_path(arguments.pool, data=arguments.data)
 
 
@@ -322,7 +380,10 @@ def _report_failed(report: Report) -> str:
 def _repair(arguments: Namespace) -> Repair | None:
     from nbdthin.pool.repair import release, repair
 
+    _look_into(arguments.pool)
     if arguments.release:
+        if arguments.data is not None or arguments.write_header or arguments.dry_run:
+            raise Invalid("--release goes alone: it repairs nothing")
         release(arguments.pool)
         return None
     return repair(arguments.pool, data=arguments.data, write_header=arguments.write_header, dry_run=arguments.dry_run)
@@ -354,14 +415,20 @@ def _dump(arguments: Namespace) -> dict[str, str] | None:
     from nbdthin.pool.dump import dump
     from nbdthin.pool.files import FILES, write_file
 
+    _look_into(arguments.pool)
     lines = dump(arguments.pool)
     if arguments.output is None:
-        sys.stdout.writelines(lines)
+        with _mendable(arguments.pool):
+            sys.stdout.writelines(lines)
         return None
     output = Path(arguments.output)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(output.stat().st_mode):  # it would take the name of whatever is there: a device's, too
+            raise Invalid(f"{output} is there and no file (without --output the dump goes to stdout)")
     if output.resolve().is_relative_to(Path(arguments.pool).resolve()):
         raise Invalid(f"{output} is inside the pool: a dump goes elsewhere")
-    write_file(FILES, output, (line.encode() for line in lines))
+    with _mendable(arguments.pool):
+        write_file(FILES, output, (line.encode() for line in lines))
     return {"output": arguments.output}
 
 
@@ -380,7 +447,7 @@ def _show_restored(result: dict[str, str | None]) -> None:
 def _delta(arguments: Namespace) -> list[Extent]:
     from nbdthin.pool.pool import Pool
 
-    with Pool.open(arguments.pool, inspect=True) as pool:
+    with _mendable(arguments.pool), Pool.open(arguments.pool, inspect=True) as pool:
         return pool.delta(arguments.before, arguments.after)
 
 
@@ -447,7 +514,7 @@ def _parser() -> ArgumentParser:
     common = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument(
-        "--socket", metavar="PATH", help=f"which daemon (default: NBDTHIN_SOCKET, else {DEFAULT_SOCKET})"
+        "--socket", metavar="PATH", type=_path, help=f"which daemon (default: NBDTHIN_SOCKET, else {DEFAULT_SOCKET})"
     )
     parser = ArgumentParser(
         "nbdthin",
@@ -490,14 +557,31 @@ def _run(argv: Sequence[str] | None) -> int:
     return _complain(problem) if problem else 0
 
 
+class _Output(TextIOWrapper):
+    """stdout, whose errors say that they are its own: an OSError alone may be anything's, and argparse drops it."""
+
+    def write(self, text: str, /) -> int:
+        with _output_named():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _output_named():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _output_named() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # whoever reads has enough: no complaint
+        raise
+    except OSError as error:
+        raise Error(f"cannot write output: {error.strerror or error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us
-            setattr(sys, name, open(os.devnull, "w"))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a label may hold what the terminal cannot show
+    _prepare_output()
     try:
         return _run(argv)
     except KeyboardInterrupt:
@@ -505,27 +589,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Error as error:
         return _complain(str(error))
     except BrokenPipeError:
-        _drop_output()
         return BROKEN_PIPE
     except OSError as error:
-        if not _output_works():
-            _drop_output()
         return _complain(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    finally:
+        _flush_or_drop(sys.stdout)
+
+
+def _prepare_output() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))
+    # backslashreplace: a label may hold what the terminal cannot show.
+    if isinstance(sys.stderr, TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")
+    old = sys.stdout
+    if type(old) is TextIOWrapper:
+        encoding, at_lines, at_once = old.encoding, old.line_buffering, old.write_through
+        sys.stdout = _Output(old.detach(), encoding, "backslashreplace", None, at_lines, at_once)
 
 
 def _complain(problem: str) -> int:
-    print(f"nbdthin: {printable(problem)}", file=sys.stderr)
+    try:
+        print(f"nbdthin: {shortened(printable(problem))}", file=sys.stderr)
+    except OSError:
+        pass  # nobody can be told
+    _flush_or_drop(sys.stderr)
     return 1
 
 
-def _output_works() -> bool:
+def _flush_or_drop(stream: TextIO) -> None:
+    """What is left in the buffer has nowhere to go: the interpreter would try again at its exit, and fail."""
     try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
-
-
-def _drop_output() -> None:
-    """What is left in the buffer has nowhere to go: without this, the interpreter would try again at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stream.flush()
+    except (OSError, Error):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -43,6 +43,8 @@ class ServerConfig:
     # The unix socket is the faster one, and its directory says who may connect. NBD knows neither passwords nor
     # encryption: whoever reaches a TCP port reads and writes everything, so by default only this machine does.
     listen: tuple[Address, ...] = (UnixAddress(Path("var/nbd.sock")), TcpAddress("127.0.0.1", NBD_PORT))
+    # Clients that wait for each answer get a third more of them; an idle daemon sleeps all the same.
+    polling: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,10 @@ def load(path: Path | str) -> Config:
     base = path.absolute().parent
     config = Config(
         pool=_pool(top.table("pool"), base),
-        server=_server(top.table("server"), base),
-        control=_control(top.table("control"), base),
+        server=(server := _server(top.table("server"), base)),
+        control=_control(top.table("control"), base, server),
         scrub=_scrub(top.table("scrub")),
-        exports=tuple(_export(table) for table in top.tables("export")),
+        exports=_exports(top.tables("export")),
     )
     top.finish()
     return config
@@ -114,7 +116,7 @@ def _pool(table: _Table, base: Path) -> PoolConfig:
         auto_extend=table.get("auto_extend", default.auto_extend, _flag),
         auto_extend_threshold=table.get("auto_extend_threshold", default.auto_extend_threshold, _fraction),
         auto_extend_step=table.get("auto_extend_step", default.auto_extend_step, _step),
-        max_size=table.get("max_size", default.max_size, _size),
+        max_size=table.get("max_size", default.max_size, _max_size),
         low_water=table.get("low_water", default.low_water, _levels),
         verify=table.get("verify", default.verify, _flag),
         hook=table.get("hook", default.hook, _command),
@@ -125,13 +127,22 @@ def _pool(table: _Table, base: Path) -> PoolConfig:
 
 def _server(table: _Table, base: Path) -> ServerConfig:
     default = tuple(parse_address(str(address), base) for address in ServerConfig().listen)
-    result = ServerConfig(listen=table.get("listen", default, lambda value: _addresses(value, base)))
+    result = ServerConfig(
+        listen=table.get("listen", default, lambda value: _addresses(value, base)),
+        polling=table.get("polling", ServerConfig().polling, _flag),
+    )
     table.finish()
     return result
 
 
-def _control(table: _Table, base: Path) -> ControlConfig:
-    result = ControlConfig(socket=base / table.get("socket", ControlConfig().socket, _path))
+def _control(table: _Table, base: Path, server: ServerConfig) -> ControlConfig:
+    def own(value: object) -> Path:
+        path = _path(value)
+        if UnixAddress(base / path) in server.listen:
+            raise Invalid(f"NBD clients are served at {path} already ([server] listen)")
+        return path
+
+    result = ControlConfig(socket=base / table.get("socket", ControlConfig().socket, own))
     table.finish()
     return result
 
@@ -142,9 +153,23 @@ def _scrub(table: _Table) -> ScrubConfig:
     return result
 
 
-def _export(table: _Table) -> ExportRule:
+def _exports(tables: Iterable[_Table]) -> tuple[ExportRule, ...]:
+    rules: dict[str, ExportRule] = {}
+    for table in tables:
+        rule = _export(table, rules)
+        rules[rule.name] = rule
+    return tuple(rules.values())
+
+
+def _export(table: _Table, before: Container[str]) -> ExportRule:
+    def new(value: object) -> str:
+        name = _text(value)
+        if name in before:
+            raise Invalid(f"{name!r} is there twice, and only the first would count")
+        return name
+
     rule = ExportRule(
-        name=table.require("name", _text),
+        name=table.require("name", new),
         read_only=table.get("read_only", False, _flag),
         description=table.get("description", "", _description),
         no_space=table.get("no_space", None, _no_space),
@@ -176,6 +201,13 @@ def _size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise Invalid(f'a size is wanted, as in "100 GiB", not {value!r}')
     return parse_size(value)
+
+
+def _max_size(value: object) -> int:
+    size = _size(value)
+    if not size:
+        raise Invalid("more than 0 bytes are wanted (leave it out for no limit; auto_extend = false for no growth)")
+    return size
 
 
 def _rate(value: object) -> int:
@@ -242,7 +274,12 @@ def _description(value: object) -> str:
 def _addresses(value: object, base: Path) -> tuple[Address, ...]:
     if not isinstance(value, list):
         raise Invalid(f'a list of addresses is wanted, as in ["unix:var/nbd.sock"], not {value!r}')
-    return tuple(parse_address(_text(item), base) for item in value)
+    addresses = tuple(parse_address(_text(item), base) for item in value)
+    for index, address in enumerate(addresses):
+        any_port = isinstance(address, TcpAddress) and not address.port
+        if address in addresses[:index] and not any_port:
+            raise Invalid(f"{address} is there twice")
+    return addresses
 
 
 # -- tables, and where they stand

@@ -30,12 +30,13 @@ from nbdthin.control import commands
 from nbdthin.control.server import ControlServer
 from nbdthin.errors import ConfigError
 from nbdthin.hook import run_hook
+from nbdthin.pool.files import draft_named
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.server import Server
 
 STOP_SECONDS = 8.0  # for requests and commands under way; a commit and the close fit into what is left of ten
-FILES = 8192  # file descriptors: twice the connections that the server takes
+FILES = 16384  # file descriptors: two for each of the connections that the server takes, and as many again
 CONTROL_FD = "control"  # the name by which a .socket unit hands over the control socket
 
 log = logging.getLogger("nbdthin.daemon")
@@ -62,7 +63,7 @@ def _on_stop_signals(handler: Callable[..., object] | signal.Handlers) -> None:
 
 
 def _raise_file_limit() -> None:
-    """A descriptor a connection: the usual soft limit of 1024 exists for select(), which nothing here uses."""
+    """Two descriptors a connection: the usual soft limit of 1024 exists for select(), which nothing here uses."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
@@ -76,6 +77,13 @@ class _Sockets:
     @property
     def listen(self) -> tuple[Address, ...]:
         return tuple(addresses.address_of(each) for each in self.exports)
+
+    @property
+    def control_path(self) -> Path:
+        """Where it is, which is not always what the config says."""
+        address = addresses.address_of(self.control)
+        assert isinstance(address, UnixAddress)
+        return address.path
 
 
 def _make_directory(path: Path, undo: contextlib.ExitStack) -> None:
@@ -104,6 +112,8 @@ def _open_sockets(config: Config, undo: contextlib.ExitStack) -> _Sockets:
         raise ConfigError("no address to listen at: [server] listen is empty, and systemd handed over no socket")
     if not control:
         control = _bind(UnixAddress(config.control.socket), undo, private=True)
+    if len(control) > 1 or control[0].family != socket.AF_UNIX:  # who may change a pool is a matter of file modes
+        raise ConfigError(f"systemd handed over {len(control)} sockets named {CONTROL_FD!r}: one is wanted, a path")
     return _Sockets(control[0], exports)
 
 
@@ -120,7 +130,8 @@ def _bind(address: Address, undo: contextlib.ExitStack, *, private: bool = False
 def _open_pool(config: Config) -> Pool:
     wanted = config.pool
     if not (wanted.path / "superblock").exists():
-        Pool.init(wanted.path, size=wanted.size, block_size=wanted.block_size, data=wanted.data)
+        with draft_named(wanted.path):
+            Pool.init(wanted.path, size=wanted.size, block_size=wanted.block_size, data=wanted.data)
         log.info("made the pool %s", wanted.path)
     pool = Pool.open(wanted.path, autocommit=False, policy=wanted)
     if wanted.data is not None and pool.data.path != wanted.data:
@@ -138,12 +149,12 @@ async def _serve(config: Config, pool: Pool, sockets: _Sockets, ready: Callable[
         hook = loop.create_task(run_hook(config.pool.hook, pool.path, live.events))
     try:
         listen = sockets.listen
-        server = Server(live, config.exports)
-        daemon = commands.Daemon(live, server, listen)
+        server = Server(live, config.exports, polling=config.server.polling)
+        daemon = commands.Daemon(live, server, listen, sockets.control_path)
         control = ControlServer(daemon)
         await server.listen(sockets.exports)
         await control.listen(sockets.control)
-        log.info("serving %s at %s; control at %s", pool.path, ", ".join(map(str, listen)), config.control.socket)
+        log.info("serving %s at %s; control at %s", pool.path, ", ".join(map(str, listen)), daemon.control)
         ready(daemon)
         systemd.notify("READY=1")
         await stop.wait()

@@ -12,7 +12,7 @@
     ├── Corrupt                metadata that does not add up; names file and offset
     ├── PoolFailed             a sync failed: nothing more can be promised, reads go on
     ├── ConfigError            exports.toml; names file and line
-    └── Unreachable            no daemon answers at the control socket, or it went away
+    └── Unreachable            no daemon answers at the control socket, or it went away, or says that it stops
 
 One class for each way a catcher acts differently. `code` names the class on the control socket, where it
 crosses as text and is raised again on the other side. This module imports nothing of ours.
@@ -101,7 +101,8 @@ class Unreachable(Error):
 
 
 BY_CODE: dict[str, type[Error]] = {
-    kind.code: kind for kind in (Invalid, NotFound, Exists, InUse, NoSpace, ReadOnly, Locked, PoolFailed, ConfigError)
+    kind.code: kind
+    for kind in (Invalid, NotFound, Exists, InUse, NoSpace, ReadOnly, Locked, PoolFailed, ConfigError, Unreachable)
 }
 
 

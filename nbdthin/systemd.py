@@ -8,24 +8,37 @@ import contextlib
 import os
 import socket
 
+from nbdthin.errors import Error
+
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
 def inherited_sockets() -> list[tuple[str, socket.socket]]:
-    """The sockets handed over to this process, with the names that the .socket unit gives them; only once."""
+    """The sockets handed over to this process, with the names that the .socket units give them; only once.
+
+    Raises Error for what is no listening stream socket: that unit is not meant for this.
+    """
     wanted = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     count = os.environ.pop("LISTEN_FDS", "0")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if not wanted:
         return []
-    found = []
-    for index in range(int(count)):
-        fd = FIRST_FD + index
+    if not count.isdecimal():
+        raise Error(f"LISTEN_FDS is no number: {count!r}")
+    return [(names[index] if index < len(names) else "", _inherited(FIRST_FD + index)) for index in range(int(count))]
+
+
+def _inherited(fd: int) -> socket.socket:
+    try:
         os.set_inheritable(fd, False)
         handed = socket.socket(fileno=fd)
-        handed.setblocking(False)
-        found.append((names[index] if index < len(names) else "", handed))
-    return found
+        listening = handed.type == socket.SOCK_STREAM and handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise Error(f"descriptor {fd}, which LISTEN_FDS speaks of, is no socket: {error.strerror}") from error
+    if not listening:
+        raise Error(f"descriptor {fd} is no socket that listens for streams (in its unit: ListenStream=, Accept=no)")
+    handed.setblocking(False)
+    return handed
 
 
 def notify(state: str) -> None:

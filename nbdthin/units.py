@@ -11,6 +11,7 @@ MiB = 1 << 20
 GiB = 1 << 30
 TiB = 1 << 40
 
+LIMIT = 1 << 63  # bytes: what a file can have, and what every number that carries a size can hold
 _UNITS = "KMGTPE"
 _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGTPE])(?:i?B)?|B)?\s*", re.IGNORECASE | re.ASCII)
 
@@ -33,6 +34,8 @@ def parse_size(text: str | int) -> int:
         if rest:
             raise Invalid(f"not a whole number of bytes: {text!r}")
         value += part
+    if value >= LIMIT:
+        raise Invalid(f"not a size: {text!r} is not less than 8 EiB")
     return value
 
 

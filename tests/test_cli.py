@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,8 +19,9 @@ from typing import NamedTuple
 import pytest
 
 from nbdthin.cli import VERBS, main
+from nbdthin.control.codec import MAX_MESSAGE
 from nbdthin.pool.pool import Pool
-from nbdthin.units import GiB
+from nbdthin.units import GiB, KiB
 from tests import rawclient
 from tests.clients.daemon import Daemon, nbdthin_command, run, running
 from tests.conftest import need
@@ -346,7 +348,8 @@ def test_without_either_the_socket_below_the_working_directory_is_asked(
         ("create a 513", "not a volume's size: 513 bytes"),
         ("create a 0", "not a volume's size"),
         ("create a lots", "not a size: 'lots'"),
-        ("create a 99999999999E", "cannot be sent"),
+        ("create a 99999999999E", "not a size: '99999999999E' is not less than 8 EiB"),
+        ("extend 0", "not a pool's size: 0 bytes"),
         ("create a~b 1M", "not a name: 'a~b'"),
         ("show no", "no volume or snapshot 'no'"),
         ("snapshot no no@1", "no volume or snapshot 'no'"),
@@ -378,7 +381,170 @@ def test_wrong_usage_is_status_2(arguments: str) -> None:
 
 
 def test_names_that_are_no_text_are_refused(daemon: Daemon) -> None:
-    assert refused(daemon, "create", os.fsdecode(b"\xff"), "1M").startswith("cannot be sent")
+    assert refused(daemon, "create", os.fsdecode(b"\xff"), "1M") == "cannot be sent: '\\udcff' is not UTF-8 text"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["init", ""],
+        ["check", ""],
+        ["repair", ""],
+        ["dump", ""],
+        ["dump", "pool", "--output", ""],
+        ["delta", "", "a", "b"],
+        ["restore", "", "pool"],
+        ["restore", "dump", "pool", "--data", ""],
+        ["serve", "--config", ""],
+        ["--socket", "", "ls"],
+    ],
+)
+def test_a_path_that_is_empty_is_wrong_usage_and_not_the_working_directory(arguments: list[str]) -> None:
+    assert "the path is empty" in refused(None, *arguments, status=2)
+
+
+def test_extending_to_the_size_that_there_is_says_so(daemon: Daemon) -> None:
+    with daemon.connect() as pool:
+        size = pool.info().pool.data_total
+    assert said(daemon, "extend", str(size + 64 * KiB)).endswith(
+        " already: nothing was changed\n"
+    )  # the header's block
+    assert "nothing was changed" not in said(daemon, "--json", "extend", str(size + 64 * KiB))
+
+
+def test_a_long_argument_leaves_the_line_its_end(daemon: Daemon) -> None:
+    for arguments in (("show", "x" * 5000), ("create", "a", "x" * 5000), ("check", "x" * 5000)):
+        line = refused(daemon, *arguments)
+        assert len(line) <= MAX_MESSAGE
+        assert line.endswith(("(`nbdthin ls` lists what there is)", "64KiB or bytes)", "File name too long")), line
+
+
+# -- what goes wrong on disk
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that everyone may enter, which pytest's own are not for."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def nobody(directory: Path, *arguments: str | Path) -> Done:
+    """Run a verb in `directory` as one whose rights count."""
+    command = nbdthin_command(*arguments)
+    if os.geteuid() == 0:
+        command = [need("setpriv"), "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def given_away(path: Path) -> None:
+    if os.geteuid() == 0:
+        for each in (path, *path.rglob("*")):
+            os.chown(each, 65534, 65534)
+
+
+def test_what_cannot_be_written_is_called_by_the_name_that_was_given(public: Path) -> None:
+    with_names(public / "pool")
+    given_away(public / "pool")
+    closed = public / "closed"
+    closed.mkdir(mode=0o555)
+    (closed / "exports.toml").write_text(
+        f'[pool]\npath = "made"\n[server]\nlisten = ["tcp:127.0.0.1:0"]\n[control]\nsocket = "{public}/c/s"'
+    )
+    (public / "c").mkdir(mode=0o777)
+    (public / "c").chmod(0o777)
+    uses: list[tuple[list[str | Path], str]] = [
+        (["init", closed / "made"], f"{closed}/made: Permission denied"),
+        (["init", public / "pool/data/x"], f"{public}/pool/data/x: Not a directory"),
+        (["init", public / ("x" * 250)], f"{public}/{'x' * 250}: File name too long"),
+        (["dump", public / "pool", "--output", closed / "made"], f"{closed}/made: Permission denied"),
+        (
+            ["dump", public / "pool", "--output", public / "no/made"],
+            f"{public}/no/made: No such file or directory",
+        ),
+        (["serve", "--config", closed / "exports.toml"], f"{closed}/made: Permission denied"),
+    ]
+    for arguments, line in uses:
+        status, output, errors = nobody(public, *arguments)
+        assert (status, output) == (1, "") and errors.endswith(f"{line}\n"), errors
+        assert errors.count("\n") == 1 and errors.startswith("nbdthin: ") and ".new" not in errors
+
+
+def test_a_pool_that_nobody_may_look_into_is_not_called_missing(public: Path) -> None:
+    with_names(public / "pool")
+    given_away(public / "pool")
+    (public / "pool").chmod(0)
+    for verb in (["check"], ["repair"], ["dump"], ["init"]):
+        done = nobody(public, *verb, "pool")
+        assert (done.status, done.errors) == (1, "nbdthin: pool/superblock: Permission denied\n"), verb
+    (public / "pool").chmod(0o700)
+    (public / "pool/data").chmod(0)
+    (public / "free").mkdir()
+    (public / "free").chmod(0o777)
+    done = nobody(public, "dump", "pool", "--output", "free/dump")
+    assert (done.status, done.errors) == (1, "nbdthin: pool/data: Permission denied\n"), "not of the file it goes to"
+
+
+def test_links_in_a_circle_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with_names(tmp_path / "pool")
+    (tmp_path / "exports.toml").write_text(
+        '[pool]\npath = "loop"\n[server]\nlisten = ["tcp:127.0.0.1:0"]\n[control]\nsocket = "c"'
+    )
+    uses: list[list[str | Path]] = [
+        ["init", tmp_path / "loop"],
+        ["check", tmp_path / "loop"],
+        ["repair", tmp_path / "loop"],
+        ["dump", tmp_path / "loop"],
+        ["dump", tmp_path / "loop", "--output", tmp_path / "x"],
+        ["dump", tmp_path / "pool", "--output", tmp_path / "loop"],
+        ["serve", "--config", tmp_path / "exports.toml"],
+    ]
+    for arguments in uses:
+        done = subprocess.run(nbdthin_command(*arguments), capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"nbdthin: {tmp_path}/loop"), done.stderr
+        assert done.stderr.endswith(": Too many levels of symbolic links\n") and done.stderr.count("\n") == 1
+
+
+def test_a_dump_replaces_nothing_but_files(tmp_path: Path) -> None:
+    with_names(tmp_path / "pool")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "directory").mkdir()
+    for name in ("pipe", "directory"):
+        assert "is there and no file" in refused(None, "dump", tmp_path / "pool", "--output", tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "directory").is_dir()
+
+
+def test_a_pool_does_not_take_the_place_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", tmp_path):
+        assert "is the working directory" in refused(None, "init", name)
+
+
+def test_who_meets_damage_is_told_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "a pool"
+    with_names(path)
+    config = tmp_path / "exports.toml"
+    config.write_text('[pool]\npath = "a pool"\n[server]\nlisten = ["tcp:127.0.0.1:0"]\n[control]\nsocket = "c"')
+    with (path / "superblock").open("r+b") as file:
+        file.seek(20)
+        file.write(b"\xff")
+    hint = f"(see all of it: `nbdthin check '{path}'`; then: `nbdthin repair '{path}'`)"
+    uses: list[list[str | Path]] = [
+        ["dump", path],
+        ["dump", path, "--output", tmp_path / "x"],
+        ["delta", path, "a", "a"],
+    ]
+    for arguments in uses:
+        assert refused(None, *arguments).endswith(hint)
+    served = subprocess.run(nbdthin_command("serve", "--config", config), capture_output=True, text=True)
+    assert served.returncode == 1 and served.stderr.endswith(f"{hint}\n") and served.stderr.count("\n") == 1
+    said(None, "repair", path)
+    assert said(None, "dump", path)
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -408,12 +574,64 @@ def test_output_into_a_closed_pipe_is_no_complaint(daemon: Daemon) -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_output_onto_a_full_disk_is_one_line(daemon: Daemon) -> None:
+def onto_a_full_disk(daemon: Daemon, *arguments: str | Path, unbuffered: str = "") -> tuple[int, str]:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            nbdthin_command("--socket", daemon.control, "info"), stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert (done.returncode, done.stderr) == (1, "nbdthin: No space left on device\n")
+        environment = os.environ | {"NBDTHIN_SOCKET": str(daemon.control), "PYTHONUNBUFFERED": unbuffered}
+        command = nbdthin_command(*arguments)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    return done.returncode, done.stderr
+
+
+def test_output_onto_a_full_disk_is_one_line_for_every_verb(daemon: Daemon, tmp_path: Path) -> None:
+    with_names(tmp_path / "pool")
+    with_names(tmp_path / "replaced")
+    said(None, "dump", tmp_path / "pool", "--output", tmp_path / "dump")
+    (tmp_path / "exports.toml").write_text('[server]\nlisten = ["tcp:127.0.0.1:0"]\n[control]\nsocket = "c"')
+    for command in ("create a 1M", "snapshot a a@1"):
+        said(daemon, *command.split())
+    uses: dict[str, list[str | Path]] = {
+        "init": [tmp_path / "new"],
+        "serve": ["--config", tmp_path / "exports.toml"],
+        "create": ["b", "1M"],
+        "snapshot": ["a", "a@2"],
+        "clone": ["a@1", "c"],
+        "rollback": ["c", "a@1"],
+        "rename": ["c", "d"],
+        "resize": ["d", "2M"],
+        "label": ["d", "k=v"],
+        "quota": ["d", "1M"],
+        "reserve": ["d", "none"],
+        "extend": ["200G"],
+        "ls": [],
+        "show": ["d"],
+        "tree": [],
+        "info": [],
+        "diff": ["a@1", "a@1"],
+        "rm": ["d"],
+        "events": [],
+        "scrub": [],
+        "check": [tmp_path / "pool"],
+        "repair": [tmp_path / "pool"],
+        "dump": [tmp_path / "pool"],
+        "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
+        "delta": [tmp_path / "replaced", "a", "a"],
+    }
+    assert uses.keys() == VERBS.keys()
+    for verb, arguments in uses.items():
+        status, errors = onto_a_full_disk(daemon, "--json", verb, *arguments)
+        last = errors.splitlines()[-1] if verb == "serve" else errors.rstrip("\n")  # its log goes before
+        assert (status, last) == (1, "nbdthin: cannot write output: No space left on device"), (verb, errors)
+    for option in ("--help", "--version", "info", "dump"):
+        more = [tmp_path / "pool"] if option == "dump" else []
+        for unbuffered in ("", "1"):
+            status, errors = onto_a_full_disk(daemon, option, *more, unbuffered=unbuffered)
+            assert (status, errors) == (1, "nbdthin: cannot write output: No space left on device\n")
+
+
+def test_where_nobody_can_be_told_the_exit_status_tells(daemon: Daemon) -> None:
+    with open("/dev/full", "w") as full:
+        command = nbdthin_command("--socket", daemon.control, "show", "no")
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == 1
 
 
 def on_terminal(daemon: Daemon, *arguments: str, columns: int) -> str:

@@ -86,11 +86,26 @@ def test_rules_keep_their_order(tmp_path: Path) -> None:
         ('[server]\nlisten = ["unix:"]', ":2: listen: not an address"),
         ('[[export]]\nname = "a"\nread_only = "yes"', ":3: read_only: true or false is wanted, not 'yes'"),
         (f'[[export]]\nname = "a"\ndescription = "{"x" * 4097}"', ":3: description: text of up to 4096 bytes"),
+        (
+            '[[export]]\nname = "a"\n[[export]]\nname = "a"',
+            ":4: name: 'a' is there twice, and only the first would count",
+        ),
+        ("[pool]\nmax_size = 0", ":2: max_size: more than 0 bytes are wanted"),
+        ('[server]\nlisten = ["unix:/x", "unix:/x"]', ":2: listen: unix:/x is there twice"),
+        (
+            '[server]\nlisten = ["unix:/x"]\n[control]\nsocket = "/x"',
+            ":4: socket: NBD clients are served at /x already",
+        ),
         ("[pool\n", ": not TOML: Expected ']' at the end of a table declaration (at line 1"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, said: str) -> None:
     assert refusal(tmp_path, text).startswith(said)
+
+
+def test_any_free_port_may_be_wanted_twice(tmp_path: Path) -> None:
+    (tmp_path / "exports.toml").write_text('[server]\nlisten = ["tcp:127.0.0.1:0", "tcp:127.0.0.1:0"]')
+    assert len(config.load(tmp_path / "exports.toml").server.listen) == 2
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:

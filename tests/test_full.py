@@ -701,3 +701,48 @@ def test_limits_by_command_line(tmp_path: Path) -> None:
         assert nbdthin_("quota", "a", "much") == "nbdthin: not a size: 'much' (write 10G, 512M, 64KiB or bytes)\n"
         assert nbdthin_("extend", "512K") == "nbdthin: the pool has 1 MiB, it cannot shrink to 512 KiB\n"
         assert nbdthin_("extend", "4M") == nbdthin_("reserve", "a", "2M") == ""
+
+
+def refused_for_want_of_space(running: Daemon, written: int) -> str:
+    """What is said to who wants a new volume when another has `written` bytes."""
+    running.create("a", 64 * MIB)
+    client = Client(running.socket, "a")
+    for offset in range(0, written, BLOCK):
+        assert client.write(offset, b"x" * BLOCK) == 0
+    assert client.call(FLUSH, 0, 0) == 0
+    client.close()
+    with running.connect() as pool, pytest.raises(nbdthin.NoSpace, match="no new volumes or clones") as error:
+        pool.create("b", MIB)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "advice"),
+    [
+        (["auto_extend = false"], "(remove snapshots or volumes, trim, or: nbdthin extend SIZE)"),
+        (
+            ['max_size = "2 MiB"', 'auto_extend_step = "100%"'],
+            "or: nbdthin extend SIZE, as it has grown to its max_size of 2 MiB)",
+        ),
+    ],
+)
+def test_who_is_refused_under_min_free_is_told_to_extend_where_that_helps(
+    tmp_path: Path, lines: list[str], advice: str
+) -> None:
+    with daemon(tmp_path, *lines) as running:
+        assert refused_for_want_of_space(running, MIB - 64 * KIB if len(lines) == 1 else 2 * MIB - 64 * KIB).endswith(
+            advice
+        )
+
+
+def test_who_is_refused_by_a_full_file_system_is_not_told_to_extend(small_disk: Path) -> None:
+    ballast = Ballast(small_disk)
+    with daemon(small_disk, size=1024 * MIB) as running:
+        ballast.inflate(leave=13 * MIB)
+        said = refused_for_want_of_space(running, 12 * MIB)
+        assert "nbdthin extend" not in said
+        assert f"or free space on the file system of {running.pool}/data, which has less left than the pool)" in said
+        with running.connect() as pool, pytest.raises(nbdthin.NoSpace, match="cannot keep so much") as error:
+            pool.reserve("a", 64 * MIB)
+        assert "nbdthin extend" not in str(error.value) and "free space on the file system" in str(error.value)
+        ballast.deflate()

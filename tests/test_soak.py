@@ -257,7 +257,7 @@ async def _serve_control(serving: Serving, path: Path) -> ControlServer:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
     listening.listen()
-    control = ControlServer(Commanded(serving.live, serving.server, ()))
+    control = ControlServer(Commanded(serving.live, serving.server, (), path))
     await control.listen(listening)
     return control
 

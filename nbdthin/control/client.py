@@ -271,7 +271,7 @@ class Client(Changes[None]):
     def _call(self, call: _Call[T]) -> T:
         exchange = call.exchange()
         frame = next(exchange)
-        with self._guarded(call.command):
+        with self._guarded(call):
             try:
                 while True:
                     self._socket.sendall(frame)
@@ -282,13 +282,13 @@ class Client(Changes[None]):
     def _stream(self, call: _Call[builtins.list[T]]) -> Iterator[T]:
         """Item by item as they come. Whoever stops before the end closes the connection."""
         frame = call.request()
-        with self._guarded(call.command):
+        with self._guarded(call):
             self._socket.sendall(frame)
             while (items := call.items(self._receive_payload())) is not None:
                 yield from items
 
     @contextlib.contextmanager
-    def _guarded(self, command: str) -> Iterator[None]:
+    def _guarded(self, call: _Call[T]) -> Iterator[None]:
         """After anything but an answer the connection is of no use any more."""
         try:
             yield
@@ -296,7 +296,7 @@ class Client(Changes[None]):
             raise
         except (OSError, EOFError, BadFrame) as error:
             self.close()
-            raise _lost(self._path, command, error) from error
+            raise _lost(self._path, call, error) from error
         except BaseException:
             self.close()
             raise
@@ -383,7 +383,7 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
         async with self._turn:
             exchange = call.exchange()
             frame = next(exchange)
-            with self._guarded(call.command):
+            with self._guarded(call):
                 try:
                     while True:
                         self._writer.write(frame)
@@ -396,7 +396,7 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
         """As `Client._stream`; the connection is this stream's until it ends."""
         async with self._turn:
             frame = call.request()
-            with self._guarded(call.command):
+            with self._guarded(call):
                 self._writer.write(frame)
                 await self._writer.drain()
                 while (items := call.items(await self._receive_payload())) is not None:
@@ -404,7 +404,7 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
                         yield item
 
     @contextlib.contextmanager
-    def _guarded(self, command: str) -> Iterator[None]:
+    def _guarded(self, call: _Call[T]) -> Iterator[None]:
         """As `Client._guarded`."""
         try:
             yield
@@ -412,7 +412,7 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
             raise
         except (OSError, EOFError, BadFrame) as error:
             self._writer.close()
-            raise _lost(self._path, command, error) from error
+            raise _lost(self._path, call, error) from error
         except BaseException:
             self._writer.close()
             raise
@@ -454,9 +454,12 @@ def _unreachable(path: str, error: OSError) -> Unreachable:
             return Unreachable(f"cannot connect to {path}: {error.strerror or error}")
 
 
-def _lost(path: str, command: str, error: Exception) -> Unreachable:
+def _lost(path: str, call: _Call[T], error: Exception) -> Unreachable:
     if isinstance(error, BadFrame):
         return Unreachable(f"what answers at {path} is no daemon of this version: {error}")
+    if call.read is not _nothing:  # it only looked
+        return Unreachable(f"the daemon at {path} has ended")
     return Unreachable(
-        f"the daemon at {path} is gone; whether it carried out {command!r} is not known (start it and look: nbdthin ls)"
+        f"the daemon at {path} has ended; whether it carried out {call.command!r} is not known "
+        "(start it and look: nbdthin ls)"
     )

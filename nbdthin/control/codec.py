@@ -47,7 +47,9 @@ def pack(message: Mapping[str, object]) -> bytes:
     """A frame. Raises Invalid for what msgpack cannot carry and for a message that is too long."""
     try:
         payload: bytes = msgpack.packb(message, default=plain)
-    except (TypeError, ValueError, OverflowError) as error:  # such as a lone surrogate
+    except UnicodeEncodeError as error:  # as a command line of bad UTF-8 gives
+        raise Invalid(f"cannot be sent: {error.object!r} is not UTF-8 text") from error
+    except (TypeError, ValueError, OverflowError) as error:
         raise Invalid(f"cannot be sent: {error}") from error
     if len(payload) > MAX_FRAME:
         raise Invalid(f"too much for one request: {len(payload)} bytes, up to {MAX_FRAME} (split the batch)")
@@ -103,7 +105,7 @@ def unpack(payload: bytes) -> dict[str, object]:
 
 def pack_error(error: Error) -> bytes:
     holders = error.holders if isinstance(error, InUse) else ()
-    message = printable(str(error))[:MAX_MESSAGE]
+    message = shortened(printable(str(error)))
     return pack({"error": {"code": error.code, "message": message, "holders": holders}})
 
 
@@ -125,6 +127,12 @@ class _CrossedError:
 def printable(text: str) -> str:
     """`text` in one line that harms no terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str) -> str:
+    """`text`, or its beginning and its end: what it quotes may be long, and what to do stands behind that."""
+    end = MAX_MESSAGE // 4
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - end - 3]}...{text[-end:]}"
 
 
 # -- dataclasses

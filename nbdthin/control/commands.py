@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nbdthin import __version__, host
 from nbdthin.addresses import Address
 from nbdthin.control import codec
 from nbdthin.control.rows import Export, Info
-from nbdthin.errors import InUse, Invalid
+from nbdthin.errors import InUse, Invalid, NoSpace, OverQuota, Unreachable
 from nbdthin.pool.commands import (
     Clone,
     Command,
@@ -34,11 +35,13 @@ from nbdthin.pool.commands import (
 )
 from nbdthin.pool.commands import Remove as RemoveOne
 from nbdthin.pool.events import Event
+from nbdthin.pool.limits import advised
 from nbdthin.pool.rows import Extent, Row, Scrubbed
 
 if TYPE_CHECKING:
     from nbdthin.pool.live import LivePool
 
+STOPS = "the daemon stops"
 FORCED_TRIES = 3  # a client that reconnects at once may be back before its volume is removed
 
 
@@ -64,6 +67,7 @@ class Daemon:
     live: LivePool
     exports: Exports
     listen: tuple[Address, ...]
+    control: Path
 
     def export(self, row: Row) -> Export:
         """`row` with what only the daemon knows."""
@@ -172,7 +176,12 @@ async def _change(daemon: Daemon, row: Change, arguments: object) -> None:
     if isinstance(arguments, Remove) and arguments.force:
         await _remove_by_force(daemon, arguments.names, commands)
     else:
-        await daemon.live.execute(commands)
+        try:
+            await daemon.live.execute(commands)
+        except OverQuota:
+            raise
+        except NoSpace as error:
+            raise NoSpace(advised(str(error), daemon.live.pool)) from error
 
 
 async def _remove_by_force(daemon: Daemon, names: Sequence[str], commands: Sequence[Command]) -> None:
@@ -221,7 +230,14 @@ def _info(daemon: Daemon, _: Nothing) -> Info:
 
 
 def _events(daemon: Daemon, _: Nothing) -> AsyncIterator[Event]:
-    return daemon.live.listen()
+    return _until_stopped(daemon.live.listen())
+
+
+async def _until_stopped(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """An end without a word would look as if nothing more could happen."""
+    async for event in events:
+        yield event
+    raise Unreachable(STOPS)
 
 
 def _scrub(daemon: Daemon, arguments: Scrub) -> AsyncIterator[Scrubbed]:

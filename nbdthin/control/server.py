@@ -2,8 +2,9 @@
 
 A command that is refused is answered; bytes that are no frame close that connection and nothing else. A list of any
 length leaves in parts, so that neither memory nor the frame's limit bounds it; so does a stream, whose end may never
-come: it is given up when the client goes away or the daemon stops. asyncio's streams are fast enough here: this is no
-data path.
+come: it is given up when the client goes away or the daemon stops. Whoever waits for an answer then is told that it
+stops: an end of the connection alone would look like a crash. asyncio's streams are fast enough here: this is no data
+path.
 """
 
 from __future__ import annotations
@@ -12,21 +13,30 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator
+from enum import Enum
 
 from nbdthin.addresses import KEEP_FILE
 from nbdthin.control import codec, commands
 from nbdthin.control.codec import BadFrame
 from nbdthin.control.commands import Daemon
-from nbdthin.errors import Error
+from nbdthin.errors import Error, Unreachable
 
 log = logging.getLogger("nbdthin.control")
+
+
+class _Owed(Enum):
+    """What a connection has been asked and not yet answered."""
+
+    NOTHING = "nothing"
+    ANSWER = "answer"  # worth waiting for at the end
+    STREAM = "stream"  # may never end by itself
 
 
 class ControlServer:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._listeners: list[asyncio.AbstractServer] = []
-        self._connections: dict[asyncio.Task[None], bool] = {}  # whether a command is being carried out
+        self._connections: dict[asyncio.Task[None], _Owed] = {}
         self._closing = False
 
     async def listen(self, listening: socket.socket) -> None:
@@ -39,8 +49,8 @@ class ControlServer:
         self._closing = True
         for listener in self._listeners:
             listener.close()
-        for task, busy in self._connections.items():
-            if not busy:
+        for task, owed in self._connections.items():
+            if owed is not _Owed.ANSWER:
                 task.cancel()
         if self._connections:
             _, late = await asyncio.wait(self._connections, timeout=timeout)
@@ -51,7 +61,7 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._connections[task] = False
+        self._connections[task] = _Owed.NOTHING
         ahead = b""  # of the next request, what came before the stream had ended
         try:
             while not self._closing:
@@ -59,18 +69,29 @@ class ControlServer:
                 ahead = b""
                 if payload is None:
                     break
-                self._connections[task] = True
+                self._connections[task] = _Owed.ANSWER
                 stream = await self._answer(writer, payload)
-                self._connections[task] = False
                 if stream is not None:
+                    self._connections[task] = _Owed.STREAM
                     ahead = await self._answer_stream(reader, writer, stream)
+                self._connections[task] = _Owed.NOTHING
         except BadFrame as error:
             log.warning("a control connection sent %s", error)
-        except (ConnectionError, asyncio.CancelledError):
-            pass  # it went away, or the daemon stops
+        except ConnectionError:
+            pass  # it went away
+        except asyncio.CancelledError:  # the daemon stops
+            self._say_that_it_stops(writer, self._connections[task])
         finally:
             del self._connections[task]
             writer.close()
+
+    def _say_that_it_stops(self, writer: asyncio.StreamWriter, owed: _Owed) -> None:
+        """Behind whole frames: what was being written when this was cancelled is in the writer's buffer."""
+        if owed is _Owed.STREAM:
+            writer.write(codec.pack_error(Unreachable(commands.STOPS)))
+        elif owed is _Owed.ANSWER:
+            what = f"{commands.STOPS}; whether this was carried out is not known (start it and look: nbdthin ls)"
+            writer.write(codec.pack_error(Unreachable(what)))
 
     async def _answer(self, writer: asyncio.StreamWriter, payload: bytes) -> AsyncIterator[object] | None:
         """Carry out a request and answer it; a stream is the caller's to answer."""

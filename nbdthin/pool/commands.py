@@ -302,6 +302,8 @@ def _checked_limits(row: Name) -> Name:
 
 
 def _extend(draft: Draft, command: Extend) -> None:
+    if command.size <= 0:
+        raise Invalid(f"not a pool's size: {command.size} bytes (it is what the pool has then, not what is added)")
     draft.size = max(draft.size, command.size)
 
 

@@ -12,8 +12,9 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nbdthin.errors import Corrupt
@@ -153,18 +154,40 @@ def write_file(files: Files, path: Path, parts: Iterable[bytes]) -> int:
     """
     partial = path.with_name(path.name + ".new")
     size = 0
+    ours = True  # what is being done, and what an error is of: not where the parts come from
     try:
         fd = files.open(partial, os.O_CREAT | os.O_TRUNC)
         try:
+            ours = False
             for part in parts:
+                ours = True
                 write_all(files, fd, part, size)
                 size += len(part)
+                ours = False
+            ours = True
             files.sync(fd)
         finally:
             files.close(fd)
         files.rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # what stays is removed at the next open
             files.unlink(partial)
+        if ours and isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # the name that its reader knows
         raise
     return size
+
+
+@contextlib.contextmanager
+def draft_named(path: Path) -> Iterator[None]:
+    """A pool is made as `.NAME-XXXXXXXX` and then renamed: an OSError about that speaks of `path` instead."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()  # of links that lead in a circle, pathlib says something else later
+        yield
+    except OSError as error:
+        name = Path(os.path.realpath(path)).name if path.is_symlink() else path.name
+        if error.filename is not None:
+            draft = rf"(^|/)\.{re.escape(name)}-[0-9a-f]{{8}}(?=/|$)"
+            error.filename = re.sub(draft, lambda found: found[1] + name, os.fsdecode(error.filename))
+        raise

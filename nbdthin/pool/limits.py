@@ -12,11 +12,15 @@ more than is left. Quotas are rounded down to whole blocks, reservations up.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from nbdthin.errors import OverQuota
 from nbdthin.pool.layers import Layer, State
 from nbdthin.pool.records import Name
 from nbdthin.units import format_size
+
+if TYPE_CHECKING:
+    from nbdthin.pool.pool import Pool
 
 
 def charged(layer: Layer, origin: int) -> int:
@@ -80,3 +84,26 @@ class Limits:
             else:
                 total += -(-row.reservation // self._block_size)
         return total
+
+
+def advised(message: str, pool: Pool) -> str:
+    """A refusal with advice that fits what `pool` is short of; one that does not speak of extending it stays as it is.
+
+    Who refuses knows the pool's own size only.
+    """
+    what, _, advice = message.rpartition(" (")
+    return f"{what} ({_advice(pool)})" if "nbdthin extend" in advice else message
+
+
+def _advice(pool: Pool) -> str:
+    """How to get more free space: a larger pool is none where the file system below it has no room for one."""
+    free = "remove snapshots or volumes, trim"
+    policy, data = pool.policy, pool.data
+    if pool.usage().free < pool.allocator.free * pool.block_size:
+        return f"{free}, or free space on the file system of {data.path}, which has less left than the pool"
+    if data.is_device:
+        larger = "" if data.size - pool.size >= pool.block_size else f"make {data.path} larger, then "
+        return f"{free}, or: {larger}nbdthin extend SIZE"
+    if policy.auto_extend and policy.max_size is not None and pool.size + pool.block_size > policy.max_size:
+        return f"{free}, or: nbdthin extend SIZE, as it has grown to its max_size of {format_size(policy.max_size)}"
+    return f"{free}, or: nbdthin extend SIZE"

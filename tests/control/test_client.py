@@ -288,7 +288,7 @@ def test_a_daemon_that_goes_away_is_told_of(tmp_path: Path) -> None:
         pool = own.connect()
         assert pool.list() == []
         own.stop()
-        with pool, pytest.raises(Unreachable, match="is gone"):
+        with pool, pytest.raises(Unreachable, match="has ended"):
             pool.list()
 
 
