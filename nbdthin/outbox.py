@@ -1,34 +1,37 @@
-"""What a connection has still to send, in order: bytes, and ranges of the data file that are never copied.
+"""What a connection has still to send, in order: bytes, and ranges of the data file that are read when they are sent.
 
-It writes past the transport, which is only read from: a reply of a few bytes leaves with one system call in the turn
-that made it, and a range goes from the page cache to the socket by `sendfile`, at a third of what copying it costs.
+It writes past the transport, which is only read from: a reply leaves with one system call in the turn that made it. A
+range goes through one buffer that all connections share and that stays in the processor's cache, piece by piece, as far
+as the socket takes it: a large read is no allocation, no page fault and no trip to memory more than it must be.
 
-Zero copy means that the socket's queue points at pages of the data file until the peer has taken them. That is sound
-because a freed block is punched before it is used again, which detaches those pages (DataFile.detaches): nobody sees
-what somebody else writes there later. A write to the same place may show, as the read has not ended for its client.
-What waits here, unsent, has entered the pool; a peer that takes nothing for a while is sent a copy instead.
+Not `sendfile`, although it copies once less: the socket then points at pages of the data file until the peer has read
+them, and where such a page is part of a large folio, punching its block does not detach it but zeroes it in place (seen
+with ext4 on 6.18). A slow reader would see zeroes, or what somebody else wrote there later (tests/test_outbox.py).
+
+What waits here, unsent, has entered the pool; of a peer that takes nothing for a while a copy waits instead.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import fcntl
 import os
-import termios
-from array import array
 from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 
+from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import LivePool
-from nbdthin.units import MiB
+from nbdthin.units import KiB, MiB
 
 MOST_BUFFERS = 1024  # IOV_MAX
 HIGH = 1 * MiB  # bytes unsent from which on the peer is slow
 LOW = HIGH // 4  # and until which it stays so
 PATIENCE = 1.0  # seconds without progress after which ranges are copied, so that freed blocks come free
+
+PIECE = 64 * KiB  # bytes of a range that are read and sent at once
+
+_SHARED = memoryview(bytearray(PIECE))
 
 Buffer = bytes | bytearray | memoryview
 
@@ -70,7 +73,6 @@ class Outbox:
         self._watching = False
         self._timer: asyncio.TimerHandle | None = None
         self._progress = False  # since the timer began
-        self._sent_ranges = False
         self._closed = False
 
     def put(self, reply: Buffer) -> None:
@@ -122,20 +124,6 @@ class Outbox:
             self.slow = False
             self._loop.call_soon(self._changed)
 
-    @property
-    def holds_pages(self) -> bool:
-        """The peer has not taken all that was sent."""
-        if self._closed or not self._sent_ranges:
-            return False
-        left = array("i", [0])
-        fcntl.ioctl(self._fd, termios.TIOCOUTQ, left)
-        return left[0] > 0
-
-    def cut(self) -> None:
-        """End the connection."""
-        if not self._closed:
-            self._fail(TimeoutError(errno.ETIMEDOUT, "it did not take what it asked for"))
-
     def close(self) -> None:
         """Send nothing more, and let go of the socket."""
         self._closed = True
@@ -162,45 +150,51 @@ class Outbox:
     def _send(self) -> None:
         """As much as the socket takes."""
         queue = self._queue
+        while queue:
+            parts: list[Buffer] = []
+            head: Range | None = None
+            for each in queue:
+                if isinstance(each, Range):
+                    head = each
+                    break
+                if len(parts) == MOST_BUFFERS:
+                    break
+                parts.append(each)
+            leading = wanted = sum(map(len, parts))
+            if head is not None and not head.taken and (piece := self._read(head)) is not None:
+                parts.append(piece)
+                wanted += len(piece)
+            if not parts:  # a copy is coming
+                self._unwatch()
+                return
+            try:
+                sent = os.writev(self._fd, parts)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._fail(error)
+                return
+            self.pending -= sent
+            self._drop(min(sent, leading))
+            if head is not None and sent > leading:
+                head.position += sent - leading
+                head.length -= sent - leading
+                if not head.length:
+                    queue.popleft()
+                    self._leave(head)
+            if sent < wanted:
+                self._watch()
+                return
+
+    def _read(self, head: Range) -> memoryview | None:
+        """Its next bytes; None: they are not cached any more, and a copy is under way."""
+        piece = _SHARED[: head.length]
         try:
-            while queue:
-                head = queue[0]
-                if not isinstance(head, Range):
-                    sent = os.writev(self._fd, self._leading())
-                    self.pending -= sent
-                    self._drop(sent)
-                elif head.taken:  # a copy is coming
-                    self._unwatch()
-                    return
-                else:
-                    self._send_range(head)
-        except BlockingIOError:
-            self._watch()
-        except OSError as error:
-            self._fail(error)
-
-    def _leading(self) -> list[Buffer]:
-        """What can be sent before the next range."""
-        leading: list[Buffer] = []
-        for each in self._queue:
-            if isinstance(each, Range) or len(leading) == MOST_BUFFERS:
-                break
-            leading.append(each)
-        return leading
-
-    def _send_range(self, head: Range) -> None:
-        sent = os.sendfile(self._fd, self._data.fd, head.position, head.length)
-        if not sent:
-            raise OSError(errno.EIO, f"{self._data.path} ends before {head.position + head.length}")
-        if not self._sent_ranges:
-            self._sent_ranges = True
-            self._live.senders.add(self)
-        self.pending -= sent
-        head.position += sent
-        head.length -= sent
-        if not head.length:
-            self._queue.popleft()
-            self._leave(head)
+            self._data.read_into(piece, head.position, NOWAIT)
+        except OSError:
+            self._take([head])
+            return None
+        return piece
 
     def _drop(self, sent: int) -> None:
         """So many bytes at the head of the queue, none of a range, are sent."""
@@ -241,7 +235,7 @@ class Outbox:
     def _enter(self, new: list[Buffer | Range]) -> None:
         """What is left of them stays in place until it is sent."""
         for each in new:
-            if isinstance(each, Range) and each.length and not self._closed:
+            if isinstance(each, Range) and each.length and each.epoch < 0 and not self._closed:
                 each.epoch = self._live.enter()
         if self._timer is None and self._queue:
             self._progress = False
@@ -259,11 +253,16 @@ class Outbox:
         if not waiting:
             return
         if not self._progress:
-            for each in waiting:
-                each.taken = True
-            self._live.spawn(self._copy(waiting))
+            self._take(waiting)
         self._progress = False
         self._timer = self._loop.call_later(PATIENCE, self._look)
+
+    def _take(self, ranges: list[Range]) -> None:
+        for each in ranges:
+            each.taken = True
+            if each.epoch < 0:
+                each.epoch = self._live.enter()
+        self._live.spawn(self._copy(ranges))
 
     async def _copy(self, ranges: list[Range]) -> None:
         for each in ranges:

@@ -57,7 +57,7 @@ IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the 
 WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
 ALONE = 8  # flushes that one client has asked for while all others were silent: the loop may sync for it itself
-SEND = 32 * KiB  # bytes of one part of the data file from which on it is sent without being copied
+SEND = 32 * KiB  # bytes of one part of the data file from which on it is read when it is sent
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
@@ -615,7 +615,7 @@ class Connection(asyncio.BufferedProtocol):
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return
         segments = self._volume.segments(offset, length)
-        if length >= SEND and self._read_uncopied(flags, cookie, offset, segments):
+        if length >= SEND and self._read_later(flags, cookie, offset, segments):
             return
         put: Callable[[memoryview], None]
         if self._structured and not flags & _DF and any(position == ZERO for position, _ in segments):
@@ -629,10 +629,10 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._start(_READ, cookie, length, self._read_slowly(segments, view, put))
 
-    def _read_uncopied(self, flags: int, cookie: int, offset: int, segments: list[tuple[int, int]]) -> bool:
-        """Answer from the page cache without copying. False where it has not all, or where a part is little."""
+    def _read_later(self, flags: int, cookie: int, offset: int, segments: list[tuple[int, int]]) -> bool:
+        """Answer with what is read when it is sent. False where not all of it is cached, or a part is little."""
         for position, length in segments:
-            if position != ZERO and not (length >= SEND and self._live.pool.data.can_send(position, length)):
+            if position != ZERO and not (length >= SEND and self._live.pool.data.is_cached(position, length)):
                 return False
         outbox, put = self._outbox, self._put
         in_chunks = self._structured and not flags & _DF and any(position == ZERO for position, _ in segments)

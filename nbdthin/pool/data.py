@@ -6,7 +6,6 @@ an I/O error.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -22,9 +21,8 @@ from nbdthin.units import KiB
 NOWAIT = os.RWF_NOWAIT
 BLKGETSIZE64 = 0x80081272
 
-_SPARE, _PAGE = 12 * KiB, 4 * KiB  # a page of block 0, which has 16 KiB at least
 _LOOK = 128 * KiB  # what the kernel reads ahead at once
-_COLD = 1.0  # seconds in which nothing is sent after something was not cached
+_COLD = 1.0  # seconds after something was not cached in which nothing is believed to be
 _BYTE = bytearray(1)
 
 # What file systems and devices without hole punching answer.
@@ -61,8 +59,6 @@ class DataFile:
         self._pwritev = files.write
         self.dirty = 0
         self.punches = True  # until the file system refuses
-        self.sends = False  # ranges may go from the page cache to sockets, uncopied: `find_sending` has found it sound
-        self.sent = False  # some have: what a socket still points at must be detached before it is used again
         self._cold_until = 0.0  # by time.monotonic
         try:
             device = is_device(path)
@@ -126,15 +122,9 @@ class DataFile:
                 raise BlockingIOError(errno.EAGAIN, "partly cached")
             raise OSError(errno.EIO, f"short read: {count} of {len(view)} bytes at {position} of {self.path}")
 
-    def find_sending(self) -> None:
-        """Find out whether punching works, which detaches what sockets point at: in block 0, little of it is used."""
-        with contextlib.suppress(OSError):
-            self._files.punch(self.fd, _SPARE, _PAGE)
-            self.sends = self.nowait
-
-    def can_send(self, position: int, length: int) -> bool:
-        """These bytes may be sent without being copied, and without waiting for the disk, as far as a look can tell."""
-        if not self.sends or time.monotonic() < self._cold_until:
+    def is_cached(self, position: int, length: int) -> bool:
+        """These bytes can be read without waiting for the disk, as far as a look here and there can tell."""
+        if not self.nowait or time.monotonic() < self._cold_until:
             return False
         last = position + length - 1
         try:
@@ -144,7 +134,6 @@ class DataFile:
         except OSError:
             self._cold_until = time.monotonic() + _COLD  # what else is not cached, a look at some of it does not tell
             return False
-        self.sent = True
         return True
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview], position: int, length: int) -> None:
@@ -167,17 +156,13 @@ class DataFile:
         self._files.drop_cache(self.fd)
 
     def punch(self, position: int, length: int) -> None:
-        """Give the space back to the file system or device; what it holds afterwards does not matter.
-
-        Raises OSError, unless there is no such thing.
-        """
+        """Give the space back to the file system or device; what it holds afterwards does not matter."""
         if not self.punches:
             return
         try:
             self._files.punch(self.fd, position, length)
         except OSError as error:
-            self.sends = False
-            if error.errno not in _UNSUPPORTED or self.sent:
+            if error.errno not in _UNSUPPORTED:
                 raise
             self.punches = False
 

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
 from nbdthin.pool import commands, events, merge, sums
@@ -69,7 +69,6 @@ SCRUB_RATE = 64 * MiB  # bytes a second: a tenth of a disk or less, and a teraby
 PACE_SLACK = 0.1  # seconds of work that may be caught up on after a hold-up
 SUM_AGAIN = 30.0  # seconds until the next try to write checksums
 PROGRESS = 0.2  # seconds between two reports of a scrub
-TAKE_BACK = 5.0  # seconds that a slow client has where what was sent to it could not be detached
 MOST_DAMAGED = 1000  # places told of, of those that readers meet
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
@@ -397,17 +396,6 @@ class _Hold:
         self._volume.release(self._held)
 
 
-class Sender(Protocol):
-    """A connection that sends pages of the data file uncopied."""
-
-    @property
-    def holds_pages(self) -> bool:
-        """Its peer has not taken all of them."""
-
-    def cut(self) -> None:
-        """End it, and let go of them."""
-
-
 class LivePool:
     """An open pool (autocommit off) in the running event loop. `close` before the loop ends."""
 
@@ -421,7 +409,6 @@ class LivePool:
         self._stopped = asyncio.Event()
         self.users: Callable[[str], tuple[str, ...]] = lambda _: ()  # who holds a name; the server's to say
         self.no_space: Callable[[str], str | None] = lambda _: None  # the policy for a name, where it is not the pool's
-        self.senders: weakref.WeakSet[Sender] = weakref.WeakSet()
         self.events = Events()
         pool.notify = self.events.notify
         self._levels = Levels(pool.policy.low_water)
@@ -459,7 +446,6 @@ class LivePool:
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
         pool.unsynced.start(pool.journal.sequence + 1)
-        pool.data.find_sending()
         if pool.has_leftovers and not is_device(pool.data.path):
             self.spawn(self._sweep())
         self._merge_soon()
@@ -857,11 +843,9 @@ class LivePool:
 
     async def _reclaim(self) -> None:
         while (blocks := self.pool.take_reclaimable()) is not None:
-            punched = await self._loop.run_in_executor(
+            await self._loop.run_in_executor(
                 self._upkeep, self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)
             )
-            if not punched and self.pool.data.sent:
-                await self._take_back()
             self.pool.allocator.release(blocks)
             self.space_came()
         self._reclaiming = None
@@ -869,15 +853,6 @@ class LivePool:
             self._prepare_soon(now=self.pool.journal.may_fit)
         if self.pool.allocator.used != self._watched or self._free_when_full is not None:
             self._watch()
-
-    async def _take_back(self) -> None:
-        """What sockets may point at could not be detached: their peers take it, or are cut off."""
-        deadline = self._loop.time() + TAKE_BACK
-        while held := [sender for sender in self.senders if sender.holds_pages]:
-            if self._loop.time() >= deadline:
-                for sender in held:
-                    sender.cut()
-            await asyncio.sleep(0.01)
 
     async def _sweep(self) -> None:
         """Give back what a crash left in free blocks: of writes that no commit followed, of frees that none punched."""

@@ -908,23 +908,19 @@ class Pool:
             self._limbo.append((self._epoch, blocks))
             self._epoch += 1  # reads that begin from now on know nothing of them
 
-    def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> bool:
-        """Give the space of `blocks` back to the file system. An error there loses space, not data; then returns False.
+    def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> None:
+        """Give the space of `blocks` back to the file system. An error there loses space, not data.
 
         `give_way` is called after each piece.
         """
         ordered = np.sort(blocks)
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
-        good = True
         for run in np.split(ordered, breaks):
             start, end = int(run[0]) * self.block_size, (int(run[-1]) + 1) * self.block_size
             for position in range(start, end, PUNCH_BYTES):
-                try:
+                with contextlib.suppress(OSError):
                     self.data.punch(position, min(PUNCH_BYTES, end - position))
-                except OSError:
-                    good = False
                 give_way()
-        return good
 
     # -- merging of layers that lost their name
 

@@ -1,0 +1,238 @@
+"""Replies on their way: in order, large ones read when they are sent, and a peer that takes nothing harms nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from nbdthin.outbox import HIGH, Outbox
+from nbdthin.pool.live import LivePool
+from nbdthin.pool.pool import Pool
+from nbdthin.units import KiB, MiB
+from tests.rawclient import READ, REFUSING, TRIM, Client, Serving
+
+BLOCK = 64 * KiB
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    Pool.init(tmp_path / "pool", size=16 * MiB)
+    with Pool.open(tmp_path / "pool", policy=REFUSING) as pool:
+        pool.create("mine", 8 * MiB)
+        pool.create("theirs", 16 * MiB)
+    with Serving(tmp_path / "pool", tmp_path / "s") as serving:
+        yield serving
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the ranges that are put."""
+    lengths = []
+    real = Outbox.put_range
+
+    def put_range(self: Outbox, position: int, length: int) -> None:
+        lengths.append(length)
+        real(self, position, length)
+
+    monkeypatch.setattr(Outbox, "put_range", put_range)
+    return lengths
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(12000):
+        if holds():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came true")
+
+
+async def comes_true(holds: Callable[[], bool]) -> None:
+    while not holds():  # noqa: ASYNC110 - what it waits for has no event
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_a_large_read_is_read_when_it_is_sent_wherever_its_blocks_are(
+    serving: Serving, ranges: list[int], structured: bool
+) -> None:
+    expected = bytearray(8 * MiB)
+    with closing(Client(serving.socket, "mine", structured=structured)) as client:
+        for number, block in enumerate((5, 3, 4, 40, 41, 42, 2, 9)):  # out of order on disk, with holes between
+            part = os.urandom(BLOCK - number * 4 * KiB)
+            expected[block * BLOCK : block * BLOCK + len(part)] = part
+            assert client.write(block * BLOCK, part) == 0
+        for offset, length in ((0, MiB), (40 * BLOCK, 3 * BLOCK), (3 * BLOCK + 512, BLOCK), (2 * BLOCK + 7, 3 * BLOCK)):
+            assert client.read(offset, length) == expected[offset : offset + length]
+    assert max(ranges) == BLOCK
+
+
+def test_what_is_read_slowly_is_never_what_someone_else_has_written_there_since(serving: Serving) -> None:
+    """Half of it is in the socket, and half of it waits, when its blocks are freed."""
+    mine = os.urandom(MiB) * 8
+    with (
+        closing(Client(serving.socket, "mine")) as slow,
+        closing(Client(serving.socket, "mine")) as remover,
+        closing(Client(serving.socket, "theirs")) as other,
+    ):
+        for offset in range(0, 8 * MiB, MiB):
+            assert remover.write(offset, mine[offset : offset + MiB]) == 0
+        asked = [offset for _ in range(4) for offset in range(0, 8 * MiB, MiB)]
+        slow.sock.sendall(b"".join(slow.request(READ, offset, MiB)[1] for offset in asked))
+        until(lambda: any(each._outbox.slow for each in list(serving.server._connections)))
+        assert remover.call(TRIM, 0, 8 * MiB) == 0
+        # More than was ever free: it takes the blocks of `mine`, the last of them once what waits has been copied.
+        for offset in range(0, 15 * MiB, MiB):
+            assert other.write(offset, b"\xee" * MiB) == 0
+        # What was asked for and not even begun when the blocks were freed reads as zeroes.
+        got = [slow.reply() for _ in asked]
+    whole = [mine[:MiB], bytes(MiB)]
+    assert [each.payload in whole for each in got] == [True] * len(asked)
+    assert got[0].payload == mine[:MiB]
+
+
+def test_what_had_to_wait_leaves_in_the_order_in_which_it_was_put(tmp_path: Path) -> None:
+    data = os.urandom(4 * MiB)
+
+    async def main() -> None:
+        live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, policy=REFUSING))
+        live.open("v").write_now(0, memoryview(data[:BLOCK]))
+        ((position, _),) = live.open("v").volume.segments(0, BLOCK)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        lost: list[OSError] = []
+        box = Outbox(live, ours.fileno(), lambda: None, lost.append)
+        wanted = bytearray()
+        for number in range(60):
+            wanted += bytes([number]) * 5000 + data[:BLOCK]
+            box.put(bytes([number]) * 5000)
+            box.put_range(position, BLOCK)
+            if number % 3 == 0:
+                box.flush()
+        box.flush()
+        assert box.pending and box.slow
+        got = await asyncio.to_thread(_receive, theirs, len(wanted))
+        assert got == wanted
+        await asyncio.sleep(0)
+        assert (box.pending, box.slow, lost) == (0, False, [])
+        box.close()
+        theirs.close()
+        ours.close()
+        assert not live.pool._readers
+        await live.close()
+
+    Pool.init(tmp_path / "pool", size=16 * MiB)
+    with Pool.open(tmp_path / "pool") as pool:
+        pool.create("v", MiB)
+    uvloop.run(main())
+
+
+def test_a_peer_that_catches_up_while_more_is_put_is_not_held_to_be_slow(tmp_path: Path) -> None:
+    async def main() -> None:
+        live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, policy=REFUSING))
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        changed = []
+        box = Outbox(live, ours.fileno(), lambda: changed.append(box.slow), lambda _: None)
+        box.put(bytes(2 * HIGH))
+        box.flush()
+        assert changed == [True]
+        box.put(bytes(HIGH // 2))  # of a request that ends just now: flushed a turn of the loop later
+        await asyncio.to_thread(_receive, theirs, 2 * HIGH)
+        await comes_true(lambda: box.pending == HIGH // 2)
+        reading = asyncio.create_task(asyncio.to_thread(_receive, theirs, HIGH // 2))
+        box.flush()
+        await reading
+        await comes_true(lambda: not box.pending)
+        await asyncio.sleep(0)
+        assert not box.slow
+        assert changed[-1] is False
+        box.close()
+        theirs.close()
+        ours.close()
+        await live.close()
+
+    Pool.init(tmp_path / "pool", size=16 * MiB)
+    uvloop.run(main())
+
+
+def test_a_peer_that_is_gone_is_told_of_once_and_holds_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, policy=REFUSING))
+        live.open("v").write_now(0, memoryview(bytes(range(256)) * 256))
+        ((position, _),) = live.open("v").volume.segments(0, BLOCK)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        lost: list[OSError] = []
+        box = Outbox(live, ours.fileno(), lambda: None, lost.append)
+        for _ in range(100):
+            box.put_range(position, BLOCK)
+        box.flush()
+        assert live.pool._readers, "what waits has entered the pool"
+        theirs.close()
+        await comes_true(lambda: bool(lost))
+        box.put(b"more")
+        box.flush()
+        assert (len(lost), box.pending, live.pool._readers) == (1, 0, {})
+        ours.close()
+        await live.close()
+
+    Pool.init(tmp_path / "pool", size=16 * MiB)
+    with Pool.open(tmp_path / "pool") as pool:
+        pool.create("v", MiB)
+    uvloop.run(main())
+
+
+def test_what_is_not_cached_any_more_when_it_is_sent_comes_from_the_disk(tmp_path: Path) -> None:
+    data = os.urandom(32 * BLOCK)
+
+    async def main() -> None:
+        live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, policy=REFUSING))
+        volume = live.open("v")
+        for offset in range(0, len(data), BLOCK):
+            assert volume.write_now(offset, memoryview(data[offset : offset + BLOCK]))
+        await live.commit()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        box = Outbox(live, ours.fileno(), lambda: None, lambda _: None)
+        for position, length in volume.volume.segments(0, len(data)):
+            box.put(b"|")
+            box.put_range(position, length)
+        box.flush()
+        assert box.pending
+        os.posix_fadvise(live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        got = await asyncio.to_thread(_receive, theirs, len(data) + 1)
+        assert got == b"|" + data
+        await comes_true(lambda: not live.pool._readers)
+        box.close()
+        theirs.close()
+        ours.close()
+        await live.close()
+
+    Pool.init(tmp_path / "pool", size=16 * MiB)
+    with Pool.open(tmp_path / "pool") as pool:
+        pool.create("v", 8 * MiB)
+    uvloop.run(main())
+
+
+def test_what_is_not_cached_is_read_in_a_thread(serving: Serving, ranges: list[int]) -> None:
+    with closing(Client(serving.socket, "mine")) as client:
+        assert client.write(0, data := os.urandom(MiB)) == 0
+        assert client.call(3, 0, 0) == 0
+        os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert client.read(0, MiB) == data
+        assert ranges == []
+
+
+def _receive(sock: socket.socket, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        data += sock.recv(min(length - len(data), MiB))
+    return bytes(data)

@@ -1,0 +1,85 @@
+"""Adaptive polling: only while requests come quickly, and never for an idle daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import uvloop
+
+from nbdthin import polling
+from nbdthin.polling import WINDOW, Poller
+
+
+class Counting(Poller):
+    polls = 0
+
+    def _poll(self) -> None:
+        self.polls += 1
+        super()._poll()
+
+
+def quickly(poller: Poller, requests: int = 100) -> None:
+    for _ in range(requests):
+        poller.came()
+        poller.answered()
+
+
+def test_it_looks_for_the_next_request_where_they_come_quickly_and_then_sleeps() -> None:
+    async def main() -> None:
+        poller = Counting()
+        quickly(poller)
+        begun = time.monotonic()
+        await asyncio.sleep(0.2)
+        assert poller.polls > 1
+        seen = poller.polls
+        await asyncio.sleep(0.2)
+        assert poller.polls == seen, f"after {WINDOW} s it sleeps; {time.monotonic() - begun:.3f} s have passed"
+
+    uvloop.run(main())
+
+
+def test_where_requests_come_slowly_it_does_not_look_for_them() -> None:
+    async def main() -> None:
+        poller = Counting()
+        for _ in range(20):
+            poller.came()
+            poller.answered()
+            await asyncio.sleep(0.005)
+        assert poller.polls == 0
+
+    uvloop.run(main())
+
+
+def test_it_rests_when_others_want_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        poller = Counting()
+        switches = 0
+
+        def preempted() -> int:
+            nonlocal switches
+            switches += 1
+            return switches
+
+        monkeypatch.setattr(polling, "_preempted", preempted)
+        quickly(poller)
+        await asyncio.sleep(0.01)
+        seen = poller.polls
+        assert seen
+        quickly(poller)
+        await asyncio.sleep(0.01)
+        assert poller.polls == seen
+
+    uvloop.run(main())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_it_can_be_turned_off(enabled: bool) -> None:
+    async def main() -> None:
+        poller = Counting(enabled)
+        quickly(poller, 1000)
+        await asyncio.sleep(0.01)
+        assert bool(poller.polls) is enabled
+
+    uvloop.run(main())
