@@ -36,7 +36,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from nbdthin import addresses
-from nbdthin.errors import Error, NoSpace, ReadOnly
+from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
 from nbdthin.outbox import HIGH, Outbox
 from nbdthin.polling import Poller
 from nbdthin.pool import extents
@@ -251,6 +251,8 @@ class Connection(asyncio.BufferedProtocol):
         self._payload_request = (0, 0, 0)  # flags, cookie, offset
         self._skip = 0  # bytes of a refused payload still to come
         self._skipped = b""  # the reply to follow them
+        self._writes = 0  # since the last flush
+        self._alternations = 0  # flushes with one write before each of them, the last ones
         self._flush_due = False
         self._tasks = 0  # requests in work
         self._in_flight = 0  # bytes they stand for
@@ -544,6 +546,8 @@ class Connection(asyncio.BufferedProtocol):
         if position >= 0:
             self._keep_from(position)
         self._flush()
+        if self._alternations > ALONE and self._writes == 1 and not self._end and not self._tasks:
+            self._sync_early()
         if self._draining and not waiting:
             self._closing = True
         if self._closing:
@@ -701,6 +705,7 @@ class Connection(asyncio.BufferedProtocol):
         except Exception as error:
             self._fail(_WRITE, cookie, error)
             return
+        self._writes += 1
         if done and not flags & _FUA:
             self._put(_simple(0, cookie))
         elif done:
@@ -732,10 +737,21 @@ class Connection(asyncio.BufferedProtocol):
         """`last`: nothing has been received behind it."""
         server = self._server
         server.flushes_alone += 1
+        self._alternations = self._alternations + 1 if self._writes == 1 else 0
+        self._writes = 0
         if last and not self._tasks and server.flushes_alone > ALONE and self._live.commit_now():
             self._put(_simple(0, cookie))
         else:
             self._answer_durable(_FLUSH, cookie)
+
+    def _sync_early(self) -> None:
+        """The write just answered will be followed by a flush, as all before it were: begin while that is on its way.
+
+        Still one sync a flush; the flush then finds nothing left to do.
+        """
+        if self._server.flushes_alone > ALONE:
+            with contextlib.suppress(PoolFailed):  # who asks is told
+                self._live.commit_now()
 
     def _answer_durable(self, command: int, cookie: int) -> None:
         """Answer when all that was written before is durable. No task: it is what a flush costs beside the disk."""
