@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from nbdthin.errors import InUse
+from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.pool import Pool
 from nbdthin.server import ALONE, Server
@@ -138,6 +139,54 @@ def test_a_client_alone_is_synced_for_by_the_loop_and_one_beside_others_is_not(
     overwrite_and_flush()
     assert not by_the_loop[-1]
     other.close()
+
+
+def test_whoever_flushes_after_every_write_finds_it_synced_already_and_once(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = serving.live.pool.data
+    syncs = 0
+    real = data.sync
+
+    def sync() -> None:
+        nonlocal syncs
+        syncs += 1
+        real()
+
+    assert (client.write(0, bytes(64 * KIB)), client.call(FLUSH, 0, 0)) == (0, 0)
+    monkeypatch.setattr(live_module, "QUICK_SYNC", 60.0)  # whatever disk this is
+    monkeypatch.setattr(data, "sync", sync)
+    for _ in range(2 * ALONE):
+        assert (client.write(0, bytes(4096)), client.call(FLUSH, 0, 0)) == (0, 0)
+    assert syncs == 2 * ALONE
+    assert client.write(0, bytes(4096)) == 0
+    assert client.read(0, 512) == bytes(512)  # so that the turn of the write is over
+    assert (data.dirty, syncs) == (0, 2 * ALONE + 1)
+    assert client.write(4096, bytes(4096)) == 0, "a second write before the flush"
+    assert client.read(0, 512) == bytes(512)
+    assert data.dirty
+    assert client.call(FLUSH, 0, 0) == 0
+    assert client.write(0, bytes(4096)) == 0
+    assert client.read(0, 512) == bytes(512)
+    assert data.dirty, "it is no longer known what comes"
+
+
+def test_a_sync_that_was_begun_early_and_fails_is_told_to_the_flush(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (client.write(0, bytes(64 * KIB)), client.call(FLUSH, 0, 0)) == (0, 0)
+    monkeypatch.setattr(live_module, "QUICK_SYNC", 60.0)
+    for _ in range(2 * ALONE):
+        assert (client.write(0, bytes(4096)), client.call(FLUSH, 0, 0)) == (0, 0)
+
+    def sync() -> None:
+        raise OSError(EIO, "no such luck")
+
+    monkeypatch.setattr(serving.live.pool.data, "sync", sync)
+    assert client.write(0, bytes(4096)) == 0, "answered before, and never said to be durable"
+    assert client.call(FLUSH, 0, 0) == EIO
+    assert client.write(0, bytes(4096)) == EIO
+    assert client.read(0, 512) == bytes(512)
 
 
 def test_a_payload_of_64_mib_is_taken_and_one_of_more_closes(serving: Serving, client: Client) -> None:
