@@ -24,7 +24,7 @@ from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import LivePool
 from nbdthin.units import KiB, MiB
 
-MOST_BUFFERS = 1024  # IOV_MAX
+MOST_BUFFERS = 1023  # and a piece of a range: IOV_MAX
 HIGH = 1 * MiB  # bytes unsent from which on the peer is slow
 LOW = HIGH // 4  # and until which it stays so
 PATIENCE = 1.0  # seconds without progress after which ranges are copied, so that freed blocks come free
