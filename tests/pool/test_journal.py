@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import struct
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -875,3 +876,27 @@ def test_what_no_mark_leaves_before_a_later_segment_is_damage(directory: Path) -
         with pytest.raises(Corrupt):
             load(directory)
         flip(path, offset + at)
+
+
+def test_its_size_can_be_asked_for_while_a_checkpoint_removes_files(directory: Path) -> None:
+    journal = Journal(directory)
+    before = journal.disk_bytes
+    enough = threading.Event()
+
+    def come_and_go() -> None:
+        while not enough.is_set():
+            passing = [directory / f"{number}.new" for number in range(50)]
+            for path in passing:
+                path.touch()
+            for path in passing:
+                path.unlink()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(500):
+            assert journal.disk_bytes == before
+    finally:
+        enough.set()
+        thread.join()
+        journal.close()
