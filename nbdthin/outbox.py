@@ -96,14 +96,7 @@ class Outbox:
             return
         self._live.publish()
         if not self._queue and not self._new_ranges and len(new) <= MOST_BUFFERS:
-            try:
-                sent = os.writev(self._fd, new)  # type: ignore[arg-type]  # there is no Range
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._fail(error)
-                return
-            self.pending -= sent
+            sent = self._write(new)  # type: ignore[arg-type]  # there is no Range
             if self.pending:
                 self._queue.extend(new)
                 self._drop(sent)
@@ -167,14 +160,9 @@ class Outbox:
             if not parts:  # a copy is coming
                 self._unwatch()
                 return
-            try:
-                sent = os.writev(self._fd, parts)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._fail(error)
+            sent = self._write(parts)
+            if self._closed:
                 return
-            self.pending -= sent
             self._drop(min(sent, leading))
             if head is not None and sent > leading:
                 head.position += sent - leading
@@ -185,6 +173,18 @@ class Outbox:
             if sent < wanted:
                 self._watch()
                 return
+
+    def _write(self, parts: list[Buffer]) -> int:
+        """Bytes that the socket took. Where it refuses, all is over: nothing is pending any more."""
+        try:
+            sent = os.writev(self._fd, parts)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._fail(error)
+            return 0
+        self.pending -= sent
+        return sent
 
     def _read(self, head: Range) -> memoryview | None:
         """Its next bytes; None: they are not cached any more, and a copy is under way."""

@@ -408,6 +408,8 @@ class Connection(asyncio.BufferedProtocol):
             self._advance()
 
     def _outbox_changed(self) -> None:
+        if self.gone:  # nobody is there to say goodbye to: `connection_lost` is on its way
+            return
         self._control_flow()
         if self._closing:
             self._maybe_close()
@@ -619,46 +621,21 @@ class Connection(asyncio.BufferedProtocol):
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return
         segments = self._volume.segments(offset, length)
-        if length >= SEND and self._read_later(flags, cookie, offset, segments):
+        if length >= SEND and self._all_cached(segments):
+            self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
             return
-        put: Callable[[memoryview], None]
-        if self._structured and not flags & _DF and any(position == ZERO for position, _ in segments):
-            put = partial(self._put_chunks, cookie, offset, segments)
-            segments = [segment for segment in segments if segment[0] != ZERO]
-        else:
-            put = partial(self._put_read, cookie, offset)
-        view = _buffer(sum(count for _, count in segments))
-        if length <= INLINE_READ and self._device.read_now(segments, view):
+        put = partial(self._put_view, flags, cookie, offset, segments)
+        data = [segment for segment in segments if segment[0] != ZERO]
+        view = _buffer(sum(count for _, count in data))
+        if length <= INLINE_READ and self._device.read_now(data, view):
             put(view)
         else:
-            self._start(_READ, cookie, length, self._read_slowly(segments, view, put))
+            self._start(_READ, cookie, length, self._read_slowly(data, view, put))
 
-    def _read_later(self, flags: int, cookie: int, offset: int, segments: list[tuple[int, int]]) -> bool:
-        """Answer with what is read when it is sent. False where not all of it is cached, or a part is little."""
-        for position, length in segments:
-            if position != ZERO and not (length >= SEND and self._live.pool.data.is_cached(position, length)):
-                return False
-        outbox, put = self._outbox, self._put
-        in_chunks = self._structured and not flags & _DF and any(position == ZERO for position, _ in segments)
-        if not in_chunks:
-            total = sum(length for _, length in segments)
-            if self._structured:
-                put(transmission.data_chunk_header(cookie, offset, total, True))
-            else:
-                put(_simple(0, cookie))
-        for index, (position, length) in enumerate(segments):
-            last = index == len(segments) - 1
-            if position == ZERO:
-                if in_chunks:
-                    put(transmission.hole_chunk(cookie, offset, length, last))
-                else:
-                    put(memoryview(bytes(length)))
-            else:
-                if in_chunks:
-                    put(transmission.data_chunk_header(cookie, offset, length, last))
-                outbox.put_range(position, length)
-            offset += length
-        return True
+    def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
+        """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""
+        data = self._live.pool.data
+        return all(start == ZERO or (length >= SEND and data.is_cached(start, length)) for start, length in segments)
 
     def _read_verified(self, flags: int, cookie: int, offset: int, length: int) -> None:
         """As `_read`, of what has been compared with its checksums."""
@@ -671,7 +648,8 @@ class Connection(asyncio.BufferedProtocol):
     async def _read_checked(self, cookie: int, offset: int, length: int, segments: list[tuple[int, int]]) -> None:
         view = _buffer(length)
         await self._device.read_checked(offset, segments, view)
-        self._put_read(cookie, offset, view)
+        self._put_header(cookie, offset, length)
+        self._put(view)
 
     async def _read_slowly(
         self, segments: list[tuple[int, int]], view: memoryview, put: Callable[[memoryview], None]
@@ -679,24 +657,51 @@ class Connection(asyncio.BufferedProtocol):
         await self._device.read(segments, view)
         put(view)
 
-    def _put_read(self, cookie: int, offset: int, view: memoryview) -> None:
+    def _put_header(self, cookie: int, offset: int, length: int) -> None:
+        """Of a READ's reply that has all of its data behind it."""
         if self._structured:
-            self._put(transmission.data_chunk_header(cookie, offset, len(view), True))
+            self._put(transmission.data_chunk_header(cookie, offset, length, True))
         else:
             self._put(_simple(0, cookie))
-        self._put(view)
 
-    def _put_chunks(self, cookie: int, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
-        """A chunk for each segment; `view` has the data of those that are no holes."""
+    def _put_view(
+        self, flags: int, cookie: int, offset: int, segments: list[tuple[int, int]], view: memoryview
+    ) -> None:
+        """The reply to a READ; `view` has the data of those segments that are no holes."""
         taken = 0
+
+        def put_data(_: int, length: int) -> None:
+            nonlocal taken
+            self._put(view[taken : taken + length])
+            taken += length
+
+        self._put_segments(flags, cookie, offset, segments, put_data)
+
+    def _put_segments(
+        self,
+        flags: int,
+        cookie: int,
+        offset: int,
+        segments: list[tuple[int, int]],
+        put_data: Callable[[int, int], None],
+    ) -> None:
+        """The reply to a READ: a chunk for each segment where there are holes and the client takes chunks.
+
+        `put_data` puts what is not zero, by its position in the data file and its length, in order.
+        """
+        in_chunks = self._structured and not flags & _DF and any(position == ZERO for position, _ in segments)
+        if not in_chunks:
+            self._put_header(cookie, offset, sum(length for _, length in segments))
         for index, (position, length) in enumerate(segments):
             last = index == len(segments) - 1
-            if position == ZERO:
+            if position != ZERO:
+                if in_chunks:
+                    self._put(transmission.data_chunk_header(cookie, offset, length, last))
+                put_data(position, length)
+            elif in_chunks:
                 self._put(transmission.hole_chunk(cookie, offset, length, last))
             else:
-                self._put(transmission.data_chunk_header(cookie, offset, length, last))
-                self._put(view[taken : taken + length])
-                taken += length
+                self._put(bytes(length))
             offset += length
 
     def _write(self, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> None:
