@@ -6,8 +6,9 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,35 @@ def until(holds: Callable[[], bool]) -> None:
             return
         time.sleep(0.005)
     raise AssertionError("it never came true")
+
+
+@dataclass
+class Boxed:
+    """An outbox on one end of a socket pair, and what it has said."""
+
+    live: LivePool
+    box: Outbox
+    theirs: socket.socket
+    changed: list[bool]
+    lost: list[OSError]
+
+
+@asynccontextmanager
+async def boxed(path: Path) -> AsyncIterator[Boxed]:
+    """On a new pool with a volume `v` of 8 MiB."""
+    Pool.init(path, size=16 * MiB)
+    with Pool.open(path) as pool:
+        pool.create("v", 8 * MiB)
+    live = LivePool(Pool.open(path, autocommit=False, policy=REFUSING))
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    changed: list[bool] = []
+    lost: list[OSError] = []
+    box = Outbox(live, ours.fileno(), lambda: changed.append(box.slow), lost.append)
+    with ours, theirs:
+        yield Boxed(live, box, theirs, changed, lost)
+        box.close()
+    await live.close()
 
 
 async def comes_true(holds: Callable[[], bool]) -> None:
@@ -99,99 +129,72 @@ def test_what_is_read_slowly_is_never_what_someone_else_has_written_there_since(
 
 
 def test_what_had_to_wait_leaves_in_the_order_in_which_it_was_put(tmp_path: Path) -> None:
-    data = os.urandom(4 * MiB)
+    data = os.urandom(BLOCK)
 
     async def main() -> None:
-        live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, policy=REFUSING))
-        live.open("v").write_now(0, memoryview(data[:BLOCK]))
-        ((position, _),) = live.open("v").volume.segments(0, BLOCK)
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        lost: list[OSError] = []
-        box = Outbox(live, ours.fileno(), lambda: None, lost.append)
-        wanted = bytearray()
-        for _ in range(1024):  # with the range behind them, more than one system call takes
-            wanted += b"-"
-            box.put(b"-")
-        for number in range(60):
-            if number:
-                wanted += bytes([number]) * 5000
-                box.put(bytes([number]) * 5000)
-            wanted += data[:BLOCK]
-            box.put_range(position, BLOCK)
-            if number % 3 == 0:
-                box.flush()
-        box.flush()
-        assert box.pending and box.slow
-        got = await asyncio.to_thread(_receive, theirs, len(wanted))
-        assert got == wanted
-        await asyncio.sleep(0)
-        assert (box.pending, box.slow, lost) == (0, False, [])
-        box.close()
-        theirs.close()
-        ours.close()
-        assert not live.pool._readers
-        await live.close()
+        async with boxed(tmp_path / "pool") as it:
+            box = it.box
+            assert it.live.open("v").write_now(0, memoryview(data))
+            ((position, _),) = it.live.open("v").volume.segments(0, BLOCK)
+            wanted = bytearray()
+            for _ in range(1024):  # with the range behind them, more than one system call takes
+                wanted += b"-"
+                box.put(b"-")
+            for number in range(60):
+                if number:
+                    wanted += bytes([number]) * 5000
+                    box.put(bytes([number]) * 5000)
+                wanted += data
+                box.put_range(position, BLOCK)
+                if number % 3 == 0:
+                    box.flush()
+            box.flush()
+            assert box.pending and box.slow
+            got = await asyncio.to_thread(_receive, it.theirs, len(wanted))
+            assert got == wanted
+            await asyncio.sleep(0)
+            assert (box.pending, box.slow, it.lost) == (0, False, [])
+            assert not it.live.pool._readers
 
-    Pool.init(tmp_path / "pool", size=16 * MiB)
-    with Pool.open(tmp_path / "pool") as pool:
-        pool.create("v", MiB)
     uvloop.run(main())
 
 
 def test_a_peer_that_catches_up_while_more_is_put_is_not_held_to_be_slow(tmp_path: Path) -> None:
     async def main() -> None:
-        live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, policy=REFUSING))
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        changed = []
-        box = Outbox(live, ours.fileno(), lambda: changed.append(box.slow), lambda _: None)
-        box.put(bytes(2 * HIGH))
-        box.flush()
-        assert changed == [True]
-        box.put(bytes(HIGH // 2))  # of a request that ends just now: flushed a turn of the loop later
-        await asyncio.to_thread(_receive, theirs, 2 * HIGH)
-        await comes_true(lambda: box.pending == HIGH // 2)
-        reading = asyncio.create_task(asyncio.to_thread(_receive, theirs, HIGH // 2))
-        box.flush()
-        await reading
-        await comes_true(lambda: not box.pending)
-        await asyncio.sleep(0)
-        assert not box.slow
-        assert changed[-1] is False
-        box.close()
-        theirs.close()
-        ours.close()
-        await live.close()
+        async with boxed(tmp_path / "pool") as it:
+            box = it.box
+            box.put(bytes(2 * HIGH))
+            box.flush()
+            assert it.changed == [True]
+            box.put(bytes(HIGH // 2))  # of a request that ends just now: flushed a turn of the loop later
+            await asyncio.to_thread(_receive, it.theirs, 2 * HIGH)
+            await comes_true(lambda: box.pending == HIGH // 2)
+            reading = asyncio.create_task(asyncio.to_thread(_receive, it.theirs, HIGH // 2))
+            box.flush()
+            await reading
+            await comes_true(lambda: not box.pending)
+            await asyncio.sleep(0)
+            assert not box.slow
+            assert it.changed[-1] is False
 
-    Pool.init(tmp_path / "pool", size=16 * MiB)
     uvloop.run(main())
 
 
 def test_a_peer_that_is_gone_is_told_of_once_and_holds_nothing(tmp_path: Path) -> None:
     async def main() -> None:
-        live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, policy=REFUSING))
-        live.open("v").write_now(0, memoryview(bytes(range(256)) * 256))
-        ((position, _),) = live.open("v").volume.segments(0, BLOCK)
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        lost: list[OSError] = []
-        box = Outbox(live, ours.fileno(), lambda: None, lost.append)
-        for _ in range(100):
-            box.put_range(position, BLOCK)
-        box.flush()
-        assert live.pool._readers, "what waits has entered the pool"
-        theirs.close()
-        await comes_true(lambda: bool(lost))
-        box.put(b"more")
-        box.flush()
-        assert (len(lost), box.pending, live.pool._readers) == (1, 0, {})
-        ours.close()
-        await live.close()
+        async with boxed(tmp_path / "pool") as it:
+            assert it.live.open("v").write_now(0, memoryview(bytes(range(256)) * 256))
+            ((position, _),) = it.live.open("v").volume.segments(0, BLOCK)
+            for _ in range(100):
+                it.box.put_range(position, BLOCK)
+            it.box.flush()
+            assert it.live.pool._readers, "what waits has entered the pool"
+            it.theirs.close()
+            await comes_true(lambda: bool(it.lost))
+            it.box.put(b"more")
+            it.box.flush()
+            assert (len(it.lost), it.box.pending, it.live.pool._readers) == (1, 0, {})
 
-    Pool.init(tmp_path / "pool", size=16 * MiB)
-    with Pool.open(tmp_path / "pool") as pool:
-        pool.create("v", MiB)
     uvloop.run(main())
 
 
@@ -199,31 +202,21 @@ def test_what_is_not_cached_any_more_when_it_is_sent_comes_from_the_disk(tmp_pat
     data = os.urandom(32 * BLOCK)
 
     async def main() -> None:
-        live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, policy=REFUSING))
-        volume = live.open("v")
-        for offset in range(0, len(data), BLOCK):
-            assert volume.write_now(offset, memoryview(data[offset : offset + BLOCK]))
-        await live.commit()
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        box = Outbox(live, ours.fileno(), lambda: None, lambda _: None)
-        for position, length in volume.volume.segments(0, len(data)):
-            box.put(b"|")
-            box.put_range(position, length)
-        box.flush()
-        assert box.pending
-        os.posix_fadvise(live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        got = await asyncio.to_thread(_receive, theirs, len(data) + 1)
-        assert got == b"|" + data
-        await comes_true(lambda: not live.pool._readers)
-        box.close()
-        theirs.close()
-        ours.close()
-        await live.close()
+        async with boxed(tmp_path / "pool") as it:
+            volume = it.live.open("v")
+            for offset in range(0, len(data), BLOCK):
+                assert volume.write_now(offset, memoryview(data[offset : offset + BLOCK]))
+            await it.live.commit()
+            it.box.put(b"|")
+            for position, length in volume.volume.segments(0, len(data)):
+                it.box.put_range(position, length)
+            it.box.flush()
+            assert it.box.pending
+            os.posix_fadvise(it.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            got = await asyncio.to_thread(_receive, it.theirs, len(data) + 1)
+            assert got == b"|" + data
+            await comes_true(lambda: not it.live.pool._readers)
 
-    Pool.init(tmp_path / "pool", size=16 * MiB)
-    with Pool.open(tmp_path / "pool") as pool:
-        pool.create("v", 8 * MiB)
     uvloop.run(main())
 
 
