@@ -37,6 +37,7 @@ from nbdthin.server import Server
 
 STOP_SECONDS = 8.0  # for requests and commands under way; a commit and the close fit into what is left of ten
 FILES = 16384  # file descriptors: two for each of the connections that the server takes, and as many again
+THREAD_TURN = 1e-4  # seconds for which a thread that computes may keep the loop from going on; Python's own are 5 ms
 CONTROL_FD = "control"  # the name by which a .socket unit hands over the control socket
 
 log = logging.getLogger("nbdthin.daemon")
@@ -50,6 +51,7 @@ def serve(config: Config, ready: Callable[[commands.Daemon], None] = lambda _: N
         _make_directory(config.pool.path.parent, undo)
         sockets = _open_sockets(config, undo)
         pool = _open_pool(config)
+        sys.setswitchinterval(THREAD_TURN)
         uvloop.run(_serve(config, pool, sockets, ready))
 
 

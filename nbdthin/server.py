@@ -24,6 +24,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import struct
 from collections import Counter
@@ -56,7 +57,8 @@ DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
-ALONE = 8  # flushes that one client has asked for while all others were silent: the loop may sync for it itself
+TURN = 500e-6  # seconds for which the loop stays with a connection that is alone
+ALONE = 8  # times that one client has sent, or asked for a flush, while all others were silent: it may be waited for
 SEND = 32 * KiB  # bytes of one part of the data file from which on it is read when it is sent
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
@@ -119,7 +121,8 @@ class Server:
         self.stopping = False
         self.poller = Poller(enabled=polling)
         self.speaker: Connection | None = None  # who sent last
-        self.flushes_alone = 0  # that it has asked for since someone else sent
+        self.turns_alone = 0  # how often it has sent since someone else did
+        self.flushes_alone = 0  # that it has asked for since
         live.users = self.holders
         live.no_space = self._no_space
 
@@ -267,6 +270,9 @@ class Connection(asyncio.BufferedProtocol):
         if sock.family == socket.AF_UNIX:
             _enlarge(sock)
         self._outbox = Outbox(self._live, sock.fileno(), self._outbox_changed, self._outbox_lost)
+        watch = select.poll()
+        watch.register(self._outbox.fd, select.POLLIN)
+        self._ready = watch.poll
         self._put = self._outbox.put
         self._flush = self._outbox.flush
         if not self._server.add(self):
@@ -289,16 +295,38 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self._discarding:
             return
-        if self._payload is not None:
+        self._poller.came()
+        self._received(nbytes)
+        self._poller.answered()
+        if self._server.turns_alone > ALONE and self._handshake is None:
+            self._receive_more()
+
+    def _received(self, nbytes: int) -> None:
+        if self._payload is None:
+            self._end += nbytes
+            self._advance()
+        else:
             self._filled += nbytes
             if self._filled == len(self._payload):
                 self._payload_complete(self._payload)
-            return
-        self._end += nbytes
-        poller = self._poller
-        poller.came()
-        self._advance()
-        poller.answered()
+
+    def _receive_more(self) -> None:
+        """Take what this client sends next past the transport: while nobody else asks for anything, a turn of the loop
+        for each request would only cost. What ends the connection is left for the transport to find.
+        """
+        poller, ready, fd = self._poller, self._ready, self._outbox.fd
+        until = poller.time + TURN
+        while poller.time < until and not (self._tasks or self._paused or self._closing):
+            if not ready(0) and not poller.wait(ready):
+                return
+            try:
+                nbytes = os.readv(fd, (self.get_buffer(-1),))
+            except OSError:
+                return
+            if not nbytes:
+                return
+            self._received(nbytes)
+            poller.answered()
 
     def eof_received(self) -> bool:
         if self._discarding:
@@ -495,8 +523,10 @@ class Connection(asyncio.BufferedProtocol):
     def _parse(self) -> None:
         """Handle every whole request in scratch."""
         view, end = self._view, self._end
-        if self._server.speaker is not self:
-            self._server.speaker, self._server.flushes_alone = self, 0
+        server = self._server
+        if server.speaker is not self:
+            server.speaker, server.turns_alone, server.flushes_alone = self, 0, 0
+        server.turns_alone += 1
         outbox = self._outbox
         position = 0
         waiting = False  # for something before it goes on with what is in scratch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
@@ -216,6 +217,43 @@ def test_what_is_not_cached_any_more_when_it_is_sent_comes_from_the_disk(tmp_pat
             got = await asyncio.to_thread(_receive, it.theirs, len(data) + 1)
             assert got == b"|" + data
             await comes_true(lambda: not it.live.pool._readers)
+
+    uvloop.run(main())
+
+
+def test_a_disk_that_fails_while_a_range_is_sent_ends_the_connection_and_not_the_daemon(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with boxed(tmp_path / "pool") as it:
+            assert it.live.open("v").write_now(0, memoryview(bytes(range(256)) * 256))
+            ((position, _),) = it.live.open("v").volume.segments(0, BLOCK)
+            assert it.live.pool.data.mapped(position, BLOCK) is not None
+            os.truncate(it.live.pool.data.fd, position + BLOCK // 2)  # what is mapped behind it can be read no more
+            it.box.put(b"-")
+            it.box.put_range(position, BLOCK)
+            it.box.flush()
+            await comes_true(lambda: bool(it.lost))
+            assert [each.errno for each in it.lost] == [errno.EIO]
+            assert not it.live.pool._readers
+            os.truncate(it.live.pool.data.fd, 16 * MiB)
+
+    uvloop.run(main())
+
+
+def test_after_a_failed_sync_nothing_that_the_disk_may_not_have_stays_mapped(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with boxed(tmp_path / "pool") as it:
+            data = it.live.pool.data
+            assert it.live.open("v").write_now(0, memoryview(bytes(range(256)) * 256))
+            await it.live.commit()
+            ((position, _),) = it.live.open("v").volume.segments(0, BLOCK)
+            assert data.is_cached(position, BLOCK)
+            it.box.put_range(position, BLOCK)
+            it.box.flush()
+            assert await asyncio.to_thread(_receive, it.theirs, BLOCK) == bytes(range(256)) * 256
+            await asyncio.to_thread(data.drop_cache)
+            with pytest.raises(BlockingIOError):
+                data.read_into(memoryview(bytearray(BLOCK)), position, os.RWF_NOWAIT)
+            assert data.mapped(position, BLOCK) is None
 
     uvloop.run(main())
 

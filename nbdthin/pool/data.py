@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import time
@@ -56,9 +57,11 @@ class DataFile:
         """Opens and locks. Raises NotFound, Locked, or Invalid when it holds less than `size` bytes."""
         self.path = path
         self._files = files
-        self._pwritev = files.write
+        self.pwritev = files.write
         self.dirty = 0
         self.punches = True  # until the file system refuses
+        self.maps = True  # until memory is refused, or a sync failed
+        self._map: mmap.mmap | None = None
         self._cold_until = 0.0  # by time.monotonic
         try:
             device = is_device(path)
@@ -123,8 +126,8 @@ class DataFile:
             raise OSError(errno.EIO, f"short read: {count} of {len(view)} bytes at {position} of {self.path}")
 
     def is_cached(self, position: int, length: int) -> bool:
-        """These bytes can be read without waiting for the disk, as far as a look here and there can tell."""
-        if not self.nowait or time.monotonic() < self._cold_until:
+        """`mapped` can be read without waiting for the disk, as far as a look here and there can tell."""
+        if not self.nowait or not self.maps or time.monotonic() < self._cold_until:
             return False
         last = position + length - 1
         try:
@@ -136,13 +139,42 @@ class DataFile:
             return False
         return True
 
+    def mapped(self, position: int, length: int) -> memoryview | None:
+        """These bytes for the kernel to copy from, in the same turn of the loop; None: they cannot be had this way.
+
+        Python itself must not look at them: where the file is shorter than it should be, or the disk fails, a system
+        call gets EFAULT, and a program SIGBUS.
+        """
+        end = position + length
+        if (self._map is None or end > len(self._map)) and self.maps:
+            try:
+                self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+            except OSError:  # no memory, or not of this file
+                self.maps = False
+        if self._map is None or end > len(self._map):
+            return None
+        return memoryview(self._map)[position:end]
+
+    def _unmap(self) -> None:
+        self.maps = False
+        view, self._map = self._map, None
+        while view is not None:
+            try:
+                view.close()
+                return
+            except BufferError:  # a part of it is being sent, in another thread
+                time.sleep(0.0001)
+
     def write(self, buffers: Sequence[bytes | bytearray | memoryview], position: int, length: int) -> None:
         """Write `buffers`, `length` bytes together."""
-        count = self._pwritev(self.fd, buffers, position)
+        count = self.pwritev(self.fd, buffers, position)
         if count != length:
-            # A full disk shows as a short write first: ask for the rest to learn the reason.
-            write_all(self._files, self.fd, memoryview(b"".join(buffers))[count:], position + count)
+            self.write_rest(memoryview(b"".join(buffers))[count:], position + count)
         self.dirty += length  # several threads at once may lose some of it, and never all
+
+    def write_rest(self, rest: memoryview, position: int) -> None:
+        """After a short write, which is how a full disk shows first: ask for what is missing, to learn the reason."""
+        write_all(self._files, self.fd, rest, position)
 
     def prefetch(self, position: int, length: int) -> None:
         os.posix_fadvise(self.fd, position, length, os.POSIX_FADV_WILLNEED)
@@ -152,7 +184,8 @@ class DataFile:
         self._files.sync(self.fd)
 
     def drop_cache(self) -> None:
-        """A sync failed: what is read from now on is what the disk has."""
+        """A sync failed: what is read from now on is what the disk has. What is mapped would stay in the cache."""
+        self._unmap()
         self._files.drop_cache(self.fd)
 
     def punch(self, position: int, length: int) -> None:

@@ -182,7 +182,8 @@ class LiveVolume:
     def write_now(self, offset: int, payload: memoryview) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
         length = len(payload)
-        if length > INLINE_WRITE or self._blocked(offset, length):
+        busy = self._gate is not None or self._held or self._pool.failed is not None
+        if length > INLINE_WRITE or (busy and self._blocked(offset, length)):
             return False
         volume = self.volume
         try:

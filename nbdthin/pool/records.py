@@ -11,7 +11,7 @@ a golden byte string in the tests.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgpack
@@ -120,8 +120,8 @@ class BadRecord(ValueError):
     """Bytes with a valid checksum that are no record this version knows."""
 
 
-def encode(records: Iterable[Record]) -> bytes:
-    return msgpack.packb([(_TAGS[type(record)], *record) for record in records])  # type: ignore[no-any-return]
+def encode(records: Iterable[Record], pack: Callable[[object], bytes] = msgpack.packb) -> bytes:
+    return pack([(_TAGS[type(record)], *record) for record in records])
 
 
 def decode(payload: bytes) -> list[Record]:

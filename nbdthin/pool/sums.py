@@ -147,13 +147,13 @@ class Sums:
         self.touched.add(owner)
         with self._lock:
             records = self.read(blocks)
-            for index, mask in enumerate(masks):
-                record = records[index]
-                if record["owner"] != owner or owner in self.distrusted:
-                    record["owner"], record["mask"] = owner, 0
-                for sub in _bits(mask & ~int(record["mask"])):
-                    record["sums"][sub] = sums[index, sub]
-                record["mask"] = int(record["mask"]) | mask
+            others = (records["owner"] != owner) | (owner in self.distrusted)
+            records["owner"][others] = owner
+            records["mask"][others] = 0
+            wanted = np.array(masks, dtype=records["mask"].dtype)
+            lacking = (wanted & ~records["mask"])[:, np.newaxis] >> np.arange(SUBBLOCKS) & 1 != 0
+            records["sums"][lacking] = sums[lacking]
+            records["mask"] |= wanted
             self._write(blocks, records)
 
     def begin_move(self, parent: int) -> None:

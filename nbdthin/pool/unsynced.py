@@ -24,6 +24,8 @@ import os
 from array import array
 from pathlib import Path
 
+import msgpack
+
 from nbdthin.errors import Corrupt
 from nbdthin.pool.files import Files, not_a_file, write_all
 from nbdthin.pool.journal import HEADER, MAGIC, frame, parse_frame
@@ -56,6 +58,7 @@ class Unsynced:
         self._position = 0  # behind the last group of that number
         self._whole = True  # everything of that number is kept
         self._warned = False  # that it is not, since the last time that it was
+        self._pack = msgpack.Packer().pack  # one for all: making one takes longer than packing
         self._records: list[Record] = []  # noted, and in no group yet
         self._layer = -1  # whose entries are being collected
         self._blocks = array("Q")
@@ -144,7 +147,7 @@ class Unsynced:
     def _end_entries(self) -> None:
         if self._blocks:
             self._records.append(Entries(self._layer, self._blocks.tobytes(), self._entries.tobytes()))
-            self._blocks, self._entries = array("Q"), array("Q")
+            del self._blocks[:], self._entries[:]
         self._layer = -1
 
     def publish(self) -> bool:
@@ -158,11 +161,14 @@ class Unsynced:
             records.insert(0, Uuid(self._uuid))
         if not self._whole or len(self._fds) < len(self._paths):
             return False
-        group = frame(self._sequence, self._boot + encode(records))
+        group = frame(self._sequence, self._boot + encode(records, self._pack))
         try:
             if self._position + len(group) > MOST:
                 raise OSError("too much for one batch")
-            write_all(self._files, self._fds[self._sequence & 1], group, self._position)
+            fd = self._fds[self._sequence & 1]
+            count = self._files.write(fd, (group,), self._position)
+            if count != len(group):
+                write_all(self._files, fd, group[count:], self._position + count)
         except OSError as error:
             if not self._warned:  # on a full disk it would be so for every batch
                 log.warning("until the next commit, a kill would lose unflushed writes: %s", error)

@@ -135,6 +135,7 @@ class Volume:
     __slots__ = (
         "__weakref__",
         "_block_mask",
+        "_data",
         "_shift",
         "_sub_mask",
         "_sub_shift",
@@ -147,6 +148,7 @@ class Volume:
 
     def __init__(self, pool: Pool, name: str, layer: Layer, size: int, read_only: bool) -> None:
         self.pool = pool
+        self._data = pool.data
         self.name = name
         self.layer = layer
         self.size = size
@@ -254,34 +256,36 @@ class Volume:
 
         Raises NoSpace (nothing written) or OSError.
         """
-        layer = self.layer
         length = len(payload)
-        block = offset >> self._shift
         within = offset & self._block_mask
         if not 0 < length <= self._block_mask + 1 - within:
             return False
-        sub_shift = self._sub_shift
-        touched = (2 << ((within + length - 1) >> sub_shift)) - (1 << (within >> sub_shift))
+        layer = self.layer
+        block = offset >> self._shift
+        touched = (2 << ((within + length - 1) >> self._sub_shift)) - (1 << (within >> self._sub_shift))
         own = layer.own.get(block >> LEAF_SHIFT)
         entry = 0 if own is None else own[block & LEAF_MASK]
-        if entry & touched == touched:
-            self.pool.data.write((payload,), (entry >> 32 << self._shift) + within, length)
-            return True
-        if (offset | length) & self._sub_mask:
-            return False
-        if self.pool.journal_low:
-            raise NoSpace(JOURNAL_LOW)
         physical = entry >> 32
-        if physical:
-            self.pool.data.write((payload,), (physical << self._shift) + within, length)
-        else:
-            physical = self.pool.allocator.allocate(layer.number)
-            try:
-                self.pool.data.write((payload,), (physical << self._shift) + within, length)
-            except BaseException:
-                self.pool.give_back([physical])
-                raise
-        self.pool.put(layer, block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched)
+        fresh = None
+        if entry & touched != touched:
+            if (offset | length) & self._sub_mask:
+                return False
+            if self.pool.journal_low:
+                raise NoSpace(JOURNAL_LOW)
+            if not physical:
+                fresh = physical = self.pool.allocator.allocate(layer.number)
+        data = self._data
+        try:
+            count = data.pwritev(data.fd, (payload,), (physical << self._shift) + within)
+            if count != length:
+                data.write_rest(payload[count:], (physical << self._shift) + within + count)
+        except BaseException:
+            if fresh is not None:
+                self.pool.give_back([fresh])
+            raise
+        data.dirty += length
+        if entry & touched != touched:
+            self.pool.put(layer, block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched)
         return True
 
     def reserve(self, offset: int, length: int) -> Write:

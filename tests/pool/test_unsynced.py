@@ -361,7 +361,7 @@ def test_a_file_system_without_room_costs_the_protection_and_nothing_else(
     pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(unsynced, "write_all", _no_space)
+        patch.setattr(served.unsynced._files, "write", _no_space)
         served.volume("v").write(0, pattern(BLOCK))
         assert served.unsynced.publish() is True  # a commit is due
     served.volume("v").write(BLOCK, pattern(BLOCK, 2))
