@@ -66,9 +66,8 @@ def write(directory: Path, result: Result) -> None:
 
 
 def _svg(height: int, heading: str, below: str, parts: Iterator[str]) -> str:
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}">'
-    )
+    size = f'width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     ground = f'<rect class="ground" width="{_WIDTH}" height="{height}" rx="6"/>'
     words = [_text(_MARGIN, 28, heading, "head"), _text(_MARGIN, 47, below, "small")]
     return "\n".join([head, f"<style>{_STYLE}</style>", ground, *words, *parts, "</svg>", ""])
@@ -130,7 +129,8 @@ def _panel_cells(work: Work, cells: Sequence[Cell]) -> list[Cell]:
 
 def _rates(works: Sequence[Work], result: Result) -> str:
     panels = [(work, _panel_cells(work, result.cells)) for work in works]
-    parts, height = [], _HEAD
+    parts: list[str] = []
+    height = _HEAD
     for first in range(0, len(panels), _COLUMNS):
         row = panels[first : first + _COLUMNS]
         for column, (work, cells) in enumerate(row):

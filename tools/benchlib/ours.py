@@ -21,10 +21,11 @@ from nbdthin.units import GiB, MiB
 from . import bigpool, images
 from .client import Client
 from .errors import BenchError
-from .process import Daemon, free_port
+from .process import Daemon, cpu_seconds, free_port
 from .servers import Export, Ground, Setting, State, write_some
 
 _TREE = MiB  # bytes that the file system may keep for its tree of extents
+_REST = 60.0  # seconds until the checksums of a parent must be there
 _SPACE_BACK = 60.0  # seconds; a file system mounted with `discard` takes several for a GiB
 
 _ROOM = 64  # images of the size that the first one has; a limit that no work comes near
@@ -38,7 +39,11 @@ listen = ["unix:s", "tcp:127.0.0.1:{port}"]
 
 [control]
 socket = "control"
+
+[scrub]
+rate = "{sums}"
 """
+_SUMS = "1 GiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,10 @@ class Nbdthin:
 
     name = "nbdthin"
     programs: tuple[str, ...] = ()
-    settings = (Setting((), "its defaults"),)
+    settings = (
+        Setting((), "its defaults, but for"),
+        Setting((f'[scrub] rate = "{_SUMS}"',), "the parent's checksums are there before anything is measured"),
+    )
 
     def __init__(self) -> None:
         self._daemons: dict[bool, _Daemon] = {}  # on a slow disk, or not
@@ -90,6 +98,8 @@ class Nbdthin:
                 with Client(place / "s", name) as client:
                     write_some(client, generations, depth, random)
                 pool.snapshot(name, f"{name}@{depth}")
+        if state.depth:
+            _settle(daemon.process.pid)
         address = ("127.0.0.1", daemon.port) if state is State.TCP else place / "s"
         close = partial(_remove, place, name, state.depth, before)
         return Export(address, name, daemon.process.pid, generations, close)
@@ -104,6 +114,7 @@ class Nbdthin:
                 pool.create(name, ground.size)
                 _fill(place, name, ground)
                 pool.snapshot(name, f"{name}@1")
+            _settle(self._daemons[slow].process.pid)
             self._golden[key] = f"{name}@1"
         return self._golden[key]
 
@@ -120,7 +131,7 @@ def _start(size: int, ground: Ground, environment: Mapping[str, str], pool: Path
         pool.rename(place / "pool")
     port = free_port()
     config = place / "exports.toml"
-    config.write_text(_CONFIG.format(size=size, port=port))
+    config.write_text(_CONFIG.format(size=size, port=port, sums=_SUMS))
     argv = [sys.executable, "-m", "nbdthin", "serve", "--config", str(config)]
     return _Daemon(Daemon(argv, place / "s", env=environment), place, port)
 
@@ -151,6 +162,16 @@ def _control(place: Path) -> Iterator[nbdthin.Client]:
 def _fill(place: Path, name: str, ground: Ground) -> None:
     with Client(place / "s", name) as client:
         images.fill(client, ground.size)
+
+
+def _settle(pid: int) -> None:
+    """Waits until the daemon has computed the checksums of what was sealed, and rests."""
+    deadline = time.monotonic() + _REST
+    rested = False
+    while not rested and time.monotonic() < deadline:
+        before = cpu_seconds(pid)
+        time.sleep(0.2)
+        rested = cpu_seconds(pid) - before < 0.02
 
 
 def _remove(place: Path, name: str, depth: int, before: int) -> None:

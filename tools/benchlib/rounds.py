@@ -9,15 +9,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import NamedTuple
 
-from nbdthin.units import format_size
+from nbdthin.units import MiB, format_size
 
 from . import cold, fio, images, ranges, slowdisk, tree
-from .errors import BenchError
+from .errors import BenchError, ClientFault
 from .ours import Nbdthin
 from .process import cpu_seconds
 from .servers import Export, Ground, Server, State
@@ -25,6 +25,7 @@ from .works import FIRST_WRITE_SHARE, Load, Task, Work
 
 _WARM_UP = 0.3  # seconds: first touches, thread pools, socket buffers
 _CHILD_ENDS = 0.03  # seconds for a server's child to end after its connection, and its parent to notice
+_CLIENT_TRIES = 3
 _FAULTS = (BenchError, OSError)  # OSError: the server broke its connection, or let it time out
 _VERIFIED = 64 << 20  # bytes written and read back with checksums, or all of a smaller image
 
@@ -113,7 +114,7 @@ class Plan:
     @property
     def fragmented(self) -> int:
         """Bytes of the volume that is mapped; half of it is written."""
-        return 4 * self.size
+        return 2 * self.size
 
     def title(self, work: Work) -> str:
         return work.title.format(
@@ -191,6 +192,7 @@ class Bench:
             if isinstance(load, Load) and not load.bounded:
                 export = self._lasting_export(cell)
                 if self._plan.warm_up and not load.cold:
+                    _read_all(export)
                     fio.measure(export.uri, load, self._plan.size, _WARM_UP, None, seed=0)
         return cell.measurable
 
@@ -241,23 +243,36 @@ class Bench:
         return Sample(job.requests, job.seconds, cpu, job.p99, job.busy)
 
     def _task(self, cell: Cell, task: Task) -> Sample:
+        for _ in range(_CLIENT_TRIES - 1):
+            with suppress(ClientFault):
+                return self._task_once(cell, task)
+        return self._task_once(cell, task)
+
+    def _task_once(self, cell: Cell, task: Task) -> Sample:
         """On a fresh image, or on one that lasts through the rounds of its work; what it did is checked."""
-        size, setup, prepared = self._tasks()[task]
-        export = self._lent.get(cell.server.name)
-        if export is None:
-            export = self._lent[cell.server.name] = cell.server.open(cell.state, self._ground.sized(size))
-            if setup is not None:
-                setup(export)
+        job = self._tasks()[task]
+        export = self._lent.get(cell.server.name) or self._lend(cell, job)
         try:
-            with prepared(export) as go:
+            with job.prepared(export) as go:
                 before, began = cpu_seconds(export.pid), time.monotonic()
                 amount = go()
                 seconds = time.monotonic() - began
                 time.sleep(_CHILD_ENDS)
                 return Sample(amount, seconds, cpu_seconds(export.pid) - before)
         finally:
-            if setup is None:
+            if job.setup is None:
                 self._lent.pop(cell.server.name).close()
+
+    def _lend(self, cell: Cell, job: _Job) -> Export:
+        export = cell.server.open(cell.state, self._ground.sized(job.size))
+        try:
+            if job.setup is not None:
+                job.setup(export)
+        except BaseException:
+            export.close()
+            raise
+        self._lent[cell.server.name] = export
+        return export
 
     def _tasks(self) -> dict[Task, _Job]:
         root, plan = self._tree, self._plan
@@ -305,6 +320,13 @@ def _kept_in(cell: Cell) -> Iterator[None]:
         yield
     except _FAULTS as error:
         cell.failure = str(error)
+
+
+def _read_all(export: Export) -> None:
+    """Warm is what was read before: the data, and what a server remembers of where it lies."""
+    with export.client() as client:
+        for offset in range(0, client.size, MiB):
+            client.read(offset, min(MiB, client.size - offset))
 
 
 def _check_blocks(export: Export, state: State) -> None:

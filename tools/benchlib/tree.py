@@ -20,12 +20,13 @@ from pathlib import Path
 from nbdthin.units import KiB, MiB
 
 from . import images
-from .errors import BenchError
+from .errors import BenchError, ClientFault
 from .servers import Export
 
 _SUITE = "bookworm"
 _PATIENCE = 20.0  # seconds for a mount to come and to go
 _MOUNT_PROGRAMS = {"nbdfuse": "libnbd-bin", "fusermount3": "fuse3", "mkfs.ext4": "e2fsprogs", "mount": "mount"}
+_COPY_PATIENCE = 10.0  # seconds; the slowest copy takes 2
 _STEP = 1 * MiB
 
 Go = Iterator[Callable[[], float]]  # yields what is timed; that returns the MiB that it moved
@@ -71,7 +72,7 @@ class Tree:
         return path
 
     def put_in(self, export: Export) -> None:
-        _tool("nbdcopy", "--flush", self._image, export.uri)
+        _nbdcopy(self._image, export.uri)
 
     @contextmanager
     def copy_in(self, export: Export) -> Go:
@@ -79,7 +80,7 @@ class Tree:
         image = self._image
 
         def go() -> float:
-            _tool("nbdcopy", image, export.uri)
+            _nbdcopy(image, export.uri)
             return _allocated(image)
 
         yield go
@@ -94,7 +95,7 @@ class Tree:
         image, copy = self._image, self._directory / "copy.img"
 
         def go() -> float:
-            _tool("nbdcopy", export.uri, copy)
+            _nbdcopy(export.uri, copy)
             return _allocated(image)
 
         try:
@@ -179,8 +180,24 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def _tool(*argv: str | Path) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True)
+def _nbdcopy(source: str | Path, destination: str | Path) -> None:
+    """With its own choice of connections and requests.
+
+    Raises ClientFault where it stumbles over itself: that of libnbd 1.14 now and then, on a busy machine, tells a
+    connection of an event that is over, and ends with "external event 1 is invalid in state READY", or waits for ever.
+    """
+    try:
+        _tool("nbdcopy", source, destination, patience=_COPY_PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise ClientFault(f"nbdcopy did not end within {_COPY_PATIENCE:.0f} s") from error
+    except BenchError as error:
+        if "is invalid in state" in str(error):
+            raise ClientFault(str(error)) from error
+        raise
+
+
+def _tool(*argv: str | Path, patience: float | None = None) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=patience)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise BenchError(f"{argv[0]}: {said[-1] if said else f'status {done.returncode}'}")
