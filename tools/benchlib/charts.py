@@ -51,6 +51,7 @@ _LEAST, _MOST = 1 / 8, 16  # ratios at its ends; what is beyond them ends there,
 
 # The second, in columns of panels.
 _COLUMNS = 2
+_PEERS = 2  # at least, in a panel
 _SERVER = 130  # width of a server's name
 _FIGURE = 70  # of its rate
 
@@ -86,7 +87,7 @@ def _rect(x: float, y: float, width: float, kind: str) -> str:
 
 
 def _how(plan: Plan) -> str:
-    return f"medians of {plan.rounds} rounds of {plan.seconds:g} s in turn, images of {format_size(plan.size)}"
+    return f"{plan.rounds} rounds of {plan.seconds:g} s in turn, images of {format_size(plan.size)}"
 
 
 def _ratios(found: Sequence[Standing], plan: Plan) -> str:
@@ -113,18 +114,21 @@ def _ratio_parts(found: Sequence[Standing], plan: Plan) -> Iterator[str]:
 
 def _place(ratio: float) -> float:
     """Across. Words stand right of the bars, so the scale ends before the picture does."""
-    left, right = _MARGIN + _NAMES, _WIDTH - _MARGIN - 120
+    left, right = _MARGIN + _NAMES, _WIDTH - _MARGIN - 160
     share = math.log(min(max(ratio, _LEAST), _MOST) / _LEAST) / math.log(_MOST / _LEAST)
     return left + share * (right - left)
 
 
 def _panel_cells(work: Work, cells: Sequence[Cell]) -> list[Cell]:
-    """nbdthin first, then its peers, best first. Of several images the one with a bar, or the first."""
+    """nbdthin first, then its peers, best first. Of several images the one with a bar, or the first.
+
+    None where there is but one peer: the other chart says all.
+    """
     ours = [cell for cell in cells if cell.work is work and cell.is_ours and cell.samples]
     barred = [cell for cell in ours if any(bar.state is cell.state and bar.own is None for bar in work.bars)]
     chosen = (barred or ours)[:1]
     peers = peers_of(chosen[0], cells) if chosen else []
-    return [*chosen, *peers] if peers else []
+    return [*chosen, *peers] if len(peers) >= _PEERS else []
 
 
 def _rates(works: Sequence[Work], result: Result) -> str:

@@ -5,7 +5,3 @@ from __future__ import annotations
 
 class BenchError(Exception):
     """The bench cannot go on, a cell has no figure, or data is not what was written: str() says why."""
-
-
-class ClientFault(BenchError):
-    """The client broke down, not the server: its work may be tried again."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from nbdthin.units import MiB, format_size
 
 from . import cold, fio, images, ranges, slowdisk, tree
-from .errors import BenchError, ClientFault
+from .errors import BenchError
 from .ours import Nbdthin
 from .process import cpu_seconds
 from .servers import Export, Ground, Server, State
@@ -25,7 +25,6 @@ from .works import FIRST_WRITE_SHARE, Load, Task, Work
 
 _WARM_UP = 0.3  # seconds: first touches, thread pools, socket buffers
 _CHILD_ENDS = 0.03  # seconds for a server's child to end after its connection, and its parent to notice
-_CLIENT_TRIES = 3
 _FAULTS = (BenchError, OSError)  # OSError: the server broke its connection, or let it time out
 _VERIFIED = 64 << 20  # bytes written and read back with checksums, or all of a smaller image
 
@@ -243,12 +242,6 @@ class Bench:
         return Sample(job.requests, job.seconds, cpu, job.p99, job.busy)
 
     def _task(self, cell: Cell, task: Task) -> Sample:
-        for _ in range(_CLIENT_TRIES - 1):
-            with suppress(ClientFault):
-                return self._task_once(cell, task)
-        return self._task_once(cell, task)
-
-    def _task_once(self, cell: Cell, task: Task) -> Sample:
         """On a fresh image, or on one that lasts through the rounds of its work; what it did is checked."""
         job = self._tasks()[task]
         export = self._lent.get(cell.server.name) or self._lend(cell, job)

@@ -100,7 +100,7 @@ WORKS = (
     Work("write-4k-d32", "4 KiB random overwrite, depth 32", Load(_WRITE, 4 * KiB, 32), _RAW, _bar(1.1, 1.5, cpu=0.6)),
     Work(
         "mixed-4k-d16-c4",
-        "4 KiB random, 70 % reads and 30 % overwrites, depth 16, 4 connections",
+        "4 KiB random, 70 % read, depth 16, four connections",
         *(Load("randrw", 4 * KiB, 16, connections=4), _RAW, _bar(1.1, 1.5)),
     ),
     Work(
