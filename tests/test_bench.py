@@ -13,8 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import psutil
 import pytest
+from benchlib.errors import BenchError
+from benchlib.ranges import check_map
 
 from tests.conftest import missing, need, need_root
 
@@ -104,6 +107,20 @@ def test_quick_proves_the_data_of_each_kind_of_work(tmp_path: Path) -> None:
     for chart, words in (("bench-ratios.svg", "nbdkit file, raw"), ("bench-rates.svg", "TRIM of a full volume")):
         assert words in " ".join(ElementTree.parse(charts / chart).getroot().itertext())
     assert list(images.iterdir()) == []
+
+
+def test_a_map_with_a_hole_too_many_or_too_few_is_wrong() -> None:
+    part, data, hole = 64 << 10, 0, 3
+    right = [(part, data), (part, hole), (part // 2, data), (part // 2, data), (part, hole)]
+    check_map(np.array(right, dtype=np.uint64), 4 * part)
+    for wrong, place in (
+        ([(part, data), (part, data), (part, data), (part, hole)], f"byte {part}"),
+        ([(part, data), (part, hole), (part, hole), (part, hole)], f"byte {2 * part}"),
+        ([(part, data), (2 * part, hole), (part, hole)], f"byte {part}"),
+        (right[:-1], f"ends at byte {3 * part}"),
+    ):
+        with pytest.raises(BenchError, match=place):
+            check_map(np.array(wrong, dtype=np.uint64), 4 * part)
 
 
 def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:

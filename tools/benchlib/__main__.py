@@ -27,10 +27,10 @@ from .rounds import Bench, Cell, Plan, cells
 from .servers import Ground, Server
 from .trials import Trial, trials
 from .trials import run as run_trials
-from .works import FIRST_WRITE_SHARE, WORKS
+from .works import FIRST_WRITE_SHARE, TREE_TASKS, WORKS
 
 SERVERS: tuple[Server, ...] = (Nbdthin(), *PEERS)
-_IMAGES = 12  # images of full size there are at once, with every server in every state
+_IMAGES = 16  # images of full size there are at once, with every server in every state
 
 
 def _size(text: str) -> int:
@@ -71,7 +71,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, metavar="N", help="rounds in turn, of which the median counts (5; quick: 1)")
     add("--seconds", type=float, metavar="S", help="length of one run of one cell (1; quick: 0.2)")
     add("--mapped", type=_blocks, metavar="N", help="blocks mapped for the last works (1M; quick: 64K)")
-    add("--size", type=_size, metavar="SIZE", help="of each image (1G; quick: 128M)")
+    add("--size", type=_size, metavar="SIZE", help="of each image (512M; quick: 128M)")
     add("--only", type=_pattern, default=_pattern(""), metavar="REGEX", help="only the cells whose name it finds")
     add("--directory", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where images go (/var/tmp)")
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
@@ -83,7 +83,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _plan(arguments: argparse.Namespace) -> Plan:
     quick: bool = arguments.quick
     return Plan(
-        size=arguments.size or (128 * MiB if quick else GiB),
+        size=arguments.size or (128 * MiB if quick else 512 * MiB),
         seconds=arguments.seconds or (0.2 if quick else 1.0),
         rounds=arguments.rounds or (1 if quick else 5),
         mapped=arguments.mapped or (64 << 10 if quick else 1 << 20),
@@ -132,7 +132,7 @@ def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, arguments
     if not chosen and not tried:
         raise BenchError("--only leaves no cell; --list shows their names")
     if chosen:
-        _check_programs(chosen)
+        _check_programs(chosen, plan)
         _check_room(plan.size, directory)
     programs = [program for cell in chosen for program in ("fio", *cell.server.programs[:1])]
     facts = machine.describe(programs, directory)
@@ -160,8 +160,10 @@ def _servers_ended() -> Iterator[None]:
         process.end_all()
 
 
-def _check_programs(chosen: Sequence[Cell]) -> None:
+def _check_programs(chosen: Sequence[Cell], plan: Plan) -> None:
     needed = {"fio", *(program for cell in chosen for program in cell.server.programs)}
+    if any(cell.work.job in TREE_TASKS for cell in chosen if cell.reason is None):
+        needed |= {"nbdcopy", "mke2fs", *(["debootstrap"] if plan.debian else [])}
     missing = machine.missing_packages(needed)
     if missing:
         raise BenchError(f"programs are missing: apt-get install {' '.join(missing)}")

@@ -100,7 +100,7 @@ def block_status(export: Export) -> Iterator[Callable[[], float]]:
     finally:
         handle.shutdown()
     for each in maps:
-        _check_map(each, size)
+        check_map(each, size)
 
 
 def _whole_map(handle: Any, size: int) -> Words:
@@ -117,8 +117,8 @@ def _whole_map(handle: Any, size: int) -> Words:
     return np.array(list(itertools.chain.from_iterable(answers)), dtype=np.uint64).reshape(-1, 2)
 
 
-def _check_map(extents: Words, size: int) -> None:
-    """Data and holes in turn, each of 64 KiB, but where an answer ended in between."""
+def check_map(extents: Words, size: int) -> None:
+    """Data and holes in turn, each of 64 KiB, but where an answer ended in between; BenchError for any other."""
     ends = np.cumsum(extents[:, 0])
     starts = ends - extents[:, 0]
     first, last = starts // _PART, (ends - np.uint64(1)) // _PART

@@ -217,10 +217,10 @@ class Bench:
         return sample
 
     def _first_writes(self, cell: Cell, load: Load, number: int) -> Sample:
-        """As many fresh images as the time holds; the last one's bytes are counted."""
+        """As many fresh images as the time holds, their making included. The last one's bytes are counted."""
         requests = max(1, self._plan.size // FIRST_WRITE_SHARE)
         samples: list[Sample] = []
-        deadline = time.monotonic() + 2 * self._plan.seconds
+        deadline = time.monotonic() + self._plan.seconds
         last = False
         while not last:
             export = cell.server.open(cell.state, self._ground)
@@ -228,7 +228,7 @@ class Bench:
                 samples.append(self._run(export, load, requests, number + 1))
                 measured = sum(sample.seconds for sample in samples)
                 last = measured >= self._plan.seconds or time.monotonic() >= deadline
-                if last and cell.server.keeps(cell.state):
+                if last and number + 1 == self._plan.rounds and cell.server.keeps(cell.state):
                     _check_first_writes(export, requests)
             finally:
                 export.close()

@@ -40,6 +40,9 @@ class Task(Enum):
     MAP = "BLOCK_STATUS of a fragmented volume"
 
 
+TREE_TASKS = (Task.COPY_IN, Task.COPY_OUT, Task.UNPACK)
+
+
 @dataclass(frozen=True, slots=True)
 class Peers:
     """Whom a work is measured against: the best that there is for it. What is no faster anywhere is left out."""
