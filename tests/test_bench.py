@@ -11,11 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import psutil
 import pytest
+from benchlib.errors import BenchError
+from benchlib.ranges import check_map
 
-from tests.conftest import missing
+from tests.conftest import missing, need, need_root
 
 BENCH = Path(__file__).parents[1] / "tools" / "bench"
 pytestmark = pytest.mark.slow
@@ -56,19 +60,67 @@ def test_cells_are_measured_in_turn_verified_and_told_as_a_table_and_as_json(tmp
         table, said = bench.communicate(timeout=120)
     assert bench.returncode == 0, table + said
     assert "Warm page cache" in table
-    assert "|   nbdkit cow 64K " in table
+    assert "|   nbdkit cow 4K " in table
+    assert "|   nbdkit file, raw " in table
     assert "all right" in table
     told = json.loads(report.read_text())
     assert told["sound"]
     for cell in told["cells"]:
-        if (cell["work"], cell["server"]) == ("first-4k-d32", "nbdkit file"):
-            assert cell["reason"] == "a raw file: no parent, no snapshots"
-        else:
-            assert cell["requests_per_second"] > 0
-            assert cell["failure"] is None
+        assert cell["per_second"] > 0
+        assert cell["failure"] is None
+    standings = {standing["work"]: standing for standing in told["standings"]}
+    assert standings["read-4k-d32"]["best_peer"] == "nbdkit file"
+    assert standings["first-4k-d32"]["best_peer"] == "nbdkit cow 4K", "a raw file is no peer of a clone"
+    for standing in standings.values():
+        assert standing["holds"] == (standing["ratio"] >= standing["at_least"])
     checked = {(verdict["server"], verdict["image"]) for verdict in told["verified"]}
     assert {("nbdthin", "full"), ("nbdthin", "clone"), ("nbdkit file", "full")} <= checked
     assert list(images.iterdir()) == []
+
+
+def test_quick_proves_the_data_of_each_kind_of_work(tmp_path: Path) -> None:
+    """All that has a row in the table but for what the others here measure, each with one peer or a few."""
+    need_root()
+    for program in ("qemu-nbd", "nbd-server", "nbdcopy", "nbdfuse", "fusermount3", "mkfs.ext4"):
+        need(program)
+    report, charts, images = tmp_path / "report.json", tmp_path / "charts", tmp_path / "images"
+    images.mkdir()
+    cells = (
+        "(mixed|empty|cold)-4k.*/(nbdthin|nbdkit file|qemu-nbd ext_l2|nbd-server)/|tcp-(read-4k-d32|overwrite-1m)"
+        "|chain.*/nbdthin/|(copy-in|copy-out|unpack|trim|map)/(nbdthin|nbdkit file|qemu-nbd qcow2)/"
+    )
+    told_to = ("--json", str(report), "--charts", str(charts))
+    with start(images, "--quick", "--size", "16M", "--only", cells, *told_to) as bench:
+        table, said = bench.communicate(timeout=300)
+    assert bench.returncode == 0, table + said
+    told = json.loads(report.read_text())
+    works = {cell["work"] for cell in told["cells"]}
+    assert works >= {"mixed-4k-d16-c4", "empty-4k-d32", "cold-4k-d32", "copy-in", "copy-out", "unpack", "trim", "map"}
+    for cell in told["cells"]:
+        assert cell.get("per_second", 0) > 0, cell
+    assert {cell["work"] for cell in told["cells"] if cell["cache"] == "cold"} == {"cold-4k-d32"}
+    assert {"chain of 1", "chain of 100", "chain of 1000"} == {
+        cell["image"] for cell in told["cells"] if cell["work"] == "chain-4k-d32"
+    }
+    own = [standing for standing in told["standings"] if standing["work"] == "chain-4k-d32"]
+    assert [(each["image"], each["best_peer_image"]) for each in own] == [("chain of 1000", "chain of 1")]
+    for chart, words in (("bench-ratios.svg", "nbdkit file, raw"), ("bench-rates.svg", "TRIM of a full volume")):
+        assert words in " ".join(ElementTree.parse(charts / chart).getroot().itertext())
+    assert list(images.iterdir()) == []
+
+
+def test_a_map_with_a_hole_too_many_or_too_few_is_wrong() -> None:
+    part, data, hole = 64 << 10, 0, 3
+    right = [(part, data), (part, hole), (part // 2, data), (part // 2, data), (part, hole)]
+    check_map(np.array(right, dtype=np.uint64), 4 * part)
+    for wrong, place in (
+        ([(part, data), (part, data), (part, data), (part, hole)], f"byte {part}"),
+        ([(part, data), (part, hole), (part, hole), (part, hole)], f"byte {2 * part}"),
+        ([(part, data), (2 * part, hole), (part, hole)], f"byte {part}"),
+        (right[:-1], f"ends at byte {3 * part}"),
+    ):
+        with pytest.raises(BenchError, match=place):
+            check_map(np.array(wrong, dtype=np.uint64), 4 * part)
 
 
 def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:
@@ -88,8 +140,8 @@ def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:
                 assert "compiler" in one["reason"]
                 continue
             assert one["ratio_to_one_writer"] is None
-            assert many["ratio_to_one_writer"] == many["requests_per_second"] / one["requests_per_second"]
-            assert disk == "fsync" or one["requests_per_second"] < 1000, "a sync of a millisecond and more"
+            assert many["ratio_to_one_writer"] == many["per_second"] / one["per_second"]
+            assert disk == "fsync" or one["per_second"] < 1000, "a sync of a millisecond and more"
     assert list(images.iterdir()) == []
 
 

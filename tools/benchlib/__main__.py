@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 from nbdthin.errors import Invalid
 from nbdthin.units import GiB, MiB, format_size, parse_size
 
-from . import bigpool, machine, process, report
+from . import bigpool, charts, machine, process, report
 from .errors import BenchError
 from .ours import Nbdthin
 from .peers import PEERS
@@ -26,10 +27,10 @@ from .rounds import Bench, Cell, Plan, cells
 from .servers import Ground, Server
 from .trials import Trial, trials
 from .trials import run as run_trials
-from .works import FIRST_WRITE_SHARE, WORKS
+from .works import FIRST_WRITE_SHARE, TREE_TASKS, WORKS
 
 SERVERS: tuple[Server, ...] = (Nbdthin(), *PEERS)
-_IMAGES = 12  # images of full size there are at once, with every server in every state
+_IMAGES = 16  # images of full size there are at once, with every server in every state
 
 
 def _size(text: str) -> int:
@@ -67,13 +68,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="small and short, under 3 minutes: proves the data, not the times")
-    add("--rounds", type=int, metavar="N", help="rounds in turn, of which the median counts (3; quick: 1)")
-    add("--seconds", type=float, metavar="S", help="length of one run of one cell (2; quick: 0.3)")
+    add("--rounds", type=int, metavar="N", help="rounds in turn, of which the median counts (5; quick: 1)")
+    add("--seconds", type=float, metavar="S", help="length of one run of one cell (1; quick: 0.2)")
     add("--mapped", type=_blocks, metavar="N", help="blocks mapped for the last works (1M; quick: 64K)")
-    add("--size", type=_size, metavar="SIZE", help="of each image (1G; quick: 128M)")
+    add("--size", type=_size, metavar="SIZE", help="of each image (512M; quick: 128M)")
     add("--only", type=_pattern, default=_pattern(""), metavar="REGEX", help="only the cells whose name it finds")
     add("--directory", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where images go (/var/tmp)")
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
+    add("--charts", type=Path, metavar="DIR", help="write charts there, as SVG")
     add("--list", action="store_true", help="print the names of the cells, and end")
     return parser.parse_args(argv)
 
@@ -81,12 +83,22 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _plan(arguments: argparse.Namespace) -> Plan:
     quick: bool = arguments.quick
     return Plan(
-        size=arguments.size or (128 * MiB if quick else GiB),
-        seconds=arguments.seconds or (0.3 if quick else 2.0),
-        rounds=arguments.rounds or (1 if quick else 3),
+        size=arguments.size or (128 * MiB if quick else 512 * MiB),
+        seconds=arguments.seconds or (0.2 if quick else 1.0),
+        rounds=arguments.rounds or (1 if quick else 5),
         mapped=arguments.mapped or (64 << 10 if quick else 1 << 20),
         warm_up=not quick,
+        trimmed=_trimmed(arguments.directory, GiB if quick else 100 * GiB),
+        debian=not quick and os.geteuid() == 0,
     )
+
+
+def _trimmed(directory: Path, most: int) -> int:
+    """What is trimmed takes its space for a moment: a quarter of what is free, at most."""
+    size = most
+    while size > psutil.disk_usage(str(directory)).free // 4 and size > MiB << 5:
+        size = 1 << (size - 1).bit_length() - 1
+    return size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too: a script's background job starts with it ignored
         signal.signal(number, _interrupt)
     try:
-        return _bench(chosen, tried, _plan(arguments), arguments.directory, arguments.json)
+        return _bench(chosen, tried, _plan(arguments), arguments)
     except (BenchError, OSError) as error:
         print(f"tools/bench: {error}", file=sys.stderr)
         return 1
@@ -115,11 +127,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, directory: Path, json: Path | None) -> int:
+def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, arguments: argparse.Namespace) -> int:
+    directory: Path = arguments.directory
     if not chosen and not tried:
         raise BenchError("--only leaves no cell; --list shows their names")
     if chosen:
-        _check_programs(chosen)
+        _check_programs(chosen, plan)
         _check_room(plan.size, directory)
     programs = [program for cell in chosen for program in ("fio", *cell.server.programs[:1])]
     facts = machine.describe(programs, directory)
@@ -130,8 +143,10 @@ def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, directory
             run_trials(tried, Path(place), plan, status.update)
     result = report.Result(facts, plan, chosen, bench.verdicts, tried)
     report.print_report(result)
-    if json is not None:
-        report.write_json(json, result)
+    if arguments.json is not None:
+        report.write_json(arguments.json, result)
+    if arguments.charts is not None:
+        charts.write(arguments.charts, result)
     return 0 if result.sound else 1
 
 
@@ -145,8 +160,10 @@ def _servers_ended() -> Iterator[None]:
         process.end_all()
 
 
-def _check_programs(chosen: Sequence[Cell]) -> None:
+def _check_programs(chosen: Sequence[Cell], plan: Plan) -> None:
     needed = {"fio", *(program for cell in chosen for program in cell.server.programs)}
+    if any(cell.work.job in TREE_TASKS for cell in chosen if cell.reason is None):
+        needed |= {"nbdcopy", "mke2fs", *(["debootstrap"] if plan.debian else [])}
     missing = machine.missing_packages(needed)
     if missing:
         raise BenchError(f"programs are missing: apt-get install {' '.join(missing)}")

@@ -8,7 +8,7 @@ zeroes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from nbdthin.pool.records import LEAF_BLOCKS, Counter, End, Layer, Leaf, Name, R
 from nbdthin.units import KiB
 
 BLOCK_SIZE = 64 * KiB
+FULL_VOLUME = "full"
 VOLUMES = 16  # that share the blocks; each stands on a snapshot, which owns half of what it reads
 RUN = 16  # blocks that lie together: what a volume is given at a time
 STEP = VOLUMES * 2 * LEAF_BLOCKS  # blocks: a leaf of each volume and one of each snapshot
@@ -33,10 +34,28 @@ def make(path: Path, blocks: int) -> None:
     `blocks` is a multiple of STEP. Odd leaves are the volume's, even ones the snapshot's below it.
     """
     assert blocks and blocks % STEP == 0
+    _write(path, blocks, _names(blocks), _leaves(blocks))
+
+
+def make_full(path: Path, size: int) -> None:
+    """A pool at `path` with one volume, FULL_VOLUME, of `size` bytes, every block of it mapped, in ascending order.
+
+    `size` is a multiple of 32 MiB, what a leaf maps.
+    """
+    blocks = size // BLOCK_SIZE
+    assert blocks and blocks % LEAF_BLOCKS == 0
+    names: list[Record] = [Counter(2), Layer(1, 0), Name(FULL_VOLUME, False, 1, size, time.time(), {})]
+    firsts = range(0, blocks, LEAF_BLOCKS)
+    within = np.arange(LEAF_BLOCKS, dtype=np.uint64)
+    leaves = (Leaf(1, first // LEAF_BLOCKS, _entries(np.uint64(first) + within)) for first in firsts)
+    _write(path, blocks, names, leaves)
+
+
+def _write(path: Path, blocks: int, names: Iterable[Record], leaves: Iterable[Record]) -> None:
     Pool.init(path, size=(1 + blocks + blocks // _FREE) * BLOCK_SIZE, block_size=BLOCK_SIZE)
     journal = Journal(path / "journal")
     journal.load(lambda _: None)
-    journal.write_checkpoint(journal.start_segment(), _payloads(blocks))
+    journal.write_checkpoint(journal.start_segment(), _payloads(names, leaves))
     journal.close()
 
 
@@ -45,13 +64,12 @@ def volume_size(blocks: int) -> int:
     return blocks // VOLUMES * BLOCK_SIZE
 
 
-def _payloads(blocks: int) -> Iterator[bytes]:
-    count = 0
-    names = list(_names(blocks))
-    yield encode(names)
-    count += len(names)
+def _payloads(names: Iterable[Record], leaves: Iterable[Record]) -> Iterator[bytes]:
+    first = list(names)
+    yield encode(first)
+    count = len(first)
     part: list[Record] = []
-    for leaf in _leaves(blocks):
+    for leaf in leaves:
         part.append(leaf)
         if len(part) == _FRAME:
             yield encode(part)
@@ -83,5 +101,9 @@ def _leaves(blocks: int) -> Iterator[Record]:
             for leaf in range(1 - below, each, 2):
                 first = (number * each + leaf) * runs_of_leaf
                 physical: Words = (runs[first : first + runs_of_leaf, None] * np.uint64(RUN) + within).reshape(-1)
-                entries = (physical + np.uint64(1)) << np.uint64(32) | np.uint64(FULL)
-                yield Leaf(2 * number + 2 - below, leaf, entries.tobytes())
+                yield Leaf(2 * number + 2 - below, leaf, _entries(physical))
+
+
+def _entries(physical: Words) -> bytes:
+    """Of whole blocks; physical block 0 is the header's."""
+    return ((physical + np.uint64(1)) << np.uint64(32) | np.uint64(FULL)).tobytes()

@@ -23,21 +23,33 @@ _FIXED_NEWSTYLE_NO_ZEROES = 3
 _EXPORT_NAME = 1
 _REQUEST_MAGIC = 0x25609513
 _REPLY_MAGIC = 0x67446698
-_READ, _WRITE, _DISCONNECT, _FLUSH = range(4)
+_READ, _WRITE, _DISCONNECT, _FLUSH, _TRIM = range(5)
+
+Address = Path | tuple[str, int]  # of a unix socket, or host and port
+
+
+def connect(address: Address, timeout: float) -> socket.socket:
+    """Raises OSError where nobody listens."""
+    connection = socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(address if isinstance(address, tuple) else str(address))
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 class Client:
     """One connection to one export. Errors are BenchError, OSError when the socket breaks."""
 
-    def __init__(self, path: Path, export: str, timeout: float = 60.0) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(timeout)
+    def __init__(self, address: Address, export: str, timeout: float = 60.0) -> None:
+        self._socket = connect(address, timeout)
         try:
-            self._socket.connect(str(path))
             self.size = self._negotiate(export.encode())
         except OSError as error:
             self._socket.close()
-            raise BenchError(f"export {export!r} at {path}: {error}") from error
+            raise BenchError(f"export {export!r} at {address}: {error}") from error
         self._cookie = 0
 
     def _negotiate(self, export: bytes) -> int:
@@ -78,6 +90,9 @@ class Client:
 
     def flush(self) -> None:
         self._request(_FLUSH, 0, 0)
+
+    def trim(self, offset: int, length: int) -> None:
+        self._request(_TRIM, offset, length)
 
     def ask(self, cookie: int, offset: int, length: int) -> None:
         """Ask for a range and do not wait: `answer` does."""

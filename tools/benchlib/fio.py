@@ -9,8 +9,9 @@ from typing import Any
 
 from .errors import BenchError
 from .images import WRITTEN_BYTE
-from .works import Work
+from .works import Load
 
+READS_OF_MIX = 70  # percent
 _CONNECT_AND_GO = 60.0  # seconds beyond the job's own after which a server counts as hung
 
 
@@ -18,7 +19,8 @@ _CONNECT_AND_GO = 60.0  # seconds beyond the job's own after which a server coun
 class Job:
     """What fio reports of one job, or of several as one.
 
-    `busy` is fio's own CPU time over its run time: near 1, the client is the limit.
+    `p99` is of the flushes where there are any, and else of reads or writes, whichever is worse. `busy` is fio's own
+    CPU time over its run time, of one connection on average: near 1, the client is the limit.
     """
 
     requests: int
@@ -27,18 +29,22 @@ class Job:
     busy: float
 
 
-def measure(uri: str, work: Work, size: int, seconds: float, requests: int | None, seed: int) -> Job:
-    """One measured run: for `seconds`, or, where `requests` is given, so many of them, each at another place."""
-    amount = (
-        ["--time_based", f"--runtime={round(seconds * 1000)}ms", "--norandommap"]
-        if requests is None
-        else [f"--io_size={requests * work.block}"]
-    )
-    pattern = [f"--buffer_pattern={WRITTEN_BYTE:#x}"] if work.writes else []
-    shape = [f"--rw={work.rw}", f"--bs={work.block}", f"--iodepth={work.depth}", f"--randseed={seed}"]
-    many = [f"--numjobs={work.writers}", "--group_reporting"] if work.writers > 1 else []
-    flush = ["--fsync=1"] if work.flushes else []
-    return _run(uri, [*shape, *amount, *pattern, *many, *flush, f"--size={size}"], seconds)
+def measure(uri: str, load: Load, size: int, seconds: float, requests: int | None, seed: int) -> Job:
+    """One measured run: for `seconds`, or, where `requests` is given, so many of them, each at another place.
+
+    Of a cold image each place is read once, and the run ends early where there are no more.
+    """
+    runtime = f"--runtime={round(seconds * 1000)}ms"
+    if requests is not None:
+        amount = [f"--io_size={requests * load.block}"]
+    else:
+        amount = [runtime] if load.cold else ["--time_based", runtime, "--norandommap"]
+    pattern = [f"--buffer_pattern={WRITTEN_BYTE:#x}"] if load.writes else []
+    shape = [f"--rw={load.rw}", f"--bs={load.block}", f"--iodepth={load.depth}", f"--randseed={seed}"]
+    mix = [f"--rwmixread={READS_OF_MIX}"] if load.rw == "randrw" else []
+    many = [f"--numjobs={load.connections}", "--group_reporting"] if load.connections > 1 else []
+    flush = ["--fsync=1"] if load.flushes else []
+    return _run(uri, [*shape, *amount, *pattern, *mix, *many, *flush, f"--size={size}"], seconds)
 
 
 def verify(uri: str, size: int, amount: int) -> None:
@@ -73,13 +79,13 @@ def _parse(output: str) -> Job:
     """fio may talk before its JSON begins."""
     report: dict[str, Any] = json.loads(output[output.index("{") :])
     job = report["jobs"][0]
-    side = job["read"] if job["read"]["total_ios"] else job["write"]
-    if not side["total_ios"]:
+    sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
+    if not sides:
         raise BenchError("fio did not get a single request through")
-    slow = job["sync"]["lat_ns"] if job["sync"]["total_ios"] else side["clat_ns"]  # of the flush, where there are any
+    slow = [job["sync"]["lat_ns"]] if job["sync"]["total_ios"] else [side["clat_ns"] for side in sides]
     return Job(
-        requests=int(side["total_ios"]),
-        seconds=float(side["runtime"]) / 1000,
-        p99=float(slow["percentile"]["99.000000"]) / 1e9,
+        requests=sum(int(side["total_ios"]) for side in sides),
+        seconds=max(float(side["runtime"]) for side in sides) / 1000,
+        p99=max(float(each["percentile"]["99.000000"]) for each in slow) / 1e9,
         busy=(float(job["usr_cpu"]) + float(job["sys_cpu"])) / 100,
     )

@@ -34,17 +34,36 @@ _GENERATION = np.uint64(0x8CB92BA72F3D8DD7)
 
 Words = NDArray[np.uint64]
 
+NOTHING = np.uint64(2**64 - 1)  # the generation of a block that nobody wrote: zeroes
+
 
 def content(numbers: Words, generations: Words) -> Words:
     """One row of 512 words for each block number."""
     seeds = (numbers + np.uint64(1)) * _NUMBER ^ generations * _GENERATION
     rows: Words = seeds[:, None] ^ _LANES[None, :]
+    rows[generations == NOTHING] = 0
     return rows
 
 
 def blank(size: int) -> Words:
     """The generations of an image of `size` bytes that was filled and no more."""
     return np.zeros(size // BLOCK, dtype=np.uint64)
+
+
+def empty(size: int) -> Words:
+    """Those of an image of `size` bytes that nobody wrote to."""
+    return np.full(size // BLOCK, NOTHING)
+
+
+def make_sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def allocate(path: Path, size: int) -> None:
+    """Gives a file its space on the disk, without anything in it."""
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _steps(generations: Words, step: int = _STEP) -> Iterator[tuple[int, Words]]:

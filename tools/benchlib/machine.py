@@ -21,6 +21,9 @@ _PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "nbd-server": "nbd-server",
+    "nbdcopy": "libnbd-bin",
+    "mke2fs": "e2fsprogs",
+    "debootstrap": "debootstrap",
 }
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)*")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +18,39 @@ import nbdthin
 from nbdthin.errors import Error
 from nbdthin.units import GiB, MiB
 
-from . import images, slowdisk
+from . import bigpool, images
 from .client import Client
 from .errors import BenchError
-from .process import Daemon
+from .process import Daemon, cpu_seconds, free_port
 from .servers import Export, Ground, Setting, State, write_some
 
-_GOLDEN = "golden"
-_IMAGE = "golden@1"
 _TREE = MiB  # bytes that the file system may keep for its tree of extents
+_REST = 60.0  # seconds until the checksums of a parent must be there
 _SPACE_BACK = 60.0  # seconds; a file system mounted with `discard` takes several for a GiB
 
+_ROOM = 64  # images of the size that the first one has; a limit that no work comes near
 _CONFIG = """\
 [pool]
 path = "pool"
-size = "{size}"
+size = "{size} B"
 
 [server]
-listen = ["unix:s"]
+listen = ["unix:s", "tcp:127.0.0.1:{port}"]
 
 [control]
 socket = "control"
+
+[scrub]
+rate = "{sums}"
 """
+_SUMS = "1 GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class _Daemon:
+    process: Daemon
+    place: Path
+    port: int
 
 
 class Nbdthin:
@@ -44,56 +58,96 @@ class Nbdthin:
 
     name = "nbdthin"
     programs: tuple[str, ...] = ()
-    settings = (Setting((), "its defaults"),)
+    settings = (
+        Setting((), "its defaults, but for"),
+        Setting((f'[scrub] rate = "{_SUMS}"',), "the parent's checksums are there before anything is measured"),
+    )
 
     def __init__(self) -> None:
-        self._daemons: dict[bool, tuple[Daemon, Path]] = {}  # on a slow disk, or not: the daemon and its place
+        self._daemons: dict[bool, _Daemon] = {}  # on a slow disk, or not
+        self._golden: dict[tuple[bool, int], str] = {}  # the snapshot that clones of a size are made of
         self._numbers = itertools.count()
 
-    def lacks(self, state: State) -> str | None:
-        return slowdisk.missing() if state is State.SLOW else None
+    def is_raw(self, state: State) -> bool:
+        return False
 
     def keeps(self, state: State) -> bool:
         return True
 
     def open(self, state: State, ground: Ground) -> Export:
+        if state is State.MAPPED:
+            return _open_mapped(ground)
         slow = state is State.SLOW
         if slow not in self._daemons:
-            self._daemons[slow] = self._start(state, ground)
-        daemon, place = self._daemons[slow]
-        generations = images.blank(ground.size)
+            self._daemons[slow] = _start(_ROOM * max(ground.size, GiB), ground, ground.environment(state))
+        daemon = self._daemons[slow]
+        place = daemon.place
+        golden = self._golden_image(slow, ground) if state is State.CLONE or state.depth else ""
         before = _allocated(place)
         name = f"{state.value.replace(' ', '-').replace(',', '')}.{next(self._numbers)}"
+        generations = images.empty(ground.size) if state is State.EMPTY else images.blank(ground.size)
         with _control(place) as pool:
-            if state in (State.FULL, State.SLOW):
-                pool.create(name, ground.size)
-                _fill(place, name, ground)
+            if golden:
+                pool.clone(golden, name)
             else:
-                pool.clone(_IMAGE, name)
+                pool.create(name, ground.size)
+            if state.is_full:
+                _fill(place, name, ground)
             random = np.random.default_rng(state.depth)
             for depth in range(1, state.depth + 1):
                 with Client(place / "s", name) as client:
                     write_some(client, generations, depth, random)
                 pool.snapshot(name, f"{name}@{depth}")
-        return Export(place / "s", name, daemon.pid, generations, lambda: _remove(place, name, state.depth, before))
+        if state.depth:
+            _settle(daemon.process.pid)
+        address = ("127.0.0.1", daemon.port) if state is State.TCP else place / "s"
+        close = partial(_remove, place, name, state.depth, before)
+        return Export(address, name, daemon.process.pid, generations, close)
 
-    def _start(self, state: State, ground: Ground) -> tuple[Daemon, Path]:
-        """With the image that all clones are made of: a snapshot of a full volume."""
-        place = ground.place(self.name)
-        config = place / "exports.toml"
-        config.write_text(_CONFIG.format(size=f"{4 * ground.size + GiB} B"))  # a limit that no work comes near
-        argv = [sys.executable, "-m", "nbdthin", "serve", "--config", str(config)]
-        daemon = Daemon(argv, place / "s", env=ground.environment(state))
-        with _control(place) as pool:
-            pool.create(_GOLDEN, ground.size)
-            _fill(place, _GOLDEN, ground)
-            pool.snapshot(_GOLDEN, _IMAGE)
-        return daemon, place
+    def _golden_image(self, slow: bool, ground: Ground) -> str:
+        """A snapshot of a full volume."""
+        key = slow, ground.size
+        if key not in self._golden:
+            place = self._daemons[slow].place
+            name = f"golden-{ground.size}"
+            with _control(place) as pool:
+                pool.create(name, ground.size)
+                _fill(place, name, ground)
+                pool.snapshot(name, f"{name}@1")
+            _settle(self._daemons[slow].process.pid)
+            self._golden[key] = f"{name}@1"
+        return self._golden[key]
 
     def check_parents(self, ground: Ground) -> None:
-        for _, place in self._daemons.values():
-            with Client(place / "s", _IMAGE) as client:
-                images.check_kept(client, images.blank(ground.size))
+        for (slow, size), name in self._golden.items():
+            with Client(self._daemons[slow].place / "s", name) as client:
+                images.check_kept(client, images.blank(size))
+
+
+def _start(size: int, ground: Ground, environment: Mapping[str, str], pool: Path | None = None) -> _Daemon:
+    """With a new pool of `size` bytes, or with the one at `pool`, which it takes away."""
+    place = ground.place(Nbdthin.name)
+    if pool is not None:
+        pool.rename(place / "pool")
+    port = free_port()
+    config = place / "exports.toml"
+    config.write_text(_CONFIG.format(size=size, port=port, sums=_SUMS))
+    argv = [sys.executable, "-m", "nbdthin", "serve", "--config", str(config)]
+    return _Daemon(Daemon(argv, place / "s", env=environment), place, port)
+
+
+def _open_mapped(ground: Ground) -> Export:
+    """A daemon of its own: the mapping of such a volume is made, not written."""
+    pool = ground.place("mapped") / "pool"
+    bigpool.make_full(pool, ground.size)
+    images.allocate(pool / "data", (pool / "data").stat().st_size)
+    daemon = _start(0, ground, {}, pool)
+
+    def close() -> None:
+        daemon.process.stop()
+        shutil.rmtree(daemon.place)
+
+    return Export(daemon.place / "s", bigpool.FULL_VOLUME, daemon.process.pid, images.empty(ground.size), close)
 
 
 @contextmanager
@@ -108,6 +162,16 @@ def _control(place: Path) -> Iterator[nbdthin.Client]:
 def _fill(place: Path, name: str, ground: Ground) -> None:
     with Client(place / "s", name) as client:
         images.fill(client, ground.size)
+
+
+def _settle(pid: int) -> None:
+    """Waits until the daemon has computed the checksums of what was sealed, and rests."""
+    deadline = time.monotonic() + _REST
+    rested = False
+    while not rested and time.monotonic() < deadline:
+        before = cpu_seconds(pid)
+        time.sleep(0.2)
+        rested = cpu_seconds(pid) - before < 0.02
 
 
 def _remove(place: Path, name: str, depth: int, before: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from .client import Address, connect
 from .errors import BenchError
 
 _START = 20.0  # seconds until the socket must answer: a chain of 100 files on a busy machine takes 1 to 2
@@ -23,7 +24,8 @@ class Daemon:
     """One server process (and its children), from its start to `stop`.
 
     It gets a session of its own, so that a Ctrl-C in the terminal reaches the bench alone, which then ends the
-    servers in order. `pidfile` is for servers that go into the background: theirs is the process that counts.
+    servers in order. It is up when its socket `sock` answers, or `address` where it listens elsewhere. `pidfile` is for
+    servers that go into the background: theirs is the process that counts.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Daemon:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         pidfile: Path | None = None,
+        address: Address | None = None,
     ) -> None:
         self.name = Path(argv[0]).name
         self._log = sock.with_suffix(".log")
@@ -51,19 +54,19 @@ class Daemon:
         self.pid = self._child.pid
         _running.add(self)
         try:
-            self._wait_for(sock)
+            self._wait_for(address or sock)
         except BenchError:
             self.stop()
             raise
 
-    def _wait_for(self, sock: Path) -> None:
+    def _wait_for(self, address: Address) -> None:
         deadline = time.monotonic() + _START
-        while not (self._background_pid() and _answers(sock)):
+        while not (self._background_pid() and _answers(address)):
             ended = self._child.poll()
             if ended is not None and (self._pidfile is None or ended != 0):
                 raise BenchError(f"{self.name} ended with status {ended}: {self.last_words()}")
             if time.monotonic() > deadline:
-                raise BenchError(f"{self.name} did not answer at {sock} within {_START:.0f} s: {self.last_words()}")
+                raise BenchError(f"{self.name} did not answer at {address} within {_START:.0f} s: {self.last_words()}")
             time.sleep(0.005)
 
     def _background_pid(self) -> bool:
@@ -108,16 +111,22 @@ def _end(processes: Sequence[psutil.Process]) -> None:
     psutil.wait_procs(alive, timeout=_STOP)
 
 
-def _answers(path: Path) -> bool:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens at, nor will soon: the kernel hands out others first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _answers(address: Address) -> bool:
     """Whether an NBD server greets there. A socket that connects is not enough: nbd-server then still has half a
     second of CPU to spend on keys for TLS, which would be charged to the first requests."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(_START)
-        try:
-            probe.connect(str(path))
+    try:
+        with connect(address, _START) as probe:
             return probe.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
-        except (FileNotFoundError, ConnectionError):
-            return False
+    except (FileNotFoundError, ConnectionError):
+        return False
 
 
 def cpu_seconds(pid: int) -> float:

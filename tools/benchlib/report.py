@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,22 +15,64 @@ from rich.table import Table
 
 from nbdthin.units import format_size
 
-from .ours import Nbdthin
 from .rounds import Cell, Plan, Verdict
 from .servers import State
 from .trials import Trial
+from .works import Bar, Load, Task, Work
 
-_PIPED_WIDTH = 160  # without a terminal to ask: wide enough for the longest row
+_PIPED_WIDTH = 190  # without a terminal to ask: wide enough for the longest row
 
 
-def best_peer(cell: Cell, all_cells: Sequence[Cell]) -> float | None:
-    """The highest rate of the others than nbdthin at the same work on an image in the same state."""
-    rates = [
-        other.rate
-        for other in all_cells
-        if other.samples and other.work is cell.work and other.state is cell.state and other.server.name != Nbdthin.name
-    ]
-    return max(rates, default=None)
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How nbdthin's `ours` stands to what it is measured against, and to what it shall be."""
+
+    ours: Cell
+    bar: Bar
+    best: Cell  # the highest rate of the peers; of a bar with `own`, nbdthin's own on that image
+    best_cow: Cell | None  # the highest of those that are more than a plain file
+
+    def title(self, plan: Plan) -> str:
+        title = plan.title(self.ours.work)
+        return f"{title}: {self.ours.state.value}" if len(self.ours.work.states) > 1 else title
+
+    @property
+    def against(self) -> str:
+        return who(self.best) if self.bar.own is None else f"its own {self.bar.own.value}"
+
+    @property
+    def ratio(self) -> float:
+        return self.ours.rate / self.best.rate
+
+    @property
+    def cpu_ratio(self) -> float | None:
+        """None where the best took less CPU time than can be told."""
+        return self.ours.cpu / self.best.cpu if self.best.cpu else None
+
+    @property
+    def holds(self) -> bool:
+        return self.ratio >= self.bar.least
+
+
+def peers_of(cell: Cell, all_cells: Sequence[Cell]) -> list[Cell]:
+    """The others than nbdthin at the same work on an image in the same state, best first."""
+    others = (other for other in all_cells if other.samples and other.work is cell.work and other.state is cell.state)
+    return sorted((other for other in others if not other.is_ours), key=lambda other: -other.rate)
+
+
+def standings(all_cells: Sequence[Cell]) -> list[Standing]:
+    """Of each bar that could be tried."""
+    found = []
+    for ours in (cell for cell in all_cells if cell.is_ours and cell.samples):
+        for bar in (bar for bar in ours.work.bars if bar.state is ours.state):
+            against = peers_of(ours, all_cells)
+            if bar.own is not None:
+                same = (cell for cell in all_cells if cell.is_ours and cell.work is ours.work and cell.samples)
+                against = [cell for cell in same if cell.state is bar.own]
+            if against:
+                cow = next((peer for peer in against if not peer.server.is_raw(peer.state)), None)
+                found.append(Standing(ours, bar, against[0], cow))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,57 +95,101 @@ def print_report(result: Result) -> None:
     piped = not sys.stdout.isatty()
     console = Console(width=_PIPED_WIDTH if piped else None, highlight=False)
     console.print(
-        f"Warm page cache, unix socket, one connection, images of {format_size(plan.size)}; "
+        f"Warm page cache, unix socket, one connection, images of {format_size(plan.size)}, unless it says otherwise; "
         f"medians of {plan.rounds} in turn, {plan.seconds:g} s each. Compare ratios, not machines."
     )
     console.print(", ".join(f"{name} {value}" for name, value in result.facts.items()))
     console.print()
     style = box.MARKDOWN if piped else box.ROUNDED
     if result.cells:
-        console.print(_table(result.cells, style))
+        console.print(_table(result, style))
         _print_verdicts(console, result.verdicts)
+        if found := standings(result.cells):
+            console.print()
+            console.print(_standings(found, plan, style))
     if result.trials:
         console.print(_trials(result, style))
 
 
-def _table(measured: Sequence[Cell], style: box.Box) -> Table:
+def _table(result: Result, style: box.Box) -> Table:
+    measured = result.cells
     table = Table(box=style)
     table.add_column("work and server", no_wrap=True)
-    for heading in ("requests/s", "lowest-highest", "/ best peer", "CPU us/request", "p99 us", "fio busy"):
+    for heading in ("per second", "lowest-highest", "/ best peer", "CPU us each", "p99 us", "fio busy"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("note")
     for work in dict.fromkeys(cell.work for cell in measured):
         table.add_section()
-        table.add_row(work.title, style="bold")
+        table.add_row(title(work, result.plan), *[""] * 6, f"against: {work.against.title}", style="bold")
         for cell in measured:
             if cell.work is work:
                 table.add_row(f"  {_who(cell)}", *_figures(cell, measured), _note(cell, measured))
     return table
 
 
+def title(work: Work, plan: Plan) -> str:
+    return plan.title(work) if work.unit == "requests" else f"{plan.title(work)}, {work.unit}"
+
+
+def who(cell: Cell) -> str:
+    return f"{cell.server.name}, raw" if cell.server.is_raw(cell.state) else cell.server.name
+
+
 def _who(cell: Cell) -> str:
-    several = len(cell.work.states) > 1 and cell.reason is None
-    return f"{cell.server.name}, {cell.state.value}" if several else cell.server.name
+    name = who(cell)
+    return f"{name}, {cell.state.value}" if len(cell.work.states) > 1 else name
 
 
 def _figures(cell: Cell, measured: Sequence[Cell]) -> list[str]:
     if not cell.samples:
         return ["-"] * 6
     rates = [sample.rate for sample in cell.samples]
-    best = best_peer(cell, measured)
+    peers = peers_of(cell, measured)
+    p99, busy = _p99(cell), _busy(cell)
     return [
-        f"{cell.rate:,.0f}",
-        f"{min(rates):,.0f}-{max(rates):,.0f}",
-        "-" if best is None else f"{cell.rate / best:.2f}",
-        f"{cpu_per_request(cell):.1f}",
-        f"{1e6 * cell.median(lambda sample: sample.p99):,.0f}",
-        f"{100 * cell.median(lambda sample: sample.busy):.0f} %",
+        _number(cell.rate),
+        f"{_number(min(rates))}-{_number(max(rates))}",
+        f"{cell.rate / peers[0].rate:.2f}" if peers else "-",
+        f"{1e6 * cell.cpu:,.1f}",
+        "-" if p99 is None else f"{1e6 * p99:,.0f}",
+        "-" if busy is None else f"{100 * busy:.0f} %",
     ]
 
 
-def cpu_per_request(cell: Cell) -> float:
-    """Microseconds. Of all rounds together: the kernel tells CPU time in steps of 10 ms."""
-    return 1e6 * sum(sample.cpu for sample in cell.samples) / sum(sample.requests for sample in cell.samples)
+def _p99(cell: Cell) -> float | None:
+    """Seconds."""
+    return cell.median(lambda sample: sample.p99)
+
+
+def _busy(cell: Cell) -> float | None:
+    return cell.median(lambda sample: sample.busy)
+
+
+def _standings(found: Sequence[Standing], plan: Plan, style: box.Box) -> Table:
+    """What was asked for, and whether it holds. The CPU time is that of one request, over the best peer's."""
+    table = Table(box=style)
+    table.add_column("work")
+    table.add_column("best peer")
+    for heading in ("nbdthin / it", "at least", "aim", "CPU / its", "aim", "/ best CoW peer"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("holds")
+    for each in found:
+        bar, cpu = each.bar, each.cpu_ratio
+        table.add_row(
+            each.title(plan),
+            each.against,
+            f"{each.ratio:.2f}",
+            f"{bar.least:g}",
+            f"{bar.aim:g}",
+            "-" if cpu is None else f"{cpu:.2f}",
+            "" if bar.cpu is None else f"{bar.cpu:g}",
+            f"{each.ours.rate / each.best_cow.rate:.2f}" if each.best_cow and bar.own is None else "-",
+            "yes" if each.holds else "NO",
+        )
+    table.add_section()
+    holding = sum(each.holds for each in found)
+    table.add_row(f"{holding} of {len(found)} hold", style="bold")
+    return table
 
 
 def _note(cell: Cell, measured: Sequence[Cell]) -> str:
@@ -110,7 +197,10 @@ def _note(cell: Cell, measured: Sequence[Cell]) -> str:
         return cell.failure or cell.reason or ""
     if (gain := ratio_to_one_writer(cell, measured)) is not None:
         return f"{gain:.1f} times one writer"
-    if cell.state is not State.CHAIN_100:
+    if isinstance(cell.work.job, Task):
+        whole = 1000 * statistics.median(sample.seconds for sample in cell.samples)
+        return f"{whole:,.1f} ms in all" if cell.work.job is not Task.MAP else ""
+    if cell.state.depth <= 1:
         return ""
     short = [c for c in measured if c.server is cell.server and c.work is cell.work and c.state is State.CHAIN_1]
     return f"{cell.rate / short[0].rate:.2f} of its chain of 1" if short and short[0].samples else ""
@@ -153,7 +243,8 @@ def write_json(path: Path, result: Result) -> None:
     servers = {cell.server.name: cell.server for cell in result.cells}
     report = {
         "machine": dict(result.facts),
-        "cache": "warm",
+        "root": "Debian minbase" if result.plan.debian else "library of this Python",
+        "trimmed": result.plan.trimmed,
         "size": result.plan.size,
         "seconds": result.plan.seconds,
         "rounds": result.plan.rounds,
@@ -161,7 +252,8 @@ def write_json(path: Path, result: Result) -> None:
             name: [{"arguments": s.arguments, "reason": s.reason} for s in server.settings]
             for name, server in servers.items()
         },
-        "cells": [_cell(cell, result.cells) for cell in result.cells],
+        "cells": [_cell(cell, result) for cell in result.cells],
+        "standings": [_standing(each, result.plan) for each in standings(result.cells)],
         "mapped": result.plan.mapped,
         "trials": [
             {
@@ -182,23 +274,49 @@ def write_json(path: Path, result: Result) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _cell(cell: Cell, measured: Sequence[Cell]) -> dict[str, object]:
+def _standing(each: Standing, plan: Plan) -> dict[str, object]:
+    return {
+        "work": each.ours.work.key,
+        "title": each.title(plan),
+        "against": each.ours.work.against.title,
+        "image": each.ours.state.value,
+        "best_peer": each.best.server.name,
+        "best_peer_image": each.best.state.value,
+        "best_peer_is_raw": each.best.server.is_raw(each.best.state),
+        "ratio": each.ratio,
+        "at_least": each.bar.least,
+        "aim": each.bar.aim,
+        "cpu_ratio": each.cpu_ratio,
+        "cpu_aim": each.bar.cpu,
+        "best_cow_peer": each.best_cow.server.name if each.best_cow else None,
+        "ratio_to_best_cow_peer": each.ours.rate / each.best_cow.rate if each.best_cow else None,
+        "holds": each.holds,
+    }
+
+
+def _cell(cell: Cell, result: Result) -> dict[str, object]:
+    job = cell.work.job
     who: dict[str, object] = {
         "work": cell.work.key,
-        "title": cell.work.title,
+        "title": result.plan.title(cell.work),
+        "unit": cell.work.unit,
+        "cache": "cold" if isinstance(job, Load) and job.cold else "warm",
         "server": cell.server.name,
         "image": cell.state.value,
+        "is_raw": cell.server.is_raw(cell.state),
     }
     if not cell.samples:
         return who | {"reason": cell.failure or cell.reason}
-    best = best_peer(cell, measured)
+    measured = result.cells
+    peers, p99 = peers_of(cell, measured), _p99(cell)
     return who | {
-        "requests_per_second": cell.rate,
+        "per_second": cell.rate,
         "rounds": [sample.rate for sample in cell.samples],
-        "ratio_to_best_peer": None if best is None else cell.rate / best,
-        "cpu_us_per_request": cpu_per_request(cell),
-        "p99_us": 1e6 * cell.median(lambda sample: sample.p99),
-        "client_busy": cell.median(lambda sample: sample.busy),
+        "seconds": [sample.seconds for sample in cell.samples],
+        "ratio_to_best_peer": cell.rate / peers[0].rate if peers else None,
+        "cpu_us_each": 1e6 * cell.cpu,
+        "p99_us": None if p99 is None else 1e6 * p99,
+        "client_busy": _busy(cell),
         "ratio_to_one_writer": ratio_to_one_writer(cell, measured),
         "failure": cell.failure,
     }

@@ -9,15 +9,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import NamedTuple
 
-from . import fio, images
+from nbdthin.units import MiB, format_size
+
+from . import cold, fio, images, ranges, slowdisk, tree
 from .errors import BenchError
+from .ours import Nbdthin
 from .process import cpu_seconds
 from .servers import Export, Ground, Server, State
-from .works import FIRST_WRITE_SHARE, Work
+from .works import FIRST_WRITE_SHARE, Load, Task, Work
 
 _WARM_UP = 0.3  # seconds: first touches, thread pools, socket buffers
 _CHILD_ENDS = 0.03  # seconds for a server's child to end after its connection, and its parent to notice
@@ -27,21 +31,22 @@ _VERIFIED = 64 << 20  # bytes written and read back with checksums, or all of a 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One round of one cell. A bounded work's runs on several clones are added up."""
+    """One round of one cell. A bounded work's runs on several images are added up."""
 
-    requests: int
+    amount: float  # requests, or what else the work counts
     seconds: float
     cpu: float  # seconds of the server's process tree
-    p99: float  # seconds
-    busy: float  # of fio
+    p99: float | None = None  # seconds; None where it was not fio that asked
+    busy: float | None = None  # of fio
 
     @property
     def rate(self) -> float:
-        return self.requests / self.seconds
+        return self.amount / self.seconds
 
     def __add__(self, other: Sample) -> Sample:
+        assert self.p99 is not None and other.p99 is not None and self.busy is not None and other.busy is not None
         return Sample(
-            self.requests + other.requests,
+            self.amount + other.amount,
             self.seconds + other.seconds,
             self.cpu + other.cpu,
             max(self.p99, other.p99),  # the worst of them: fio tells percentiles, which cannot be added
@@ -66,12 +71,23 @@ class Cell:
     def measurable(self) -> bool:
         return self.reason is None and self.failure is None
 
-    def median(self, figure: Callable[[Sample], float]) -> float:
-        return statistics.median(map(figure, self.samples))
+    @property
+    def is_ours(self) -> bool:
+        return self.server.name == Nbdthin.name
+
+    def median(self, figure: Callable[[Sample], float | None]) -> float | None:
+        """None where the samples have no such figure."""
+        figures = [value for value in map(figure, self.samples) if value is not None]
+        return statistics.median(figures) if figures else None
 
     @property
     def rate(self) -> float:
-        return self.median(lambda sample: sample.rate)
+        return statistics.median(sample.rate for sample in self.samples)
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of one request. Of all rounds together: the kernel tells CPU time in steps of 10 ms."""
+        return sum(sample.cpu for sample in self.samples) / sum(sample.amount for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,28 +107,62 @@ class Plan:
     rounds: int
     warm_up: bool
     mapped: int  # blocks of the pools of trials.py
+    trimmed: int  # bytes of the volume that is trimmed
+    debian: bool  # whether the root file system is Debian's, or something smaller
+
+    @property
+    def fragmented(self) -> int:
+        """Bytes of the volume that is mapped; half of it is written."""
+        return 2 * self.size
+
+    def title(self, work: Work) -> str:
+        return work.title.format(
+            root="a Debian root" if self.debian else "Python's library",
+            trimmed=format_size(self.trimmed),
+            fragmented=format_size(self.fragmented),
+        )
 
 
 def cells(works: Sequence[Work], servers: Sequence[Server]) -> list[Cell]:
-    """All of them. What a server has in no state of a work is one cell, with the reason, not several."""
+    """All of them: nbdthin's, and those of the peers that the works name."""
     found: list[Cell] = []
     for work in works:
+        reason = _missing(work)
         for server in servers:
-            possible = [state for state in work.states if server.lacks(state) is None]
-            found += [Cell(work, server, state) for state in possible]
-            if not possible:
-                found.append(Cell(work, server, work.states[0], server.lacks(work.states[0])))
+            if server.name == Nbdthin.name or server.name in work.against.names:
+                states = [each for each in work.states if each is not State.CHAIN_1000 or server.name == Nbdthin.name]
+                found += [Cell(work, server, state, reason) for state in states]
     return found
 
 
+def _missing(work: Work) -> str | None:
+    """Why this machine cannot do it; None when it can."""
+    if State.SLOW in work.states:
+        return slowdisk.missing()
+    return tree.mount_missing() if work.job is Task.UNPACK else ranges.map_missing() if work.job is Task.MAP else None
+
+
+class _Job(NamedTuple):
+    """How a task is done."""
+
+    size: int  # bytes of its image
+    setup: Callable[[Export], None] | None  # what is done once to an image that lasts; None: it takes a fresh one
+    prepared: Callable[[Export], AbstractContextManager[Callable[[], float]]]  # hands out what is timed, then checks it
+
+
 class Bench:
-    """`exports` are the images that stay open from their first use to the end; bounded works take fresh ones."""
+    """`exports` are the images that stay open from their first use to the end; bounded works take fresh ones.
+
+    `lent` are those of the tasks of one work, by the server's name.
+    """
 
     def __init__(self, ground: Ground, plan: Plan, say: Callable[[str], None]) -> None:
         self._ground = ground
         self._plan = plan
         self._say = say
         self._exports: dict[tuple[str, State], Export] = {}
+        self._lent: dict[str, Export] = {}
+        self._tree = tree.Tree(ground.directory, plan.debian)
         self.verdicts: list[Verdict] = []
 
     def run(self, todo: Sequence[Cell]) -> None:
@@ -126,17 +176,23 @@ class Bench:
         for number in range(self._plan.rounds):
             for cell in ready:
                 if cell.measurable:
-                    self._say(f"{work.title}: round {number + 1} of {self._plan.rounds}, {cell.server.name}")
+                    self._say(
+                        f"{self._plan.title(work)}: round {number + 1} of {self._plan.rounds}, {cell.server.name}"
+                    )
                     with _kept_in(cell):
                         cell.samples.append(self._round(cell, number))
+        while self._lent:
+            self._lent.popitem()[1].close()
 
     def _prepare(self, cell: Cell) -> bool:
-        self._say(f"{cell.work.title}: preparing {cell.server.name}, {cell.state.value}")
+        self._say(f"{self._plan.title(cell.work)}: preparing {cell.server.name}, {cell.state.value}")
+        load = cell.work.job
         with _kept_in(cell):
-            if not cell.work.bounded:
+            if isinstance(load, Load) and not load.bounded:
                 export = self._lasting_export(cell)
-                if self._plan.warm_up:
-                    fio.measure(export.uri, cell.work, self._plan.size, _WARM_UP, None, seed=0)
+                if self._plan.warm_up and not load.cold:
+                    _read_all(export)
+                    fio.measure(export.uri, load, self._plan.size, _WARM_UP, None, seed=0)
         return cell.measurable
 
     def _lasting_export(self, cell: Cell) -> Export:
@@ -146,46 +202,87 @@ class Bench:
         return self._exports[key]
 
     def _round(self, cell: Cell, number: int) -> Sample:
-        if cell.work.bounded:
-            return self._first_writes(cell, number)
+        load = cell.work.job
+        if isinstance(load, Task):
+            return self._task(cell, load)
+        if load.bounded:
+            return self._first_writes(cell, load, number)
         export = self._lasting_export(cell)
-        sample = self._run(export, cell.work, None, number + 1)
-        if cell.work.writes:  # the next to be measured shall not pay for this one's dirty pages
+        if load.cold:
+            cold.drop(export)
+        sample = self._run(export, load, None, number + 1)
+        if load.writes:  # the next to be measured shall not pay for this one's dirty pages
             with export.client() as client:
                 client.flush()
         return sample
 
-    def _first_writes(self, cell: Cell, number: int) -> Sample:
-        """As many fresh clones as the time holds; the last one's bytes are counted."""
+    def _first_writes(self, cell: Cell, load: Load, number: int) -> Sample:
+        """As many fresh images as the time holds, their making included. The last one's bytes are counted."""
         requests = max(1, self._plan.size // FIRST_WRITE_SHARE)
         samples: list[Sample] = []
-        deadline = time.monotonic() + 2 * self._plan.seconds
+        deadline = time.monotonic() + self._plan.seconds
         last = False
         while not last:
             export = cell.server.open(cell.state, self._ground)
             try:
-                samples.append(self._run(export, cell.work, requests, number + 1))
+                samples.append(self._run(export, load, requests, number + 1))
                 measured = sum(sample.seconds for sample in samples)
                 last = measured >= self._plan.seconds or time.monotonic() >= deadline
-                if last and cell.server.keeps(cell.state):
+                if last and number + 1 == self._plan.rounds and cell.server.keeps(cell.state):
                     _check_first_writes(export, requests)
             finally:
                 export.close()
         return reduce(Sample.__add__, samples)
 
-    def _run(self, export: Export, work: Work, requests: int | None, seed: int) -> Sample:
+    def _run(self, export: Export, load: Load, requests: int | None, seed: int) -> Sample:
         before = cpu_seconds(export.pid)
-        job = fio.measure(export.uri, work, self._plan.size, self._plan.seconds, requests, seed)
+        job = fio.measure(export.uri, load, self._plan.size, self._plan.seconds, requests, seed)
         time.sleep(_CHILD_ENDS)
         cpu = cpu_seconds(export.pid) - before
         return Sample(job.requests, job.seconds, cpu, job.p99, job.busy)
 
+    def _task(self, cell: Cell, task: Task) -> Sample:
+        """On a fresh image, or on one that lasts through the rounds of its work; what it did is checked."""
+        job = self._tasks()[task]
+        export = self._lent.get(cell.server.name) or self._lend(cell, job)
+        try:
+            with job.prepared(export) as go:
+                before, began = cpu_seconds(export.pid), time.monotonic()
+                amount = go()
+                seconds = time.monotonic() - began
+                time.sleep(_CHILD_ENDS)
+                return Sample(amount, seconds, cpu_seconds(export.pid) - before)
+        finally:
+            if job.setup is None:
+                self._lent.pop(cell.server.name).close()
+
+    def _lend(self, cell: Cell, job: _Job) -> Export:
+        export = cell.server.open(cell.state, self._ground.sized(job.size))
+        try:
+            if job.setup is not None:
+                job.setup(export)
+        except BaseException:
+            export.close()
+            raise
+        self._lent[cell.server.name] = export
+        return export
+
+    def _tasks(self) -> dict[Task, _Job]:
+        root, plan = self._tree, self._plan
+        return {
+            Task.COPY_IN: _Job(root.size, None, root.copy_in),
+            Task.COPY_OUT: _Job(root.size, root.put_in, root.copy_out),
+            Task.UNPACK: _Job(root.size, None, root.unpack),
+            Task.TRIM: _Job(plan.trimmed, None, ranges.trim),
+            Task.MAP: _Job(plan.fragmented, ranges.fragment, ranges.block_status),
+        }
+
     def _verify(self, done: Sequence[Cell]) -> None:
         """Reads back what was measured, then writes and reads under load with checksums, then the parents."""
-        images_used = {(cell.server.name, cell.state): cell for cell in done if cell.samples}
-        for cell in images_used.values():
+        by_fio = [cell for cell in done if cell.samples and isinstance(cell.work.job, Load)]
+        for cell in {(cell.server.name, cell.state): cell for cell in by_fio}.values():
             self._verify_image(cell)
-        for server in {name: cell.server for (name, _), cell in images_used.items()}.values():
+        for server in {cell.server.name: cell.server for cell in done if cell.samples}.values():
             self._say(f"verifying what the clones of {server.name} are made of")
             with self._verdict(server, "parent", "unchanged"):
                 server.check_parents(self._ground)
@@ -218,9 +315,16 @@ def _kept_in(cell: Cell) -> Iterator[None]:
         cell.failure = str(error)
 
 
+def _read_all(export: Export) -> None:
+    """Warm is what was read before: the data, and what a server remembers of where it lies."""
+    with export.client() as client:
+        for offset in range(0, client.size, MiB):
+            client.read(offset, min(MiB, client.size - offset))
+
+
 def _check_blocks(export: Export, state: State) -> None:
     """Of the images that stay open, fio's measured writes went to the full ones alone."""
-    check = images.check if state in (State.FULL, State.SLOW) else images.check_kept
+    check = images.check if state.is_full else images.check_kept
     with export.client() as client:
         check(client, export.generations)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -18,10 +17,10 @@ from urllib.parse import quote
 import numpy as np
 
 from . import images, slowdisk
-from .client import Client
+from .client import Address, Client
 
-CHAIN = 100  # snapshots in the long chain
-CHAIN_WRITES = 16  # blocks of 4 KiB written before each snapshot of it
+CHAIN, LONG_CHAIN = 100, 1000  # snapshots
+CHAIN_WRITES = 16  # blocks of 4 KiB written before each snapshot of a chain
 
 
 class State(Enum):
@@ -29,14 +28,23 @@ class State(Enum):
 
     FULL = "full"  # every block written, and owned by the image itself
     SLOW = "full, slow sync"  # the same, on a disk whose sync takes longer (slowdisk.py)
+    TCP = "full, over TCP"  # the same, at a port of 127.0.0.1
+    MAPPED = "full, fallocated"  # the same as far as the mapping goes: its space is allocated, and was never written
+    EMPTY = "empty"  # thin, with nothing behind it; a fresh one as with clones
     CLONE = "clone"  # nothing of its own, over a full parent; a fresh one for each run of a bounded work
     CHAIN_1 = "chain of 1"  # a clone with one snapshot below, a few blocks written before it
     CHAIN_100 = f"chain of {CHAIN}"  # the same with many
+    CHAIN_1000 = f"chain of {LONG_CHAIN}"  # nbdthin's alone: as a chain of qcow2 files it would take minutes to open
 
     @property
     def depth(self) -> int:
         """Snapshots below."""
-        return {State.CHAIN_1: 1, State.CHAIN_100: CHAIN}.get(self, 0)
+        return {State.CHAIN_1: 1, State.CHAIN_100: CHAIN, State.CHAIN_1000: LONG_CHAIN}.get(self, 0)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether each block of such an image is written before its works begin, and is overwritten by them."""
+        return self in (State.FULL, State.SLOW, State.TCP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ class Setting:
 class Export:
     """An image being served. `close` ends what was opened for it alone, and forgets the image."""
 
-    socket: Path
+    address: Address
     name: str
     pid: int  # the process whose tree is charged
     generations: images.Words  # what its blocks hold, but for what fio writes
@@ -58,11 +66,15 @@ class Export:
 
     @property
     def uri(self) -> str:
-        return f"nbd+unix:///{quote(self.name, safe='')}?socket={quote(str(self.socket))}"
+        export = quote(self.name, safe="")
+        if isinstance(self.address, tuple):
+            host, port = self.address
+            return f"nbd://{host}:{port}/{export}"
+        return f"nbd+unix:///{export}?socket={quote(str(self.address))}"
 
     @contextmanager
     def client(self) -> Iterator[Client]:
-        with Client(self.socket, self.name) as client:
+        with Client(self.address, self.name) as client:
             yield client
 
 
@@ -74,11 +86,16 @@ class Ground:
     size: int
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    @cached_property
+    @property
     def base(self) -> Path:
-        path = self.directory / "base.raw"
-        images.fill_file(path, self.size)
+        path = self.directory / f"base-{self.size}.raw"
+        if not path.exists():
+            images.fill_file(path, self.size)
         return path
+
+    def sized(self, size: int) -> Ground:
+        """The same for images of another size."""
+        return self if size == self.size else Ground(self.directory, size, self._numbers)
 
     def environment(self, state: State) -> dict[str, str]:
         """What the process of a server needs for an image in `state`."""
@@ -99,8 +116,8 @@ class Server(Protocol):
     @property
     def settings(self) -> tuple[Setting, ...]: ...
 
-    def lacks(self, state: State) -> str | None:
-        """Why it has no image in this state; None when it has."""
+    def is_raw(self, state: State) -> bool:
+        """Whether such an image is a plain file: without copy-on-write, snapshots or clones."""
 
     def keeps(self, state: State) -> bool:
         """Whether what was written to such an image can be read over another connection."""
