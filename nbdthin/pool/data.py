@@ -146,14 +146,16 @@ class DataFile:
         call gets EFAULT, and a program SIGBUS.
         """
         end = position + length
-        if (self._map is None or end > len(self._map)) and self.maps:
-            try:
-                self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
-            except OSError:  # no memory, or not of this file
-                self.maps = False
-        if self._map is None or end > len(self._map):
-            return None
-        return memoryview(self._map)[position:end]
+        view = self._map
+        try:
+            if (view is None or end > len(view)) and self.maps:
+                view = self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+            return None if view is None or end > len(view) else memoryview(view)[position:end]
+        except OSError:  # no memory, or not of this file
+            self.maps = False
+        except ValueError:  # unmapped just now
+            pass
+        return None
 
     def _unmap(self) -> None:
         self.maps = False
