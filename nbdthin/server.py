@@ -53,6 +53,9 @@ from nbdthin.wire.proto import Chunk, ChunkFlag, Command, CommandFlag, Errno
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
 INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
 SEND_BUFFER = 4 * MiB  # bytes
+SIP = 4 * KiB  # bytes
+BUFFER = 1 * MiB  # bytes of the payload buffers that are kept: a new one costs as many page faults as copying does
+BUFFERS = 8  # that are kept
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
@@ -118,6 +121,7 @@ class Server:
         self._listeners: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
+        self._buffers: list[memoryview] = []
         self.stopping = False
         self.poller = Poller(enabled=polling)
         self.speaker: Connection | None = None  # who sent last
@@ -208,6 +212,15 @@ class Server:
     def live(self) -> LivePool:
         return self._live
 
+    def take_buffer(self, length: int) -> memoryview:
+        """At least `length` bytes for a payload, with anything in them."""
+        return self._buffers.pop() if self._buffers and length <= BUFFER else _buffer(max(length, BUFFER))
+
+    def give_buffer(self, buffer: memoryview) -> None:
+        """It is read by nobody any more."""
+        if len(buffer) == BUFFER and len(self._buffers) < BUFFERS:
+            self._buffers.append(buffer)
+
     async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""
         self.stopping = True
@@ -250,6 +263,8 @@ class Connection(asyncio.BufferedProtocol):
         self._view = _buffer(SCRATCH)
         self._end = 0  # bytes in scratch
         self._payload: memoryview | None = None  # of a large write, while it comes in
+        self._whole: memoryview  # the buffer that it is a part of
+        self._sipping = False  # another one will follow: of it, receive little before its own buffer is there
         self._filled = 0
         self._payload_request = (0, 0, 0)  # flags, cookie, offset
         self._skip = 0  # bytes of a refused payload still to come
@@ -290,6 +305,9 @@ class Connection(asyncio.BufferedProtocol):
             return self._view
         if self._payload is not None:
             return self._payload[self._filled :]
+        if self._sipping:
+            self._sipping = False
+            return self._view[self._end : self._end + SIP]
         return self._view[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -610,7 +628,8 @@ class Connection(asyncio.BufferedProtocol):
         if length <= DIRECT:
             self._keep_from(position)
             return -1
-        payload = self._payload = _buffer(length)
+        self._whole = self._server.take_buffer(length)
+        payload = self._payload = self._whole[:length]
         payload[:have] = self._view[start : start + have]
         self._filled = have
         self._payload_request = (flags, cookie, offset)
@@ -621,12 +640,14 @@ class Connection(asyncio.BufferedProtocol):
         """What is in scratch from `position` on is for the next time."""
         left = self._end - position
         if left and position:
-            self._view[:left] = bytes(self._view[position : self._end])
+            self._view[:left] = self._view[position : self._end]  # memmove: they may overlap
         self._end = left
 
     def _payload_complete(self, payload: memoryview) -> None:
         self._payload = None
-        self._write(*self._payload_request, payload, True)
+        self._sipping = True
+        if self._write(*self._payload_request, payload, True):
+            self._server.give_buffer(self._whole)
         self._flush()
 
     # -- commands
@@ -734,12 +755,13 @@ class Connection(asyncio.BufferedProtocol):
                 self._put(bytes(length))
             offset += length
 
-    def _write(self, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> None:
+    def _write(self, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> bool:
+        """True: it needs `payload` no longer."""
         try:
             done = not payload or self._device.write_now(offset, payload)
         except Exception as error:
             self._fail(_WRITE, cookie, error)
-            return
+            return True
         self._writes += 1
         if done and not flags & _FUA:
             self._put(_simple(0, cookie))
@@ -749,6 +771,7 @@ class Connection(asyncio.BufferedProtocol):
             if not owned:
                 payload = memoryview(bytes(payload))
             self._start(_WRITE, cookie, len(payload), self._write_slowly(flags, cookie, offset, payload))
+        return done
 
     async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
         await self._device.write(offset, payload, self)

@@ -96,8 +96,8 @@ def fua_answered_before_its_commit(patch: Patch) -> None:
     async def succeed(self: Connection, flags: int, cookie: int) -> None:
         await real_succeed(self, 0, cookie)
 
-    def write(self: Connection, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> None:
-        real_write(self, 0, cookie, offset, payload, owned)
+    def write(self: Connection, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> bool:
+        return real_write(self, 0, cookie, offset, payload, owned)
 
     real_succeed, real_write = Connection._succeed, Connection._write
     patch.setattr(Connection, "_succeed", succeed)

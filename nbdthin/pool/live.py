@@ -50,7 +50,7 @@ COMMIT_INTERVAL = (
     5.0  # seconds: what nobody asked to be durable is so after this long, as with the kernel's file systems
 )
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
-INLINE_WRITE = 256 * KiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
+INLINE_WRITE = 1 * MiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
