@@ -42,7 +42,6 @@ _KINDS: dict[str, type[Record]] = {
     for kind in records.kinds().values()
     if kind not in (records.Entries, records.Leaf, records.Uuid)
 }
-_TAGS = {kind: tag for tag, kind in records.kinds().items()}
 _RANGE = {"layer": int, "block": int, "count": int, "physical": int, "data": str, "zero": str}
 _MOST_BLOCKS = commands.MAX_VOLUME  # no volume has as many
 
@@ -121,7 +120,7 @@ class _order:
             case records.Name():
                 return 2, 0, 0, record.name
             case _:
-                return 0, _TAGS[type(record)], 0, ""
+                return 0, records.TAGS[type(record)], 0, ""
 
 
 def _sorted_labels(record: Record) -> Line:

@@ -11,7 +11,7 @@ a golden byte string in the tests.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import msgpack
@@ -113,15 +113,20 @@ _FIELDS: dict[type[Record], tuple[type, ...]] = {
     Size: (int,),
     Uuid: (str,),
 }
-_TAGS = {kind: tag for tag, kind in _TYPES.items()}
+TAGS: Mapping[type[Record], int] = {kind: tag for tag, kind in _TYPES.items()}
 
 
 class BadRecord(ValueError):
     """Bytes with a valid checksum that are no record this version knows."""
 
 
-def encode(records: Iterable[Record], pack: Callable[[object], bytes] = msgpack.packb) -> bytes:
-    return pack([(_TAGS[type(record)], *record) for record in records])
+def plain(records: Iterable[Record]) -> list[tuple[object, ...]]:
+    """What is packed for them."""
+    return [(TAGS[type(record)], *record) for record in records]
+
+
+def encode(records: Iterable[Record]) -> bytes:
+    return msgpack.packb(plain(records))  # type: ignore[no-any-return]
 
 
 def decode(payload: bytes) -> list[Record]:

@@ -22,6 +22,7 @@ import contextlib
 import logging
 import os
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgpack
@@ -29,12 +30,13 @@ import msgpack
 from nbdthin.errors import Corrupt
 from nbdthin.pool.files import Files, not_a_file, write_all
 from nbdthin.pool.journal import HEADER, MAGIC, frame, parse_frame
-from nbdthin.pool.records import Entries, Record, Uuid, decode, encode
+from nbdthin.pool.records import TAGS, Entries, Record, Uuid, decode, plain
 from nbdthin.units import MiB
 
-ENOUGH = 2 * MiB  # bytes of one batch from which on a commit is due
-MOST = 16 * MiB  # bytes of one batch that are kept
+ENOUGH = 8 * MiB  # bytes of one batch from which on a commit is due
+MOST = 32 * MiB  # bytes of one batch that are kept
 _BOOT = 36  # bytes that name a boot
+_ENTRIES = TAGS[Entries]
 
 log = logging.getLogger("nbdthin.pool")
 
@@ -152,6 +154,12 @@ class Unsynced:
 
     def publish(self) -> bool:
         """Put what was noted out of the reach of a kill. True when a commit is due: much is waiting, or it failed."""
+        if not self._records and self._layer >= 0 and self._position and self._whole:
+            # One write's entries, as most of the time: without the steps between, in half the time.
+            items = [(_ENTRIES, self._layer, self._blocks.tobytes(), self._entries.tobytes())]
+            self._layer = -1
+            del self._blocks[:], self._entries[:]
+            return self._append(items)
         if self._layer >= 0:
             self._end_entries()
         if not self._records:
@@ -161,14 +169,19 @@ class Unsynced:
             records.insert(0, Uuid(self._uuid))
         if not self._whole or len(self._fds) < len(self._paths):
             return False
-        group = frame(self._sequence, self._boot + encode(records, self._pack))
+        return self._append(plain(records))
+
+    def _append(self, items: Sequence[tuple[object, ...]]) -> bool:
+        """One more group. Returns as `publish` does."""
+        group = frame(self._sequence, self._boot + self._pack(items))
+        before, end = self._position, self._position + len(group)
         try:
-            if self._position + len(group) > MOST:
+            if end > MOST:
                 raise OSError("too much for one batch")
             fd = self._fds[self._sequence & 1]
-            count = self._files.write(fd, (group,), self._position)
+            count = self._files.write(fd, (group,), before)
             if count != len(group):
-                write_all(self._files, fd, group[count:], self._position + count)
+                write_all(self._files, fd, group[count:], before + count)
         except OSError as error:
             if not self._warned:  # on a full disk it would be so for every batch
                 log.warning("until the next commit, a kill would lose unflushed writes: %s", error)
@@ -176,8 +189,8 @@ class Unsynced:
             self._drop()
             return True
         self._warned = False
-        before, self._position = self._position, self._position + len(group)
-        return before < ENOUGH <= self._position
+        self._position = end
+        return before < ENOUGH <= end
 
     def _drop(self) -> None:
         """A part of a batch would be worse than nothing of it: what comes later counts on what is missing."""
