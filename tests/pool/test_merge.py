@@ -217,6 +217,27 @@ def test_what_stands_on_an_empty_layer_follows_it_when_it_takes_over_blocks(pool
     assert contents(pool) == before
 
 
+def test_what_stands_above_looks_at_blocks_anew_only_where_some_were_copied(pools: Pools) -> None:
+    pool = pools.make(autocommit=False)
+    pool.create("v", 2 * LEAF)
+    pool.volume("v").write(0, pattern(BLOCK))
+    pool.volume("v").write(LEAF, pattern(BLOCK))
+    pool.snapshot("v", "s")
+    pool.volume("v").write(BLOCK, pattern(BLOCK, 2))  # beside what moves
+    pool.volume("v").write(LEAF, pattern(SUB, 2))  # over it: what is left below has to be copied
+    pool.snapshot("v", "image")
+    pool.clone("image", "clone")
+    pool.volume("clone").write(2 * BLOCK, pattern(BLOCK, 3))
+    number = unname(pool, "s")
+    before = contents(pool)
+    clone = pool.volume("clone").layer
+    moved, joined = clone.effective(0), clone.effective(1)
+    pool.merge_all()
+    assert number not in pool.state.layers
+    assert clone.effective(0) is moved and clone.effective(1) is not joined
+    assert contents(pool) == before
+
+
 def test_a_chain_of_layers_without_names_becomes_one(pools: Pools) -> None:
     pool = pools.make(autocommit=False)
     pool.create("v", 8 * MiB)
