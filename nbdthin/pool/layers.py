@@ -210,10 +210,10 @@ class Layer:
         own = self.own.get(leaf)
         if own is None:
             if parent is not None:
-                effective = self.effective(leaf)[:]
+                private = self.effective(leaf)[:]
                 if not self.own:
                     self._part()
-                self.effective_leaves[leaf] = effective
+                self.effective_leaves[leaf] = private
             own = self.own[leaf] = ZERO_LEAF[:]
             if parent is None:
                 self.effective_leaves[leaf] = own
