@@ -8,12 +8,14 @@ from pathlib import Path
 from benchlib.client import Client
 from benchlib.errors import BenchError
 
+from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.units import GiB, KiB, TiB
 
 from .model import Bound, Curve, Measured, Scale
 from .served import BLOCK, Served, serving
 
 _SPREAD = 8 * BLOCK  # bytes between two blocks that the snapshot holds: 64 of them in a leaf
+_LEAVES = 64  # of a snapshot that an image stands on
 _ELSEWHERE = 3 * GiB  # from where on the others write
 _HELD = 256  # blocks, where that is not what grows
 _MERGED = 60.0  # seconds
@@ -24,6 +26,8 @@ def measure(place: Path, scale: Scale) -> Measured:
     lengths = (10, 100) if scale.quick else (10, 100, 1000)
     sizes = (4 * GiB, TiB) if scale.quick else (4 * GiB, 256 * GiB, 16 * TiB)
     held = (16, 256) if scale.quick else (16, 256, 4096)
+    clones = (10, 1000) if scale.quick else (10, 1000, 100_000)
+    by_clones = Curve("delete-below", "Deleting what an image stands on", "clones of the image", "ms")
     by_length = Curve("delete-length", "Deleting the middle of a chain", "snapshots in the chain", "ms")
     by_size = Curve("delete-size", "Deleting the middle of a chain of 100", "GiB of the volume", "ms")
     by_held = Curve("delete-held", "Deleting the middle of a chain of 100", "blocks that it alone holds", "ms")
@@ -36,12 +40,17 @@ def measure(place: Path, scale: Scale) -> Measured:
         answered, cpu, _ = _delete(place / f"s{number}", lengths[1], size, _HELD)
         by_size.add("until it is answered", size / GiB, answered)
         by_size.add("CPU in all", size / GiB, cpu)
+    for number, count in enumerate(clones):
+        answered, cpu = _delete_below(place / f"c{number}", count)
+        by_clones.add("until it is answered", count, answered)
+        by_clones.add("CPU in all", count, cpu)
     for number, blocks in enumerate(held):
         answered, cpu, grown = _delete(place / f"h{number}", lengths[1], 64 * GiB, blocks)
         by_held.add("until it is answered", blocks, answered)
         by_held.add("CPU in all", blocks, cpu)
         journal.add("journal", blocks, grown)
-    return Measured([by_length, by_size, by_held, journal], [_flat(by_length), _flat(by_size), *_answered(by_held)])
+    curves = [by_length, by_size, by_clones, by_held, journal]
+    return Measured(curves, [*map(_flat, curves[:3]), _answered(by_held)])
 
 
 def _flat(curve: Curve) -> Bound:
@@ -50,8 +59,8 @@ def _flat(curve: Curve) -> Bound:
     return Bound(f"CPU over {curve.x}: most / least", max(taken) / min(taken), _SAME, "times")
 
 
-def _answered(curve: Curve) -> list[Bound]:
-    return [Bound("until it is answered, the worst", max(curve.values("until it is answered")), 50.0, "ms")]
+def _answered(curve: Curve) -> Bound:
+    return Bound("until it is answered, the worst", max(curve.values("until it is answered")), 50.0, "ms")
 
 
 def _delete(place: Path, length: int, size: int, held: int) -> tuple[float, float, float]:
@@ -78,6 +87,34 @@ def _delete(place: Path, length: int, size: int, held: int) -> tuple[float, floa
             after, used = pool.info().pool, served.cpu - cpu
             _check(client, held)
     return 1000 * answered, 1000 * used, max(after.journal - before.journal, 0) / KiB
+
+
+def _delete_below(place: Path, clones: int) -> tuple[float, float]:
+    """The same of a snapshot that holds a block in each of some leaves, below an image with so many clones."""
+    place.mkdir()
+    with serving(place, GiB) as served:
+        pool = served.pool
+        pool.create("v", _LEAVES * LEAF_BLOCKS * BLOCK)
+        with served.client("v") as client:
+            for leaf in range(_LEAVES):
+                client.write(leaf * LEAF_BLOCKS * BLOCK, _content(leaf))
+            pool.snapshot("v", "below")
+            client.write(BLOCK, _content(_LEAVES))
+            pool.snapshot("v", "image")
+        with pool.batch():
+            for number in range(clones):
+                pool.clone("image", f"c{number}")
+        served.settle()
+        before, cpu, began = pool.info().pool, served.cpu, time.perf_counter()
+        pool.remove("below")
+        answered = time.perf_counter() - began
+        _merged(served, before.layers - 1)
+        used = served.cpu - cpu
+        with served.client(f"c{clones - 1}") as client:
+            for leaf in range(_LEAVES):
+                if client.read(leaf * LEAF_BLOCKS * BLOCK, 4 * KiB) != _content(leaf):
+                    raise BenchError(f"leaf {leaf} of a clone is not what was written")
+    return 1000 * answered, 1000 * used
 
 
 def _write(client: Client, number: int, middle: int, held: int) -> None:

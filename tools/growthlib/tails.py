@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 from benchlib import images, latency, trials
+from benchlib.errors import BenchError
 from benchlib.rounds import Plan
 
 from nbdthin.units import GiB, KiB, MiB
@@ -28,6 +30,8 @@ _MOST = 3.0
 _READ = 64 * MiB  # bytes of the volume that is read: all of it cached
 _DEPTHS = (1, 16)
 _LONG = 600.0  # seconds: more than any measuring takes
+_PATIENCE = 20.0  # seconds for a client to connect
+_UNDER_WAY = 0.1  # seconds from then on until it has as many requests under way as it may
 _FORGET = 0.05  # seconds between two times that the page cache is told to forget the other volume
 _EVERY_FEW_MS = ("--fsync=1", "--thinktime=3000")
 
@@ -92,14 +96,27 @@ def _read(served: Served, depth: int, seconds: float) -> latency.Times:
 
 
 @contextmanager
+def _client(served: Served, name: str, job: Job) -> Iterator[None]:
+    """Inside, it is connected and at work."""
+    with jobs.beside(served.uri(name), job):
+        deadline = time.monotonic() + _PATIENCE
+        while not served.pool.show(name).connections:
+            if time.monotonic() > deadline:
+                raise BenchError(f"the client of {name!r} does not connect")
+            time.sleep(0.01)
+        time.sleep(_UNDER_WAY)
+        yield
+
+
+@contextmanager
 def _overwritten(served: Served, size: int) -> Iterator[None]:
-    with jobs.beside(served.uri("other"), Job("randwrite", 4 * KiB, 32, size, _LONG)):
+    with _client(served, "other", Job("randwrite", 4 * KiB, 32, size, _LONG)):
         yield
 
 
 @contextmanager
 def _overwritten_largely(served: Served, size: int) -> Iterator[None]:
-    with jobs.beside(served.uri("other"), Job("randwrite", MiB, 4, size, _LONG)):
+    with _client(served, "other", Job("randwrite", MiB, 4, size, _LONG)):
         yield
 
 
@@ -116,7 +133,7 @@ def _read_cold(served: Served, size: int) -> Iterator[None]:
     thread = threading.Thread(target=forget)
     thread.start()
     try:
-        with jobs.beside(served.uri("other"), Job("randread", 64 * KiB, 16, size, _LONG)):
+        with _client(served, "other", Job("randread", 64 * KiB, 16, size, _LONG)):
             yield
     finally:
         stop.set()
@@ -126,7 +143,7 @@ def _read_cold(served: Served, size: int) -> Iterator[None]:
 
 @contextmanager
 def _flushed(served: Served, size: int) -> Iterator[None]:
-    with jobs.beside(served.uri("flushed"), Job("randwrite", 4 * KiB, 1, _READ, _LONG, _EVERY_FEW_MS)):
+    with _client(served, "flushed", Job("randwrite", 4 * KiB, 1, _READ, _LONG, _EVERY_FEW_MS)):
         yield
 
 
