@@ -51,11 +51,14 @@ def measure(place: Path, scale: Scale) -> Measured:
                         with_it.append(_read(served, depth, seconds))
                 bounds.append(_compare(curve, depth, what, np.concatenate(with_it), np.concatenate(without)))
         lag = served.pool.info().loop.lag_p99
-    for depth in _DEPTHS:
-        for what in ("checkpoint", "merge"):
-            bounds.append(_upkeep(place, curve, what, depth, scale))
     bounds.append(Bound("lag of the loop over all of it, p99", 1000 * lag, 10.0, "ms"))
     return Measured([curve], bounds)
+
+
+def measure_upkeep(place: Path, scale: Scale) -> Measured:
+    curve = Curve("upkeep", "p99 of 4 KiB reads", "reads at once", "us")
+    kinds = ("checkpoint", "merge")
+    return Measured([curve], [_upkeep(place, curve, kind, depth, scale) for depth in _DEPTHS for kind in kinds])
 
 
 def _compare(curve: Curve, depth: int, what: str, with_it: latency.Times, without: latency.Times) -> Bound:
