@@ -31,7 +31,7 @@ def test_every_statement_is_measured_and_told_as_tables_json_and_charts(tmp_path
     for program in ("fio", "nbdkit"):
         if shutil.which(program) is None:
             missing(f"{program} is missing (apt-get install {program})")
-    pools, drawn, told = tmp_path / "pools", tmp_path / "charts", tmp_path / "growth.json"
+    pools, drawn, told = tmp_path / "p", tmp_path / "charts", tmp_path / "growth.json"
     pools.mkdir()
     drawn.mkdir()
     done = growth(pools, "--json", str(told), "--charts", str(drawn))

@@ -15,7 +15,6 @@ from .model import Bound, Curve, Measured, Scale
 from .served import BLOCK, Served, serving
 
 _SPREAD = 8 * BLOCK  # bytes between two blocks that the snapshot holds: 64 of them in a leaf
-_LEAVES = 64  # of a snapshot that an image stands on
 _ELSEWHERE = 3 * GiB  # from where on the others write
 _HELD = 256  # blocks, where that is not what grows
 _LEAF = 0.06  # seconds in which one leaf is merged, with the pause behind it
@@ -24,14 +23,14 @@ _SAME = 3.0  # times; CPU time comes in steps of 10 ms
 
 
 def measure(place: Path, scale: Scale) -> Measured:
-    lengths = (10, 100) if scale.quick else (10, 100, 1000)
-    sizes = (4 * GiB, TiB) if scale.quick else (4 * GiB, 256 * GiB, 16 * TiB)
-    held = (16, 256) if scale.quick else (16, 256, 4096)
+    lengths = (10, 30) if scale.quick else (10, 100, 1000)
+    sizes = (TiB,) if scale.quick else (4 * GiB, 256 * GiB, 16 * TiB)
+    held = (16,) if scale.quick else (16, 256, 4096)
     clones = (10, 1000) if scale.quick else (10, 1000, 100_000)
     by_clones = Curve("delete-below", "Deleting what an image stands on", "clones of the image", "ms")
     by_length = Curve("delete-length", "Deleting the middle of a chain", "snapshots in the chain", "ms")
-    by_size = Curve("delete-size", "Deleting the middle of a chain of 100", "GiB of the volume", "ms")
-    by_held = Curve("delete-held", "Deleting the middle of a chain of 100", "blocks that it alone holds", "ms")
+    by_size = Curve("delete-size", f"Deleting the middle of a chain of {lengths[1]}", "GiB of the volume", "ms")
+    by_held = Curve("delete-held", f"Deleting the middle of a chain of {lengths[1]}", "blocks that it alone holds", "ms")
     journal = Curve("delete-journal", "The same: journal", "blocks that it alone holds", "KiB")
     for number, length in enumerate(lengths):
         answered, cpu, _ = _delete(place / f"l{number}", length, 64 * GiB, _HELD)
@@ -42,7 +41,7 @@ def measure(place: Path, scale: Scale) -> Measured:
         by_size.add("until it is answered", size / GiB, answered)
         by_size.add("CPU in all", size / GiB, cpu)
     for number, count in enumerate(clones):
-        answered, cpu = _delete_below(place / f"c{number}", count)
+        answered, cpu = _delete_below(place / f"c{number}", count, scale.choose(64, 4))
         by_clones.add("until it is answered", count, answered)
         by_clones.add("CPU in all", count, cpu)
     for number, blocks in enumerate(held):
@@ -90,17 +89,17 @@ def _delete(place: Path, length: int, size: int, held: int) -> tuple[float, floa
     return 1000 * answered, 1000 * used, max(after.journal - before.journal, 0) / KiB
 
 
-def _delete_below(place: Path, clones: int) -> tuple[float, float]:
-    """The same of a snapshot that holds a block in each of some leaves, below an image with so many clones."""
+def _delete_below(place: Path, clones: int, leaves: int) -> tuple[float, float]:
+    """The same of a snapshot that holds a block in each of `leaves`, below an image with so many clones."""
     place.mkdir()
     with serving(place, GiB) as served:
         pool = served.pool
-        pool.create("v", _LEAVES * LEAF_BLOCKS * BLOCK)
+        pool.create("v", leaves * LEAF_BLOCKS * BLOCK)
         with served.client("v") as client:
-            for leaf in range(_LEAVES):
+            for leaf in range(leaves):
                 client.write(leaf * LEAF_BLOCKS * BLOCK, _content(leaf))
             pool.snapshot("v", "below")
-            client.write(BLOCK, _content(_LEAVES))
+            client.write(BLOCK, _content(leaves))
             pool.snapshot("v", "image")
         with pool.batch():
             for number in range(clones):
@@ -109,10 +108,10 @@ def _delete_below(place: Path, clones: int) -> tuple[float, float]:
         before, cpu, began = pool.info().pool, served.cpu, time.perf_counter()
         pool.remove("below")
         answered = time.perf_counter() - began
-        _merged(served, before.layers - 1, _LEAVES)
+        _merged(served, before.layers - 1, leaves)
         used = served.cpu - cpu
         with served.client(f"c{clones - 1}") as client:
-            for leaf in range(_LEAVES):
+            for leaf in range(leaves):
                 if client.read(leaf * LEAF_BLOCKS * BLOCK, 4 * KiB) != _content(leaf):
                     raise BenchError(f"leaf {leaf} of a clone is not what was written")
     return 1000 * answered, 1000 * used

@@ -66,12 +66,12 @@ def measure(place: Path, scale: Scale) -> Measured:
 def _in_turn(both: list[_Filled], job: Job, cold: bool, rounds: int) -> dict[str, float]:
     """Medians, in bytes a second."""
     rates: dict[str, list[float]] = {filled.name: [] for filled in both}
-    for number in range(rounds + 1):
+    for number in range(-(rounds > 1), rounds):
         for filled in both:
             if cold:
                 filled.forget()
             rate = jobs.run(filled.uri, job)
-            if number:  # the first one warms up
+            if number >= 0:  # one before them warms up
                 rates[filled.name].append(rate)
     return {name: statistics.median(each) for name, each in rates.items()}
 

@@ -42,7 +42,7 @@ def measure(place: Path, scale: Scale) -> Measured:
     size, seconds, rounds = scale.choose(512, 64) * MiB, scale.choose(10, 2) / 10, scale.choose(4, 1)
     with serving(place, 2 * size + GiB) as served:
         _fill(served, size)
-        for depth in _DEPTHS:
+        for depth in _depths(scale):
             for what, beside in _BESIDE.items():
                 without, with_it = [], []
                 for _ in range(rounds):
@@ -58,7 +58,11 @@ def measure(place: Path, scale: Scale) -> Measured:
 def measure_upkeep(place: Path, scale: Scale) -> Measured:
     curve = Curve("upkeep", "p99 of 4 KiB reads", "reads at once", "us")
     kinds = ("checkpoint", "merge")
-    return Measured([curve], [_upkeep(place, curve, kind, depth, scale) for depth in _DEPTHS for kind in kinds])
+    return Measured([curve], [_upkeep(place, curve, kind, depth, scale) for depth in _depths(scale) for kind in kinds])
+
+
+def _depths(scale: Scale) -> tuple[int, ...]:
+    return _DEPTHS[-1:] if scale.quick else _DEPTHS
 
 
 def _compare(curve: Curve, depth: int, what: str, with_it: latency.Times, without: latency.Times) -> Bound:
@@ -71,7 +75,7 @@ def _compare(curve: Curve, depth: int, what: str, with_it: latency.Times, withou
 def _upkeep(place: Path, curve: Curve, what: str, depth: int, scale: Scale) -> Bound:
     """By benchlib's trial, which has a daemon, and a pool of a mapping worth the work, of its own."""
     (trial,) = [each for each in trials.trials() if each.key == f"{what}-d{depth}"]
-    ground = place / trial.key
+    ground = place / f"{what[0]}{depth}"  # short: a socket has at most 107 bytes of path
     ground.mkdir()
     blocks = scale.choose(1 << 20, 16 << 10)
     figures = trial.run(ground, Plan(size=0, seconds=1.0, rounds=scale.choose(3, 1), mapped=blocks, warm_up=False))
