@@ -28,9 +28,10 @@ def measure(place: Path, scale: Scale) -> Measured:
     held = (16,) if scale.quick else (16, 256, 4096)
     clones = (10, 1000) if scale.quick else (10, 1000, 100_000)
     by_clones = Curve("delete-below", "Deleting what an image stands on", "clones of the image", "ms")
+    middle = f"Deleting the middle of a chain of {lengths[1]}"
     by_length = Curve("delete-length", "Deleting the middle of a chain", "snapshots in the chain", "ms")
-    by_size = Curve("delete-size", f"Deleting the middle of a chain of {lengths[1]}", "GiB of the volume", "ms")
-    by_held = Curve("delete-held", f"Deleting the middle of a chain of {lengths[1]}", "blocks that it alone holds", "ms")
+    by_size = Curve("delete-size", middle, "GiB of the volume", "ms")
+    by_held = Curve("delete-held", middle, "blocks that it alone holds", "ms")
     journal = Curve("delete-journal", "The same: journal", "blocks that it alone holds", "KiB")
     for number, length in enumerate(lengths):
         answered, cpu, _ = _delete(place / f"l{number}", length, 64 * GiB, _HELD)
