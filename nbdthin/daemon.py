@@ -30,6 +30,7 @@ from nbdthin.control import commands
 from nbdthin.control.server import ControlServer
 from nbdthin.errors import ConfigError
 from nbdthin.hook import run_hook
+from nbdthin.lag import Lag
 from nbdthin.pool.files import draft_named
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
@@ -146,13 +147,14 @@ async def _serve(config: Config, pool: Pool, sockets: _Sockets, ready: Callable[
     loop = asyncio.get_running_loop()
     _on_stop_signals(lambda *_: loop.call_soon_threadsafe(stop.set))
     live = LivePool(pool, config.scrub.rate)
+    lag = Lag()
     hook = None
     if config.pool.hook:
         hook = loop.create_task(run_hook(config.pool.hook, pool.path, live.events))
     try:
         listen = sockets.listen
         server = Server(live, config.exports, polling=config.server.polling)
-        daemon = commands.Daemon(live, server, listen, sockets.control_path)
+        daemon = commands.Daemon(live, server, listen, sockets.control_path, lag)
         control = ControlServer(daemon)
         await server.listen(sockets.exports)
         await control.listen(sockets.control)
@@ -168,5 +170,6 @@ async def _serve(config: Config, pool: Pool, sockets: _Sockets, ready: Callable[
             hook.cancel()
             await asyncio.wait([hook])
         await live.close()
+        lag.stop()
         _on_stop_signals(signal.SIG_IGN)  # a second one changes nothing any more
     log.info("stopped")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from nbdthin.control.codec import printable
-from nbdthin.control.rows import DiskFacts, Export, Info, Node, ProcessFacts
+from nbdthin.control.rows import DiskFacts, Export, Info, LoopFacts, Node, ProcessFacts
 from nbdthin.pool.events import Event
 from nbdthin.pool.rows import Extent, Finding, PoolInfo, Scrubbed
 from nbdthin.units import format_size
@@ -193,7 +193,7 @@ def show_info(info: Info) -> None:
     print(f"Pool: {printable(str(info.pool.path))}")
     _print_facts(_pool_facts(info.pool), 1)
     print(f"Process: {info.process.pid}")
-    _print_facts(_process_facts(info.process), 1)
+    _print_facts((*_process_facts(info.process), *_loop_facts(info.loop)), 1)
     print(f"Disk: {printable(info.disk.device)}")
     _print_facts(_disk_facts(info.disk), 1)
 
@@ -228,6 +228,15 @@ def _process_facts(process: ProcessFacts) -> Facts:
     yield "CPU", f"{process.cpu:.1f} s"
     yield "Threads", str(process.threads)
     yield "Open files", f"{process.files} of {process.files_limit}"
+
+
+def _loop_facts(loop: LoopFacts) -> Facts:
+    late = f"{_milliseconds(loop.lag_p99)} (99 %), {_milliseconds(loop.lag_max)} (longest)"
+    yield "Loop lag", f"{late}, of {loop.samples} samples in the last minute"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
 
 
 def _disk_facts(disk: DiskFacts) -> Facts:

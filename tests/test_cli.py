@@ -140,6 +140,7 @@ def test_info_says_what_docker_info_said_and_more(daemon: Daemon) -> None:
     assert facts["Block size"] == "64 KiB"
     assert facts["Volumes"] == "1" and facts["Snapshots"] == "0" and facts["Oversubscription"] == "2.00"
     assert {"Data used", "Data total", "Data available", "Metadata used", "Journal", "Memory", "CPU"} <= facts.keys()
+    assert facts["Loop lag"].endswith("samples in the last minute")
     assert facts["Process"] == str(daemon.pid)
     assert {"Disk", "Mounted at", "Available"} <= facts.keys()
 

@@ -103,7 +103,7 @@ def test_pools_and_daemons_have_the_same_verbs() -> None:
     "kind",
     [
         *(nbdthin.Row, nbdthin.Export, nbdthin.Node, nbdthin.Extent),
-        *(nbdthin.Info, nbdthin.PoolInfo, rows.ProcessFacts, rows.DiskFacts),
+        *(nbdthin.Info, nbdthin.PoolInfo, rows.ProcessFacts, rows.LoopFacts, rows.DiskFacts),
     ],
 )
 def test_every_attribute_is_documented(kind: type) -> None:

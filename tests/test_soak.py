@@ -28,6 +28,7 @@ import pytest
 import nbdthin
 from nbdthin.control.commands import Daemon as Commanded
 from nbdthin.control.server import ControlServer
+from nbdthin.lag import Lag
 from nbdthin.pool import check
 from nbdthin.pool.live import IO_THREADS, MERGE_MOST, LivePool
 from nbdthin.pool.pool import Batch, Pool
@@ -257,7 +258,7 @@ async def _serve_control(serving: Serving, path: Path) -> ControlServer:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
     listening.listen()
-    control = ControlServer(Commanded(serving.live, serving.server, (), path))
+    control = ControlServer(Commanded(serving.live, serving.server, (), path, Lag()))
     await control.listen(listening)
     return control
 

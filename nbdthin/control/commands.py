@@ -20,6 +20,7 @@ from nbdthin.addresses import Address
 from nbdthin.control import codec
 from nbdthin.control.rows import Export, Info
 from nbdthin.errors import InUse, Invalid, NoSpace, OverQuota, Unreachable
+from nbdthin.lag import Lag
 from nbdthin.pool.commands import (
     Clone,
     Command,
@@ -68,6 +69,7 @@ class Daemon:
     exports: Exports
     listen: tuple[Address, ...]
     control: Path
+    lag: Lag
 
     def export(self, row: Row) -> Export:
         """`row` with what only the daemon knows."""
@@ -222,6 +224,7 @@ def _info(daemon: Daemon, _: Nothing) -> Info:
         listen=tuple(str(address) for address in daemon.listen),
         connections=daemon.exports.connections,
         process=host.process_facts(),
+        loop=daemon.lag.facts(),
         disk=host.disk_facts(pool.data_path),
     )
 

@@ -42,6 +42,15 @@ class ProcessFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class LoopFacts:
+    """How late the event loop was, in the last minute (lag.py); seconds."""
+
+    lag_p99: float
+    lag_max: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
 class DiskFacts:
     """The file system or device that a path is on."""
 
@@ -62,6 +71,7 @@ class Info:
     listen: tuple[str, ...]  # addresses, as in exports.toml
     connections: int
     process: ProcessFacts
+    loop: LoopFacts
     disk: DiskFacts  # below the data
 
 

@@ -191,6 +191,9 @@ def _entries(pool: Pool) -> Iterator[str]:
 
 def _caches(state: State) -> Iterator[str]:
     for layer in state.layers.values():
+        parent = layer.parent
+        if parent is not None and not layer.own and layer.effective_leaves is parent.effective_leaves:
+            continue  # what shows the same has the same caches
         for leaf, effective in layer.effective_leaves.items():
             entries = words(effective)
             said = np.where(_bits(entries), (entries >> np.uint64(32))[:, None], np.uint64(0))

@@ -11,6 +11,8 @@ parent's, the same object, so a thousand clones share their image's. Rules that 
 
 - leaves of a layer that is not a volume's head never change, but for `merge.py`, which puts new ones in their place;
 - a head's effective leaf is private to it from the moment that it has an own leaf there (`Layer.put`);
+- a layer that owns nothing shows what its parent shows, and has its caches, the same objects (`_share`): a clone that
+  is only read takes no memory for it, however large it is. They part when it gets its first own leaf (`_part`);
 - an own leaf that a checkpoint holds (`captured`) is not changed but replaced, by `put` with a copy;
 - an effective entry whose subblocks lie in several physical blocks is MIXED, and is resolved by walking (`resolve`).
 
@@ -108,8 +110,8 @@ class Layer:
         self.head = False  # a volume's, and so writable
         self.own: dict[int, array[int]] = {}
         self.captured: dict[int, array[int]] | None = None  # own leaves that a checkpoint is being written from
-        self.effective_leaves: dict[int, array[int]] = {}  # a cache
-        self.mixed: dict[int, tuple[int, ...]] = {}  # a cache: block -> physical block of each subblock
+        self.effective_leaves: dict[int, array[int]] = {}  # a cache; perhaps another layer's, too
+        self.mixed: dict[int, tuple[int, ...]] = {}  # the same: block -> physical block of each subblock
         self.referenced: dict[int, tuple[int, int]] = {}  # a cache of space.py: leaf -> blocks visible, provisioned
         self.blocks = 0  # physical blocks owned
         self.in_flight = 0  # physical blocks allocated for writes on their way, in no entry yet
@@ -124,7 +126,8 @@ class Layer:
 
     def _build(self, leaf: int) -> array[int]:
         chain = []
-        node: Layer | None = self
+        base = self._share()
+        node: Layer | None = base
         below = ZERO_LEAF
         while node is not None:
             found = node.effective_leaves.get(leaf)
@@ -139,12 +142,32 @@ class Layer:
                 whole = node.parent is None or (not node.head and covers_all(own))
                 below = own if whole else compose_leaves(own, below)
             # Kept where siblings will ask again; a long chain does not keep a leaf for each of its layers.
-            if node is self or node is self.parent or len(node.children) > 1:
+            if node is base or node is base.parent or len(node.children) > 1:
                 node.effective_leaves[leaf] = below
         return below
 
+    def _share(self) -> Layer:
+        """The layer whose caches this one has: the nearest one, from itself down, that owns something."""
+        base = self
+        while not base.own and base.parent is not None:
+            base = base.parent
+        self.effective_leaves, self.mixed = base.effective_leaves, base.mixed
+        return base
+
+    def _part(self) -> None:
+        """What this layer shows is about to differ from what its parent does: fresh caches, also for those above."""
+        todo = [self]
+        while todo:
+            node = todo.pop()
+            node.effective_leaves, node.mixed = {}, {}
+            todo.extend(child for child in node.children.values() if not child.own)
+
     def resolve(self, block: int) -> tuple[int, ...]:
         """The physical block of each subblock of a MIXED block, 0 for one that reads as zero."""
+        found = self.mixed.get(block)
+        if found is not None:
+            return found
+        self._share()
         found = self.mixed.get(block)
         if found is not None:
             return found
@@ -187,7 +210,10 @@ class Layer:
         own = self.own.get(leaf)
         if own is None:
             if parent is not None:
-                self.effective_leaves[leaf] = self.effective(leaf)[:]
+                private = self.effective(leaf)[:]
+                if not self.own:
+                    self._part()
+                self.effective_leaves[leaf] = private
             own = self.own[leaf] = ZERO_LEAF[:]
             if parent is None:
                 self.effective_leaves[leaf] = own
@@ -219,6 +245,8 @@ class Layer:
 
     def put_leaf(self, leaf: int, entries: array[int] | None) -> None:
         """Set a whole own leaf (None: nothing of its own there). Caches of this layer, not of its children, follow."""
+        if entries is not None and not self.own:
+            self._part()
         old = self.own.pop(leaf, None)
         if old is not None:
             self.blocks -= int(np.count_nonzero(words(old) >> np.uint64(32)))
@@ -362,7 +390,7 @@ class State:
             before = None
         else:
             before, layer.parent = layer.parent, parent
-            layer.effective_leaves.clear()  # where there is no parent, own leaves are the effective ones
+            layer.effective_leaves = {}  # where there is no parent, own leaves are the effective ones
         if parent is not None:
             parent.children[layer.number] = layer
         if before is None or before is parent:

@@ -202,7 +202,8 @@ class Step:
             remains = array("Q", np.where(done, np.uint64(0), words(lower)).tobytes()) if left else None
         pool.put_leaf(parent, leaf, remains)
         pool.put_leaf(layer, leaf, moved)
-        _forget_below(layer, leaf)
+        if leaf in self._joined:  # else all that shows is where it was, and there may be very many above
+            _forget_below(layer, leaf)
         parent.referenced.clear()
         return not left
 

@@ -115,6 +115,7 @@ def test_info_tells_of_the_pool_the_process_and_the_disk(daemon: Daemon, pool: n
     assert info.pool.oversubscription == 200 * GiB / info.pool.data_total
     assert info.listen == (f"unix:{daemon.socket}", f"tcp:127.0.0.1:{daemon.port}")
     assert info.process.pid == daemon.pid and info.process.memory > 0 < info.process.files
+    assert 0 <= info.loop.lag_p99 <= info.loop.lag_max
     assert info.disk.mount is not None and daemon.pool.is_relative_to(info.disk.mount)
     assert info.disk.total >= info.disk.available > 0
 

@@ -18,6 +18,7 @@ import nbdthin
 from nbdthin.control import commands
 from nbdthin.control.client import connect_async
 from nbdthin.control.server import ControlServer
+from nbdthin.lag import Lag
 from nbdthin.pool.files import Files
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
@@ -109,7 +110,7 @@ def test_whoever_waits_for_a_commit_that_comes_too_late_is_told_what_is_not_know
 
     async def main() -> None:
         live = LivePool(Pool.open(tmp_path / "pool", autocommit=False, files=files))
-        control = ControlServer(commands.Daemon(live, Server(live), (), tmp_path / "sock"))
+        control = ControlServer(commands.Daemon(live, Server(live), (), tmp_path / "sock", Lag()))
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(str(tmp_path / "sock"))
             await control.listen(listening)

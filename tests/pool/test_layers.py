@@ -185,6 +185,29 @@ def test_a_thousand_clones_of_an_image_share_its_leaves(pools: Pools) -> None:
     pool.remove(*(f"clone{number}" for number in range(1000)))
 
 
+def test_a_clone_that_is_only_read_takes_no_memory_for_it_and_its_first_write_is_its_own(pools: Pools) -> None:
+    pool = pools.make(autocommit=False)
+    pool.create("base", 64 * LEAF)
+    base = pool.volume("base")
+    for leaf in range(64):
+        base.write(leaf * LEAF, pattern(BLOCK))
+    pool.snapshot("base", "image")
+    base.write(0, mixed := pattern(BLOCK // 16, seed=2))
+    pool.snapshot("base", "image2")
+    for name in ("a", "b"):
+        pool.clone("image2", name)
+    a, b, image = (pool.volume(name) for name in ("a", "b", "image2"))
+    for leaf in range(64):
+        assert a.read(leaf * LEAF, BLOCK) == b.read(leaf * LEAF, BLOCK) == image.read(leaf * LEAF, BLOCK)
+    assert a.layer.effective_leaves is b.layer.effective_leaves is image.layer.effective_leaves
+    assert a.layer.mixed is image.layer.mixed and 0 in image.layer.mixed
+    a.write(0, pattern(BLOCK // 16, seed=3))
+    assert b.read(0, BLOCK // 16) == image.read(0, BLOCK // 16) == mixed
+    assert a.read(0, BLOCK // 16) == pattern(BLOCK // 16, seed=3)
+    assert a.read(BLOCK // 16, BLOCK // 16) == b.read(BLOCK // 16, BLOCK // 16)
+    assert a.read(LEAF, BLOCK) == b.read(LEAF, BLOCK)
+
+
 def test_reading_at_any_depth_looks_into_one_leaf(pools: Pools) -> None:
     """A chain of 100 keeps no leaf for each of its layers, and the head's is as good as the first one's."""
     pool = pools.make(autocommit=False)

@@ -192,6 +192,52 @@ def test_a_merge_can_stop_after_any_leaf_and_go_on_later(pools: Pools) -> None:
     assert contents(pool) == before
 
 
+def test_what_stands_on_an_empty_layer_follows_it_when_it_takes_over_blocks(pools: Pools) -> None:
+    pool = pools.make(autocommit=False)
+    pool.create("v", 2 * LEAF)
+    for leaf in range(2):
+        pool.volume("v").write(leaf * LEAF, pattern(2 * BLOCK, leaf))
+    pool.snapshot("v", "s0")
+    for leaf in range(2):
+        pool.volume("v").write(leaf * LEAF, pattern(BLOCK, 2 + leaf))
+    for name in ("s1", "s2", "s3"):
+        pool.snapshot("v", name)
+    pool.clone("s3", "clone")
+    number = unname(pool, "s1")
+    before = contents(pool)  # reads all: s2, s3, v and clone own nothing, and have the caches of what was s1
+    layer = pool.state.layers[number]
+    assert pool.volume("clone").layer.effective_leaves is layer.effective_leaves
+    step = step_of(pool, number, leaves=1)
+    step.copy()
+    step.finish()
+    assert contents(pool) == before
+    assert layer.effective(0) is pool.volume("s0").layer.effective(0)
+    assert check(pool) == []
+    pool.merge_all()
+    assert contents(pool) == before
+
+
+def test_what_stands_above_looks_at_blocks_anew_only_where_some_were_copied(pools: Pools) -> None:
+    pool = pools.make(autocommit=False)
+    pool.create("v", 2 * LEAF)
+    pool.volume("v").write(0, pattern(BLOCK))
+    pool.volume("v").write(LEAF, pattern(BLOCK))
+    pool.snapshot("v", "s")
+    pool.volume("v").write(BLOCK, pattern(BLOCK, 2))  # beside what moves
+    pool.volume("v").write(LEAF, pattern(SUB, 2))  # over it: what is left below has to be copied
+    pool.snapshot("v", "image")
+    pool.clone("image", "clone")
+    pool.volume("clone").write(2 * BLOCK, pattern(BLOCK, 3))
+    number = unname(pool, "s")
+    before = contents(pool)
+    clone = pool.volume("clone").layer
+    moved, joined = clone.effective(0), clone.effective(1)
+    pool.merge_all()
+    assert number not in pool.state.layers
+    assert clone.effective(0) is moved and clone.effective(1) is not joined
+    assert contents(pool) == before
+
+
 def test_a_chain_of_layers_without_names_becomes_one(pools: Pools) -> None:
     pool = pools.make(autocommit=False)
     pool.create("v", 8 * MiB)
