@@ -4,9 +4,12 @@ A block is free, used (an entry points to it), reserved (part of a layer's run, 
 commit that says so is not durable yet, or a read may still be under way). Block 0 holds the data file's header and is
 never handed out, so that 0 in an entry means "no block".
 
-`bytearray.find` is the search: 16 MiB of map in about 1 ms. Layers take runs of blocks, so that volumes written at the
-same time stay contiguous each for itself. Everything that is decided about space is decided where a run is taken:
-limits shorten it, and a pool that is nearly full grows there.
+`bytearray.find` is the search: 16 MiB of map in about 1 ms. A block is given its place in a run of blocks that is its
+region's, so that what is written in any order lies in the order of the volume, for who reads it in order. What a region
+has not written yet is not set aside: it is free, and used last.
+
+Where there are no whole runs left, or limits, layers take runs as they come, shorter ones where they must. Everything
+that is decided about space is decided there: limits shorten a run, and a pool that is nearly full grows.
 """
 
 from __future__ import annotations
@@ -47,11 +50,17 @@ class Allocator:
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         self._run = bytes(run_blocks)
         self._cursor = HEADER_BLOCKS
+        self._regions = True  # there may be whole runs left
         self._runs: dict[int, Run] = {}  # layer number -> its run; only while it has blocks left
         # Of a layer: blocks that its quota leaves (raises OverQuota) and blocks kept for others; None: no limits.
         self.limits: Callable[[int], tuple[int, int] | None] = lambda _: None
         self.grow: Callable[[], bool] = lambda: False  # calls `extend` if it can
         self.grow_at = NEVER  # blocks in use at which it is called; it is when there is none left, too
+
+    @property
+    def region(self) -> int:
+        """Blocks of a volume that belong beside each other, from a multiple of that on."""
+        return len(self._run)
 
     @property
     def capacity(self) -> int:
@@ -63,8 +72,17 @@ class Allocator:
         """Blocks that a write could get now or after the next commit."""
         return self.capacity - self.used
 
-    def allocate(self, layer: int) -> int:
-        """A block for `layer`, now used. Raises NoSpace."""
+    def allocate(self, layer: int, block: int = 0, near: int = 0) -> int:
+        """A physical block for the volume's block number `block`, now used. Raises NoSpace.
+
+        `near` is where its region says that it belongs (Layer.near); 0: nothing of its region is there yet.
+        """
+        if self.used < self.grow_at and self.limits(layer) is None:
+            found = near or self._start_region(block)
+            if 0 < found < self.total and self._map[found] == FREE:
+                self._map[found] = USED
+                self.used += 1
+                return found
         run = self._runs.get(layer)
         if run is None:
             run = self._take_run(layer)
@@ -77,6 +95,20 @@ class Allocator:
         self._map[block] = USED
         self.used += 1
         return block
+
+    def _start_region(self, block: int) -> int:
+        """Its place in a run of blocks that are all free; 0: there is none."""
+        if not self._regions:
+            return 0
+        length = len(self._run)
+        start = self._map.find(self._run, self._cursor)
+        if start < 0:
+            start = self._map.find(self._run, HEADER_BLOCKS)
+        self._regions = start >= 0
+        if start < 0:
+            return 0
+        self._cursor = start + length
+        return start + block % length
 
     def _take_run(self, layer: int) -> Run:
         if self.used >= self.grow_at:
@@ -153,6 +185,7 @@ class Allocator:
         self._map = self._map + bytes(total - self.total)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         self.total = total
+        self._regions = True
 
     def discard(self, block: int) -> None:
         """An entry gave `block` up: pending until `release`."""
@@ -171,6 +204,7 @@ class Allocator:
         """Pending `blocks` may be handed out again."""
         assert (self._bytes[blocks] == PENDING).all()
         self._bytes[blocks] = FREE
+        self._regions = True
         self.pending -= len(blocks)
 
     def hold(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

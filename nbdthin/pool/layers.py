@@ -203,6 +203,19 @@ class Layer:
         own = self.own.get(block >> LEAF_SHIFT)
         return 0 if own is None else own[block & LEAF_MASK]
 
+    def near(self, block: int, region: int) -> int:
+        """Where a physical block for `block` belongs: as far from that of another one of its region as the two are from
+        each other. A region is `region` blocks from a multiple of that on. 0: there is no other one.
+        """
+        own = self.own.get(block >> LEAF_SHIFT)
+        if own is None:
+            return 0
+        index = block & LEAF_MASK
+        first = index - index % region
+        entries = own[first : first + region]
+        last = max(entries)
+        return (last >> 32) + index - first - entries.index(last) if last >> 32 else 0
+
     def put(self, block: int, entry: int) -> None:
         """Set an own entry of a head. What becomes of the old one's physical block is the caller's to say."""
         leaf, index = block >> LEAF_SHIFT, block & LEAF_MASK

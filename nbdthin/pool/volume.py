@@ -273,7 +273,7 @@ class Volume:
             if self.pool.journal_low:
                 raise NoSpace(JOURNAL_LOW)
             if not physical:
-                fresh = physical = self.pool.allocator.allocate(layer.number)
+                fresh = physical = self.pool.allocator.allocate(layer.number, block, self._near(block))
         data = self._data
         try:
             count = data.pwritev(data.fd, (payload,), (physical << self._shift) + within)
@@ -312,7 +312,8 @@ class Volume:
                     if self.pool.journal_low:
                         raise NoSpace(JOURNAL_LOW)
                     if not physical:
-                        physical = self.pool.allocator.allocate(layer.number)
+                        near = write.fresh[-1] + 1 if write.fresh else self._near(block)
+                        physical = self.pool.allocator.allocate(layer.number, block, near)
                         write.fresh.append(physical)
                         layer.in_flight += 1
                     write.entries.append((block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched))
@@ -333,6 +334,10 @@ class Volume:
         """The write failed: what was allocated for it goes back. Bytes that it overwrote in place are unspecified."""
         self.layer.in_flight -= len(write.fresh)
         self.pool.give_back(write.fresh)
+
+    def _near(self, block: int) -> int:
+        """Where a physical block for `block` belongs; 0: anywhere."""
+        return self.layer.near(block, self.pool.allocator.region)
 
     def _owns(self, offset: int) -> bool:
         """The subblock at `offset` is this layer's own data."""
@@ -379,7 +384,7 @@ class Volume:
         moves = entry & FULL & ~(1 << sub) if entry >> sub & 1 else 0
         physical = old
         if not old or entry >> sub & 1:
-            physical = self.pool.allocator.allocate(self.layer.number)
+            physical = self.pool.allocator.allocate(self.layer.number, block)
         try:
             for other in range(SUBBLOCKS):
                 if moves >> other & 1:
@@ -522,7 +527,7 @@ class Volume:
             self.check_provision(offset, length)
         blocks = list(self._without_block(offset, length))
         for block in blocks:
-            physical = self.pool.allocator.allocate(self.layer.number)
+            physical = self.pool.allocator.allocate(self.layer.number, block, self._near(block))
             self.pool.put(self.layer, block, physical << 32 | self.layer.entry(block))
         return blocks
 

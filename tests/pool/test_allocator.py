@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nbdthin.errors import NoSpace
-from nbdthin.pool.allocator import FREE, HEADER_BLOCKS, PENDING, USED, Allocator
+from nbdthin.pool.allocator import FREE, HEADER_BLOCKS, NEVER, PENDING, USED, Allocator
 from nbdthin.pool.layers import Words
 from nbdthin.pool.volume import ZERO
 from nbdthin.units import KiB, MiB
@@ -27,26 +27,60 @@ def test_the_header_is_never_handed_out() -> None:
     assert sorted(take(space, 1, 15)) == list(range(HEADER_BLOCKS, 16))
 
 
+def limited(total: int, run_blocks: int) -> Allocator:
+    """With limits that nobody reaches: layers take runs."""
+    space = Allocator(total, run_blocks)
+    space.limits = lambda _: (NEVER, 0)
+    return space
+
+
+def test_a_region_lies_in_the_order_of_the_volume_in_whatever_order_it_is_written() -> None:
+    space = Allocator(64, 4)
+    first = space.allocate(1, 6)  # third of its region
+    other = space.allocate(2, 40)
+    assert [space.allocate(1, block, first + block - 6) for block in (4, 7, 5)] == [first - 2, first + 1, first - 1]
+    assert space.allocate(2, 41, other + 1) == other + 1
+    assert (first - 2) // 4 != other // 4
+
+
+def test_what_regions_leave_free_is_given_out_when_there_is_nothing_else() -> None:
+    space = Allocator(17, 4)
+    begun = [space.allocate(1, 4 * number) for number in range(4)]
+    rest = [space.allocate(2, 1) for _ in range(12)]
+    assert sorted(begun + rest) == list(range(HEADER_BLOCKS, 17))
+    with pytest.raises(NoSpace):
+        space.allocate(2, 1)
+
+
+@pytest.mark.parametrize("near", [-3, 0, 63, 64, 1 << 40])
+def test_where_a_block_belongs_may_be_taken_or_outside(near: int) -> None:
+    space = Allocator(64, 4)
+    taken = {space.allocate(1, 63, 63)}
+    for _ in range(62):
+        taken.add(space.allocate(1, 5, near))
+    assert taken == set(range(HEADER_BLOCKS, 64))
+
+
 def test_a_layer_gets_neighbouring_blocks() -> None:
-    assert take(Allocator(64, 4), 1, 10) == list(range(1, 11))
+    assert take(limited(64, 4), 1, 10) == list(range(1, 11))
 
 
 def test_layers_in_turn_each_stay_contiguous_for_the_length_of_a_run() -> None:
-    space = Allocator(64, 4)
+    space = limited(64, 4)
     pairs = [(space.allocate(1), space.allocate(2)) for _ in range(8)]
     assert [one for one, _ in pairs] == [1, 2, 3, 4, 9, 10, 11, 12]
     assert [two for _, two in pairs] == [5, 6, 7, 8, 13, 14, 15, 16]
 
 
 def test_a_run_that_is_dropped_is_free_for_others() -> None:
-    space = Allocator(9, 8)
+    space = limited(9, 8)
     assert take(space, 1, 1) == [1]
     space.drop_run(1)
     assert sorted(take(space, 2, 7)) == list(range(2, 9))
 
 
 def test_reserved_runs_are_given_up_before_anyone_is_refused() -> None:
-    space = Allocator(9, 4)
+    space = limited(9, 4)
     taken = take(space, 1, 1) + take(space, 2, 7)
     assert sorted(taken) == list(range(1, 9))
     with pytest.raises(NoSpace):

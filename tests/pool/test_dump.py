@@ -112,7 +112,7 @@ def test_the_lines_are_what_the_page_says(pools: Pools) -> None:
             "origin": 0,
         },
         {"type": "range", "layer": 1, "block": 0, "count": 3, "physical": 1, "data": "ffff", "zero": "0000"},
-        {"type": "range", "layer": 1, "block": 5, "count": 1, "physical": 4, "data": "0001", "zero": "0000"},
+        {"type": "range", "layer": 1, "block": 5, "count": 1, "physical": 6, "data": "0001", "zero": "0000"},
         {"type": "end", "lines": 6, "layers": 1, "names": 1, "blocks": 4},
     ]
 

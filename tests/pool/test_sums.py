@@ -622,7 +622,11 @@ class History:
             file.write(self.random.randbytes(300))
 
     def finish(self) -> Pool:
+        """Nothing is left to be merged, whose data would get its sums in its child."""
         self._computing = self._merging = None
+        self.pool.commit()
+        while self._merging is not None or self.pool.next_unnamed() is not None:
+            self.merge()
         self.pool.commit()
         compute(self.pool)
         return self.pool

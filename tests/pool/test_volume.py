@@ -57,10 +57,12 @@ def test_what_is_written_over_a_snapshot_leaves_it_as_it_was(pool: Pool, volume:
 
 def test_zeroes_before_data_do_not_swallow_it(volume: Volume) -> None:
     """A run of zeroes whose length happens to be the place of the data behind it, but for one."""
-    volume.write(2 * BLOCK, data := pattern(BLOCK))
-    ((position, _),) = volume.segments(2 * BLOCK, BLOCK)
-    for start in range(2 * BLOCK - position - 3, 2 * BLOCK - position + 3):
-        assert volume.read(start, 3 * BLOCK - start) == bytes(2 * BLOCK - start) + data
+    offset = 20 * BLOCK
+    volume.write(offset, data := pattern(BLOCK))
+    ((position, _),) = volume.segments(offset, BLOCK)
+    assert position + 3 <= offset
+    for start in range(offset - position - 3, offset - position + 3):
+        assert volume.read(start, offset + BLOCK - start) == bytes(offset - start) + data
 
 
 def test_neighbouring_blocks_are_one_segment_and_zeroes_another(volume: Volume) -> None:
@@ -339,7 +341,7 @@ def test_a_write_that_fails_gives_its_blocks_back(pool: Pool, volume: Volume, mo
         ]
         for work in works:
             with monkeypatch.context() as patch:
-                Faults(patch, pool.data, "write", code)
+                Faults(patch, pool.data, "pwritev", code)
                 with pytest.raises(OSError) as caught:
                     work()
             assert caught.value.errno == code
@@ -413,7 +415,7 @@ def test_a_shrink_that_cannot_write_its_tail_changes_nothing(
 
 def test_data_is_written_before_the_entry_says_so(pool: Pool, volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
-    calls.watch(pool.data, "write", "write")
+    calls.watch(pool.data, "pwritev", "write")
     calls.watch(pool, "put", "put")
     volume.write(0, pattern(2 * BLOCK))
     volume.write_block(3 * BLOCK, memoryview(pattern(SUB)))

@@ -78,7 +78,7 @@ def _upkeep(place: Path, curve: Curve, what: str, depth: int, scale: Scale) -> B
     ground = place / f"{what[0]}{depth}"  # short: a socket has at most 107 bytes of path
     ground.mkdir()
     blocks = scale.choose(1 << 20, 16 << 10)
-    figures = trial.run(ground, Plan(size=0, seconds=1.0, rounds=scale.choose(3, 1), mapped=blocks, warm_up=False))
+    figures = trial.run(ground, Plan(0, 1.0, scale.choose(3, 1), warm_up=False, mapped=blocks, trimmed=0, debian=False))
     curve.add(f"beside a {what}", depth, figures["p99_us_with"])
     curve.add(f"without a {what}", depth, figures["p99_us_without"])
     return Bound(f"depth {depth}, beside a {what}: p99 / without", figures["p99_ratio"], _MOST, "times")
