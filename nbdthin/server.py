@@ -282,8 +282,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same methods
         sock = self._transport.get_extra_info("socket")
-        if sock.family == socket.AF_UNIX:
-            _enlarge(sock)
+        _enlarge(sock)
         self._outbox = Outbox(self._live, sock.fileno(), self._outbox_changed, self._outbox_lost)
         watch = select.poll()
         watch.register(self._outbox.fd, select.POLLIN)
@@ -920,7 +919,7 @@ def _errno(error: Exception) -> int:
 
 
 def _enlarge(sock: socket.socket) -> None:
-    """Room for a large reply: a unix socket's buffer does not grow by itself, as TCP's do."""
+    """Room for large replies: a unix socket's buffer does not grow by itself, and TCP's only after some of them."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER)
     except OSError:  # not root: as much as everybody may have
