@@ -21,13 +21,14 @@ from collections.abc import Callable
 import numpy as np
 
 from nbdthin.pool.live import LivePool
-from nbdthin.units import MiB
+from nbdthin.units import KiB, MiB
 
 MOST_BUFFERS = 1024  # IOV_MAX
 HIGH = 1 * MiB  # bytes unsent from which on the peer is slow
 LOW = HIGH // 4  # and until which it stays so
 PATIENCE = 1.0  # seconds without progress after which ranges are copied, so that freed blocks come free
 PIECE = 1 * MiB  # bytes sent at once: about 0.1 ms
+ARENA = 256 * KiB  # bytes of small replies that are laid out behind each other; a full queue of them
 
 Buffer = bytes | bytearray | memoryview
 
@@ -55,7 +56,11 @@ class Outbox:
         """`fd` is a non-blocking stream socket. It is duplicated, and so stays open until `close`: a transport closes
         its own when it likes, and the event loop lets nobody else watch that.
         """
-        self.pending = 0  # bytes put and not sent
+        self.pending = 0  # bytes put and not sent; those in the arena are not counted
+        # Small replies, each whole, put by whoever lays them out here behind `used`: no memory to be had for each. They
+        # leave before the others, which the protocol allows, as long as nothing is flushed within a reply.
+        self.arena: memoryview = np.empty(ARENA, dtype=np.uint8).data
+        self.used = 0  # bytes in the arena
         self.slow = False  # the peer does not take them
         self._live = live
         self._data = live.pool.data
@@ -83,8 +88,13 @@ class Outbox:
         self.pending += length
 
     def flush(self) -> None:
-        new = self._new
-        if not new:
+        new, used = self._new, self.used
+        if used:
+            self.used = 0
+            self.pending += used
+            part = self.arena[:used]
+            new.insert(0, bytes(part) if self._queue else part)
+        elif not new:
             return
         self._new = []
         if self._closed:
@@ -102,6 +112,8 @@ class Outbox:
             self._queue.extend(new)
             if ready:
                 self._send()
+        if used and self._queue and self._is_arena(self._queue[0]):
+            self._queue[0] = bytes(self._queue[0])  # type: ignore[arg-type]  # the arena is written over now
         if self._new_ranges:
             self._new_ranges = 0
             self._enter(new)
@@ -113,12 +125,15 @@ class Outbox:
             self.slow = False
             self._loop.call_soon(self._changed)
 
+    def _is_arena(self, part: Buffer | Range) -> bool:
+        return isinstance(part, memoryview) and part.obj is self.arena.obj
+
     def close(self) -> None:
         """Send nothing more, and let go of the socket."""
         self._closed = True
         self._new.clear()
         self._new_ranges = 0
-        self.pending = 0
+        self.pending = self.used = 0
         for each in self._queue:
             if isinstance(each, Range):
                 self._leave(each)

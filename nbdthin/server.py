@@ -38,7 +38,7 @@ import numpy as np
 
 from nbdthin import addresses
 from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
-from nbdthin.outbox import HIGH, Outbox
+from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.polling import Poller
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
@@ -86,6 +86,7 @@ _REQ_ONE = int(CommandFlag.REQ_ONE)
 _DONE = int(ChunkFlag.DONE)
 _OFFSET_DATA = int(Chunk.OFFSET_DATA)
 _CHUNK_MAGIC = proto.STRUCTURED_REPLY_MAGIC
+_SIMPLE_MAGIC = proto.SIMPLE_REPLY_MAGIC
 _REQUEST_HEADER = proto.REQUEST.size
 _SIMPLE_HEADER = proto.SIMPLE_REPLY.size
 _DATA_HEADER = proto.OFFSET_DATA.size
@@ -654,18 +655,24 @@ class Connection(asyncio.BufferedProtocol):
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         position = self._volume.locate(offset, length) if length < SEND else 0
         if position > 0:
-            header = _DATA_HEADER if self._structured else _SIMPLE_HEADER
-            buffer = bytearray(header + length)
+            outbox = self._outbox
+            start = outbox.used
+            begin = start + (_DATA_HEADER if self._structured else _SIMPLE_HEADER)
+            end = begin + length
+            if end > ARENA:
+                self._flush()
+                begin, start, end = begin - start, 0, end - start
+            arena = outbox.arena
             try:
-                count = os.preadv(self._data_fd, (memoryview(buffer)[header:],), position, NOWAIT)
+                count = os.preadv(self._data_fd, (arena[begin:end],), position, NOWAIT)
             except OSError:  # not cached, or worse: the slow way finds out
                 count = -1
             if count == length:
                 if self._structured:
-                    _pack_data_into(buffer, 0, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
+                    _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
                 else:
-                    _pack_simple_into(buffer, 0, proto.SIMPLE_REPLY_MAGIC, 0, cookie)
-                self._put(buffer)
+                    _pack_simple_into(arena, start, _SIMPLE_MAGIC, 0, cookie)
+                outbox.used = end
                 return
         elif not length:
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
@@ -763,7 +770,13 @@ class Connection(asyncio.BufferedProtocol):
             return True
         self._writes += 1
         if done and not flags & _FUA:
-            self._put(_simple(0, cookie))
+            outbox = self._outbox
+            start = outbox.used
+            if start + _SIMPLE_HEADER > ARENA:
+                self._flush()
+                start = 0
+            _pack_simple_into(outbox.arena, start, _SIMPLE_MAGIC, 0, cookie)
+            outbox.used = start + _SIMPLE_HEADER
         elif done:
             self._answer_durable(_WRITE, cookie)
         else:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
@@ -127,6 +128,28 @@ def test_what_is_read_slowly_is_never_what_someone_else_has_written_there_since(
     whole = [mine[:MiB], bytes(MiB)]
     assert [each.payload in whole for each in got] == [True] * len(asked)
     assert got[0].payload == mine[:MiB]
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_small_replies_of_which_the_socket_takes_a_part_are_whole_in_the_end(
+    serving: Serving, structured: bool
+) -> None:
+    data = os.urandom(8 * MiB)
+    with closing(Client(serving.socket, "mine", structured=structured)) as client:
+        for offset in range(0, len(data), MiB):
+            assert client.write(offset, data[offset : offset + MiB]) == 0
+        lengths = [512, 4096, 20000, 4096, 7, 31 * KiB]
+        asked = [(number * 4111 % (7 * MiB), lengths[number % len(lengths)]) for number in range(2400)]
+        requests = [client.request(READ, offset, length) for offset, length in asked]
+        sender = threading.Thread(target=client.sock.sendall, args=(b"".join(each for _, each in requests),))
+        sender.start()
+        until(lambda: any(each._outbox.slow for each in list(serving.server._connections)))
+        wanted = {cookie: data[o : o + n] for (cookie, _), (o, n) in zip(requests, asked, strict=True)}
+        for _ in asked:
+            reply = client.reply()
+            assert reply.payload[8 * structured :] == wanted.pop(reply.cookie)
+        sender.join()
+    assert not wanted
 
 
 def test_what_had_to_wait_leaves_in_the_order_in_which_it_was_put(tmp_path: Path) -> None:
