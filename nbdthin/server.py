@@ -518,6 +518,7 @@ class Connection(asyncio.BufferedProtocol):
         self._device = self._server.use(self, agreed.export.name)
         self._volume = self._device.volume
         self._rules = transmission.legality(agreed)
+        self._plain_lengths = transmission.plain_lengths(self._rules)
         self._structured = agreed.structured
         self._contexts = agreed.contexts
         self._data_fd = self._live.pool.data.fd
@@ -549,13 +550,14 @@ class Connection(asyncio.BufferedProtocol):
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
         unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
+        plain_lengths = self._plain_lengths
         if self._skip:
             position = min(self._skip, end)
             self._skip -= position
             if not self._skip:
                 self._put(self._skipped)
         while end - position >= _REQUEST_HEADER and not self._closing:
-            if self._stalled:
+            if outbox.slow or (self._in_flight >= IN_FLIGHT and self._stalled):
                 self._pause()
                 waiting = True
                 break
@@ -564,7 +566,8 @@ class Connection(asyncio.BufferedProtocol):
                 log.info("%s: not a request, magic number %#x", self.peer, magic)
                 self.abort()
                 return
-            error = refuse(rules, command, flags, offset, length, volume.size)
+            plain = not flags and 0 < length <= plain_lengths.get(command, 0) and offset + length <= volume.size
+            error = 0 if plain else refuse(rules, command, flags, offset, length, volume.size)
             if command == _WRITE:
                 position = self._take_write(position, flags, cookie, offset, length, error)
                 if position < 0:

@@ -75,6 +75,13 @@ def legality(negotiated: Negotiated) -> Rules:
     return rules
 
 
+def plain_lengths(rules: Rules) -> dict[int, int]:
+    """By command: the length up to which `refuse` lets READ and WRITE pass without flags, inside the export: for who
+    would rather not call it for most requests.
+    """
+    return {int(command): rules[command][3] for command in (Command.READ, Command.WRITE) if not rules[command][0]}
+
+
 def _fold(rule: Rule, negotiated: Negotiated) -> tuple[int, int, int, int, int]:
     always = 0
     if rule.writes and negotiated.flags & TransmissionFlag.READ_ONLY:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nbdthin.wire.handshake import ExportInfo, Negotiated
 from nbdthin.wire.transmission import (
+    Rules,
     block_status_chunk,
     data_chunk_header,
     errno_of,
@@ -17,6 +18,7 @@ from nbdthin.wire.transmission import (
     hole_chunk,
     legality,
     none_chunk,
+    plain_lengths,
     refuse,
     simple_reply,
 )
@@ -162,6 +164,15 @@ def test_offset_and_length_of_a_flush_mean_nothing(offset: int, length: int) -> 
 def test_disc_is_never_refused(flags: int) -> None:
     for rules in (PLAIN, WITH_CONTEXT, READ_ONLY):
         assert refuse(rules, DISC, flags, 2**64 - 1, 2**32 - 1, SIZE) == 0
+
+
+@pytest.mark.parametrize("rules", [PLAIN, STRUCTURED, WITH_CONTEXT, READ_ONLY])
+def test_what_passes_without_being_asked_for_is_never_refused(rules: Rules) -> None:
+    passing = plain_lengths(rules)
+    assert set(passing) == ({READ} if rules is READ_ONLY else {READ, WRITE})
+    for command, longest in passing.items():
+        for length in (1, 512, longest):
+            assert refuse(rules, command, 0, 0, length, longest) == 0
 
 
 def test_block_status_needs_a_selected_context() -> None:
