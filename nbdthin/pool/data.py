@@ -6,6 +6,7 @@ an I/O error.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -212,4 +213,7 @@ class DataFile:
             raise
 
     def close(self) -> None:
+        if self._map is not None:
+            with contextlib.suppress(BufferError):  # it goes with whoever still looks at it
+                self._map.close()  # it has a descriptor of its own, on which the lock stays
         self._files.close(self.fd)
