@@ -62,6 +62,8 @@ WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
 TURN = 500e-6  # seconds for which the loop stays with a connection that is alone
 ALONE = 8  # times that one client has sent, or asked for a flush, while all others were silent: it may be waited for
+COLD = 15  # small reads after one that was not cached that are taken to be not cached either
+NEAR = 256 * KiB  # bytes from the read before, within which the kernel may be reading ahead
 SEND = 32 * KiB  # bytes of one part of the data file from which on it is read when it is sent
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
@@ -273,6 +275,8 @@ class Connection(asyncio.BufferedProtocol):
         self._writes = 0  # since the last flush
         self._alternations = 0  # flushes with one write before each of them, the last ones
         self._flush_due = False
+        self._cold = 0  # so many reads more are asked of the disk without a look at the cache
+        self._last_position = 0  # of the last small read
         self._tasks = 0  # requests in work
         self._in_flight = 0  # bytes they stand for
         self._waiting = 0  # bytes of those that wait for space
@@ -658,39 +662,63 @@ class Connection(asyncio.BufferedProtocol):
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         position = self._volume.locate(offset, length) if length < SEND else 0
         if position > 0:
-            outbox = self._outbox
-            start = outbox.used
-            begin = start + (_DATA_HEADER if self._structured else _SIMPLE_HEADER)
-            end = begin + length
-            if end > ARENA:
-                self._flush()
-                begin, start, end = begin - start, 0, end - start
-            arena = outbox.arena
-            try:
-                count = os.preadv(self._data_fd, (arena[begin:end],), position, NOWAIT)
-            except OSError:  # not cached, or worse: the slow way finds out
-                count = -1
-            if count == length:
-                if self._structured:
-                    _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
-                else:
-                    _pack_simple_into(arena, start, _SIMPLE_MAGIC, 0, cookie)
-                outbox.used = end
-                return
-        elif not length:
+            if not (self._cold and self._is_cold(position, length)):
+                outbox = self._outbox
+                start = outbox.used
+                begin = start + (_DATA_HEADER if self._structured else _SIMPLE_HEADER)
+                end = begin + length
+                if end > ARENA:
+                    self._flush()
+                    begin, start, end = begin - start, 0, end - start
+                arena = outbox.arena
+                try:
+                    count = os.preadv(self._data_fd, (arena[begin:end],), position, NOWAIT)
+                except OSError:  # not cached, or worse: the slow way finds out
+                    count = -1
+                if count == length:
+                    if self._structured:
+                        _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
+                    else:
+                        _pack_simple_into(arena, start, _SIMPLE_MAGIC, 0, cookie)
+                    outbox.used = end
+                    return
+                self._cold = COLD
+            if self._structured:
+                header = transmission.data_chunk_header(cookie, offset, length, True)
+            else:
+                header = _simple(0, cookie)
+            buffer = bytearray(len(header) + length)
+            buffer[: len(header)] = header
+            view = memoryview(buffer)[len(header) :]
+            self._read_slowly(cookie, length, [(position, length)], view, partial(self._put, buffer))
+            return
+        if not length:
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return
         segments = self._volume.segments(offset, length)
         if length >= SEND and self._all_cached(segments):
             self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
             return
-        put = partial(self._put_view, flags, cookie, offset, segments)
         data = [segment for segment in segments if segment[0] != ZERO]
         view = _buffer(sum(count for _, count in data))
         if length <= INLINE_READ and self._device.read_now(data, view):
-            put(view)
+            self._put_view(flags, cookie, offset, segments, view)
         else:
-            self._start(_READ, cookie, length, self._read_slowly(data, view, put))
+            put = partial(self._put_view, flags, cookie, offset, segments, view)
+            self._read_slowly(cookie, length, data, view, put)
+
+    def _is_cold(self, position: int, length: int) -> bool:
+        """Whether a small read is taken to be not cached, as those before it were not: then the disk is asked for it.
+
+        Being refused costs as much again as asking. One in so many is tried; and one that is near the one before, as
+        the kernel may have read ahead, and does so only for whoever tries.
+        """
+        last, self._last_position = self._last_position, position
+        self._cold -= 1
+        if -NEAR < position - last < NEAR:
+            return False
+        self._live.pool.data.prefetch(position, length)
+        return True
 
     def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
         """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""
@@ -711,11 +739,21 @@ class Connection(asyncio.BufferedProtocol):
         self._put_header(cookie, offset, length)
         self._put(view)
 
-    async def _read_slowly(
-        self, segments: list[tuple[int, int]], view: memoryview, put: Callable[[memoryview], None]
+    def _read_slowly(
+        self, cookie: int, length: int, data: list[tuple[int, int]], view: memoryview, put: Callable[[], None]
     ) -> None:
-        await self._device.read(segments, view)
-        put(view)
+        """`put` the reply when `view` has `data`. No task: it would cost a cold read as much as the system calls do."""
+        cost = max(length, REQUEST_COST)
+        self._device.read(data, view, partial(self._read_ended, cookie, cost, put))
+        self._tasks += 1
+        self._in_flight += cost
+
+    def _read_ended(self, cookie: int, cost: int, put: Callable[[], None], error: Exception | None) -> None:
+        if error is None:
+            put()
+        else:
+            self._fail(_READ, cookie, error)
+        self._ended(cost)
 
     def _put_header(self, cookie: int, offset: int, length: int) -> None:
         """Of a READ's reply that has all of its data behind it."""

@@ -59,8 +59,9 @@ async def read(volume: LiveVolume, offset: int, length: int) -> bytes:
     view = memoryview(bytearray(length))
     segments = volume.volume.segments(offset, length)
     if not volume.read_now(segments, view):
-        view = memoryview(bytearray(length))
-        await volume.read(segments, view)
+        ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        volume.read(segments, view, ended.set_result)
+        assert await ended is None
     return bytes(view)
 
 

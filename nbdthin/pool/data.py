@@ -6,6 +6,7 @@ an I/O error.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -125,6 +126,16 @@ class DataFile:
                 raise BlockingIOError(errno.EAGAIN, "partly cached")
             raise OSError(errno.EIO, f"short read: {count} of {len(view)} bytes at {position} of {self.path}")
 
+    def read_segments(self, segments: Sequence[tuple[int, int]], view: memoryview, flags: int = 0) -> None:
+        """Fill `view` from several places, (position, length) each; where the position is below 0, with zeroes."""
+        done = 0
+        for position, length in segments:
+            if position < 0:
+                view[done : done + length] = bytes(length)
+            else:
+                self.read_into(view[done : done + length], position, flags)
+            done += length
+
     def is_cached(self, position: int, length: int) -> bool:
         """`mapped` can be read without waiting for the disk, as far as a look here and there can tell."""
         if not self.nowait or not self.maps or time.monotonic() < self._cold_until:
@@ -212,4 +223,7 @@ class DataFile:
             raise
 
     def close(self) -> None:
+        if self._map is not None:
+            with contextlib.suppress(BufferError):  # it goes with whoever still looks at it
+                self._map.close()  # it has a descriptor of its own, on which the lock stays
         self._files.close(self.fd)

@@ -20,14 +20,11 @@ import contextlib
 import errno
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from queue import SimpleQueue
 from typing import TypeVar
 
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
@@ -39,9 +36,11 @@ from nbdthin.pool.journal import FULL_DISK
 from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
+from nbdthin.pool.readers import Readers
 from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.rows import Finding, Scrubbed
 from nbdthin.pool.scrub import Scrub
+from nbdthin.pool.threads import Ended, Threads
 from nbdthin.pool.volume import Volume
 from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
@@ -49,6 +48,7 @@ from nbdthin.units import KiB, MiB, format_size
 COMMIT_INTERVAL = (
     5.0  # seconds: what nobody asked to be durable is so after this long, as with the kernel's file systems
 )
+TAKEN = 64 * KiB  # bytes of a read from the disk that the loop itself takes when they are there
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 1 * MiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
@@ -75,39 +75,6 @@ MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so c
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
-
-
-class SyncThread:
-    """A thread that does one thing at a time for the loop: a flush waits for the disk, and for little more.
-
-    Handing over to a ThreadPoolExecutor and back takes 40 us more, where a quick disk's sync takes 100.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._work: SimpleQueue[tuple[Callable[[], None], asyncio.Future[None]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="nbdthin-sync", daemon=True)
-        self._thread.start()
-
-    def run(self, function: Callable[[], None]) -> asyncio.Future[None]:
-        """Done when `function` has returned; raises what it raises."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._work.put((function, future))
-        return future
-
-    def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
-            function, future = work
-            try:
-                function()
-            except Exception as error:
-                self._loop.call_soon_threadsafe(future.set_exception, error)
-            else:
-                self._loop.call_soon_threadsafe(future.set_result, None)
-
-    def end(self) -> None:
-        self._work.put(None)
-        self._thread.join()
 
 
 class Pace:
@@ -151,9 +118,14 @@ class LiveVolume:
             return False
         return True
 
-    async def read(self, segments: list[tuple[int, int]], view: memoryview) -> None:
-        """Fill `view`. `segments` must be of this turn of the loop. OSError from the disk."""
-        await self._live.in_thread(self.volume.read_segments, segments, view)
+    def read(self, segments: list[tuple[int, int]], view: memoryview, ended: Ended) -> None:
+        """Fill `view`, then call `ended` with None or an OSError. `segments` must be of this turn of the loop, in which
+        `read_now`, if their length is at most TAKEN, has found that they are not all cached.
+        """
+        if len(view) <= TAKEN and self._pool.data.nowait:
+            self._live.readers.expect(segments, view, ended)
+        else:
+            self._live.readers.read(segments, view, ended)
 
     async def read_checked(self, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
         """Fill `view` with a range, zeroes too, after comparing it with its checksums; EIO where they differ.
@@ -422,9 +394,10 @@ class LivePool:
         self._watched = -1  # blocks in use when usage was looked at last
         self.commits = 0  # batches made durable
         self._loop = asyncio.get_running_loop()
-        self._io = ThreadPoolExecutor(IO_THREADS, "nbdthin-io")
-        self._sync = SyncThread(self._loop)  # its own: cold reads must not hold up a commit
-        self._upkeep = ThreadPoolExecutor(1, "nbdthin-upkeep")  # checkpoints, hole punching
+        self._io = Threads(self._loop, IO_THREADS, "nbdthin-io")
+        self.readers = Readers(self._loop, self._io, pool.data, self.enter, self.leave)
+        self._sync = Threads(self._loop, 1, "nbdthin-sync")  # its own: cold reads must not hold up a commit
+        self._upkeep = Threads(self._loop, 1, "nbdthin-upkeep")  # checkpoints, hole punching
         # By the volume's identity, not its name, which may change hands; each keeps its volume, so no number is reused.
         self._volumes: weakref.WeakValueDictionary[int, LiveVolume] = weakref.WeakValueDictionary()
         self._next_leave: asyncio.Future[None] = self._loop.create_future()  # done when some thread's I/O ends
@@ -464,12 +437,12 @@ class LivePool:
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Run I/O on the data file in a thread; blocks freed meanwhile are not reused before it ends."""
-        return await self._entered(self._io, function, *arguments)
+        return await self._entered(self._io, partial(function, *arguments))
 
-    async def _entered(self, executor: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
+    async def _entered(self, threads: Threads, function: Callable[[], T]) -> T:
         epoch = self.enter()
         try:
-            return await self._loop.run_in_executor(executor, function, *arguments)
+            return await threads.run(function)
         finally:
             self.leave(epoch)
 
@@ -655,7 +628,7 @@ class LivePool:
 
     async def _prepare(self) -> None:
         try:
-            await self._loop.run_in_executor(self._upkeep, self.pool.journal.prepare_next)
+            await self._upkeep.run(self.pool.journal.prepare_next)
         except OSError as error:
             if error.errno not in FULL_DISK:
                 log.warning("the next journal segment cannot be prepared: %s", os.strerror(error.errno or 0))
@@ -668,9 +641,7 @@ class LivePool:
 
     async def _checkpoint(self, batch: Batch) -> None:
         try:
-            await self._loop.run_in_executor(
-                self._upkeep, batch.write_checkpoint, partial(self._give_way, CHECKPOINT_PAUSE)
-            )
+            await self._upkeep.run(partial(batch.write_checkpoint, partial(self._give_way, CHECKPOINT_PAUSE)))
         except OSError as error:
             log.warning("no checkpoint could be written (%s): the journal grows", os.strerror(error.errno or 0))
             self.pool.checkpoint_ended(error)
@@ -844,9 +815,7 @@ class LivePool:
 
     async def _reclaim(self) -> None:
         while (blocks := self.pool.take_reclaimable()) is not None:
-            await self._loop.run_in_executor(
-                self._upkeep, self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)
-            )
+            await self._upkeep.run(partial(self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)))
             self.pool.allocator.release(blocks)
             self.space_came()
         self._reclaiming = None
@@ -869,7 +838,7 @@ class LivePool:
                     await asyncio.shield(self._next_leave)
 
     async def _next_data(self, position: int) -> tuple[int, int] | None:
-        return await self._loop.run_in_executor(self._upkeep, self.pool.data.next_data, position)
+        return await self._upkeep.run(partial(self.pool.data.next_data, position))
 
     # -- merging
 
@@ -1051,9 +1020,9 @@ class LivePool:
         finally:
             while self._tasks:
                 await asyncio.wait(list(self._tasks))
-            self._sync.end()
-            for executor in (self._io, self._upkeep):
-                executor.shutdown()
+            self.readers.close()
+            for threads in (self._sync, self._io, self._upkeep):
+                threads.end()
             try:
                 self.pool.close()
             except NoSpace as error:

@@ -227,13 +227,7 @@ class Volume:
 
     def read_segments(self, segments: list[tuple[int, int]], view: memoryview, flags: int = 0) -> None:
         """Fill `view`. Flags as in DataFile.read_into."""
-        done = 0
-        for position, length in segments:
-            if position == ZERO:
-                view[done : done + length] = bytes(length)
-            else:
-                self.pool.data.read_into(view[done : done + length], position, flags)
-            done += length
+        self.pool.data.read_segments(segments, view, flags)
 
     # -- writing
 

@@ -155,7 +155,9 @@ class LiveWork:
         view = memoryview(bytearray(length))
         segments = volume.volume.segments(offset, length)
         if self._chance.random() < 0.3 or not volume.read_now(segments, view):
-            await volume.read(segments, view)
+            ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+            volume.read(segments, view, ended.set_result)
+            assert await ended is None
         image = self._oracle.images[name]
         kept, whole = image.kept, bytearray(image.content())
         whole[offset : offset + length] = view
@@ -224,7 +226,9 @@ class LiveWork:
     async def _read_all(self, name: str, image: Image) -> bytes:
         volume = self._live.open(name)
         view = memoryview(bytearray(image.size))
-        await volume.read(volume.volume.segments(0, image.size), view)
+        ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        volume.read(volume.volume.segments(0, image.size), view, ended.set_result)
+        assert await ended is None
         return bytes(view)
 
     async def _check_all(self) -> None:
