@@ -23,7 +23,8 @@ def volume(pool: Pool) -> Pool:
 
 
 def status(pool: Pool, name: str, context: str, offset: int, length: int, most: int = 1000) -> list[tuple[int, int]]:
-    return extents.status(pool.volume(name).layer, context, offset, length, SUB, most)
+    found = extents.status(pool.volume(name).layer, context, offset, length, SUB, most)
+    return [(length, flags) for length, flags in found.tolist()]
 
 
 def allocation(pool: Pool, offset: int, length: int, most: int = 1000, name: str = "v") -> list[tuple[int, int]]:
