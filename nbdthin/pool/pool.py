@@ -736,6 +736,15 @@ class Pool:
         self._changed[layer.number] = layer
         self.unsynced.add(Leaf(layer.number, leaf, b"" if entries is None else entries.tobytes()))
 
+    def drop_leaves(self, layer: Layer, leaves: Sequence[int]) -> None:
+        """Let go of own leaves of a layer, and free their blocks."""
+        assert self.state.layers.get(layer.number) is layer
+        if leaves:
+            self.discard_blocks(layer.drop_leaves(leaves))
+            self._changed[layer.number] = layer
+            for leaf in leaves:
+                self.unsynced.add(Leaf(layer.number, leaf, b""))
+
     def discard_block(self, physical: int) -> None:
         """An entry gave `physical` up: free once that is durable and nobody reads it."""
         self.allocator.discard(physical)
