@@ -162,15 +162,17 @@ class Allocator:
         self.pending += 1
 
     def discard_many(self, blocks: npt.NDArray[np.uint64]) -> None:
-        assert (self._bytes[blocks] == USED).all()
-        self._bytes[blocks] = PENDING
+        places = blocks.view(np.intp)  # what numpy indexes with; of anything else it makes that first
+        assert (self._bytes[places] == USED).all()
+        self._bytes[places] = PENDING
         self.used -= len(blocks)
         self.pending += len(blocks)
 
     def release(self, blocks: npt.NDArray[np.uint64]) -> None:
         """Pending `blocks` may be handed out again."""
-        assert (self._bytes[blocks] == PENDING).all()
-        self._bytes[blocks] = FREE
+        places = blocks.view(np.intp)
+        assert (self._bytes[places] == PENDING).all()
+        self._bytes[places] = FREE
         self.pending -= len(blocks)
 
     def hold(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

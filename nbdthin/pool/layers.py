@@ -233,8 +233,9 @@ class Layer:
 
     def drop_leaves(self, leaves: Sequence[int]) -> Words:
         """`put_leaf` of nothing for own leaves, at least one. Returns the physical blocks that they held."""
-        physical: Words = np.concatenate([words(self.own.pop(leaf)) for leaf in leaves]) >> np.uint64(32)
-        physical = physical[physical != 0]
+        physical: Words = np.frombuffer(b"".join(map(self.own.pop, leaves)), dtype=np.uint64) >> np.uint64(32)
+        if not physical.all():
+            physical = physical[physical != 0]
         self.blocks -= len(physical)
         for leaf in leaves:
             self.forget(leaf)
