@@ -162,7 +162,7 @@ class Allocator:
         self.pending += 1
 
     def discard_many(self, blocks: npt.NDArray[np.uint64]) -> None:
-        places = blocks.view(np.intp)  # what numpy indexes with; of anything else it makes that first
+        places = _places(blocks)
         assert (self._bytes[places] == USED).all()
         self._bytes[places] = PENDING
         self.used -= len(blocks)
@@ -170,7 +170,7 @@ class Allocator:
 
     def release(self, blocks: npt.NDArray[np.uint64]) -> None:
         """Pending `blocks` may be handed out again."""
-        places = blocks.view(np.intp)
+        places = _places(blocks)
         assert (self._bytes[places] == PENDING).all()
         self._bytes[places] = FREE
         self.pending -= len(blocks)
@@ -221,3 +221,12 @@ class Allocator:
         copy = self._bytes.copy()
         copy[copy == RESERVED] = FREE
         return copy
+
+
+def _places(blocks: npt.NDArray[np.uint64]) -> slice | npt.NDArray[np.intp]:
+    """What to index the map with: blocks in a row, as what was written in one go has them, take no look at each."""
+    if len(blocks):
+        first, last = int(blocks[0]), int(blocks[-1])
+        if last - first == len(blocks) - 1 and (blocks[1:] - blocks[:-1] == 1).all():
+            return slice(first, last + 1)
+    return blocks.view(np.intp)  # of any other type numpy makes this one first

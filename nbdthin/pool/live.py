@@ -863,6 +863,7 @@ class LivePool:
         return self._reclaiming
 
     async def _reclaim(self) -> None:
+        await asyncio.sleep(0)  # who waited for the commit is answered first: starting the thread may take milliseconds
         while (blocks := self.pool.take_reclaimable()) is not None:
             await self._loop.run_in_executor(
                 self._upkeep, self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)
