@@ -166,6 +166,16 @@ def _of(context: str, layer: Layer, number: int) -> int:
     return 0 if context != "base:allocation" else ZERO if layer.entry(block) >> 32 else EMPTY
 
 
+def test_an_extent_over_many_leaves_is_whole_however_few_are_asked_for(pools: Pools) -> None:
+    pool = pools.make(size=256 * MiB)
+    pool.create("v", 8 * LEAF)
+    pool.volume("v").write_zeroes(BLOCK, 6 * LEAF, allocate=True)
+    whole = [(BLOCK, EMPTY), (6 * LEAF, ZERO), (2 * LEAF - BLOCK, EMPTY)]
+    for first in range(3):
+        start = sum(length for length, _ in whole[:first])
+        assert status(pool, "v", "base:allocation", start, 8 * LEAF - start, 1) == whole[first : first + 1]
+
+
 def test_an_odd_end_of_a_volume_is_where_its_last_extent_ends(pool: Pool) -> None:
     pool.create("odd", BLOCK + 512)
     pool.volume("odd").write(BLOCK, pattern(512))
