@@ -31,9 +31,7 @@ JOURNAL_LOW = (
 )
 _LARGE_RANGE = 4096  # leaves: beyond this many, a discard looks at the leaves that exist instead of all
 _WORTH_NUMPY = 16  # blocks of one leaf from which on discarding them all at once is faster than one by one
-_WORTH_LEAF = (
-    128  # changed entries from which on the whole leaf is put, and noted, instead: half as long as all of them
-)
+_WORTH_LEAF = 128  # changed entries beyond which the whole leaf is put: one by one they take 2 us each
 
 
 class Write:
