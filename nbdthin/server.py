@@ -70,7 +70,7 @@ LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a clie
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
 GOODBYE = 1.0  # seconds that a client has to close its side when the server stops
 KEEPALIVE = 60  # seconds of silence after which TCP asks whether the other machine still lives
-STATUS_EXTENTS = 4096  # extents in one BLOCK_STATUS reply; the client asks again for the rest
+STATUS_EXTENTS = 16384  # extents in one BLOCK_STATUS reply, of 128 KiB then; the client asks again for the rest
 
 _SO_SNDBUFFORCE = 32
 _READ = int(Command.READ)

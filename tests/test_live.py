@@ -233,6 +233,53 @@ def test_a_sync_that_fails_in_the_loop_is_as_final(tmp_path: Path, monkeypatch: 
     run(tmp_path / "pool", work)
 
 
+@pytest.mark.parametrize("cloned", [False, True])
+@pytest.mark.parametrize("how", ["trim", "zero"])
+def test_a_discard_of_many_leaves_lets_others_run_and_keeps_what_surrounds_it(
+    tmp_path: Path, cloned: bool, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaf = LEAF_BLOCKS * 16 * KIB
+    size = (live_module.DROPPED + 8) * leaf
+    monkeypatch.setattr(live_module, "DISCARDING", 0)  # seconds: every piece takes longer
+
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", size)])
+        volume = live.open("web")
+        places = [number * leaf + 5000 * number for number in range(size // leaf)]
+        for place in places:
+            await write(volume, place, b"x" * 9000)
+        if cloned:
+            await live.execute([Snapshot("web", "s")])
+            for place in places[::2]:
+                await write(volume, place, b"y" * 9000)
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        start, end = places[1], places[-2] + 9000  # the ends within a subblock
+        counting = asyncio.create_task(count())
+        if how == "trim":
+            assert not volume.trim_now(start, end - start)
+            await volume.trim(start, end - start)
+        else:
+            assert not volume.zero_now(start, end - start)
+            await volume.write_zeroes(start, end - start, False)
+        counting.cancel()
+        assert turns > (size // leaf - 4 if cloned else 1)
+        for place in places[2:-2]:
+            assert await read(volume, place, 9000) == bytes(9000)
+        for place in (places[0], places[-1]):
+            assert set(await read(volume, place, 9000)) <= {*b"xy"}
+        if cloned:
+            assert await read(live.open("s"), places[3], 9000) == b"x" * 9000
+
+    run(tmp_path / "pool", work)
+
+
 REGION = 40_000  # bytes: neighbours share a subblock and a block
 REGIONS = 6
 

@@ -195,15 +195,17 @@ class Allocator:
         self.pending += 1
 
     def discard_many(self, blocks: npt.NDArray[np.uint64]) -> None:
-        assert (self._bytes[blocks] == USED).all()
-        self._bytes[blocks] = PENDING
+        places = _places(blocks)
+        assert (self._bytes[places] == USED).all()
+        self._bytes[places] = PENDING
         self.used -= len(blocks)
         self.pending += len(blocks)
 
     def release(self, blocks: npt.NDArray[np.uint64]) -> None:
         """Pending `blocks` may be handed out again."""
-        assert (self._bytes[blocks] == PENDING).all()
-        self._bytes[blocks] = FREE
+        places = _places(blocks)
+        assert (self._bytes[places] == PENDING).all()
+        self._bytes[places] = FREE
         self._regions = True
         self.pending -= len(blocks)
 
@@ -253,3 +255,12 @@ class Allocator:
         copy = self._bytes.copy()
         copy[copy == RESERVED] = FREE
         return copy
+
+
+def _places(blocks: npt.NDArray[np.uint64]) -> slice | npt.NDArray[np.intp]:
+    """What to index the map with: blocks in a row, as what was written in one go has them, take no look at each."""
+    if len(blocks):
+        first, last = int(blocks[0]), int(blocks[-1])
+        if last - first == len(blocks) - 1 and (blocks[1:] - blocks[:-1] == 1).all():
+            return slice(first, last + 1)
+    return blocks.view(np.intp)  # of any other type numpy makes this one first

@@ -22,7 +22,7 @@ parent's, the same object, so a thousand clones share their image's. Rules that 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -271,6 +271,20 @@ class Layer:
         if self.dirty_leaves is None:
             self.dirty_leaves = set()
         self.dirty_leaves.add(leaf)
+
+    def drop_leaves(self, leaves: Sequence[int]) -> Words:
+        """`put_leaf` of nothing for own leaves, at least one. Returns the physical blocks that they held."""
+        physical: Words = np.frombuffer(b"".join(map(self.own.pop, leaves)), dtype=np.uint64) >> np.uint64(32)
+        if not physical.all():
+            physical = physical[physical != 0]
+        self.blocks -= len(physical)
+        for leaf in leaves:
+            self.forget(leaf)
+        self.changes += 1
+        if self.dirty_leaves is None:
+            self.dirty_leaves = set()
+        self.dirty_leaves.update(leaves)
+        return physical
 
     def forget(self, leaf: int) -> None:
         """Drop what the caches hold of a leaf."""

@@ -56,6 +56,8 @@ LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
+DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
+DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
 SWEEP = 64 * MiB  # bytes of data file whose free blocks are out of reach while their space is given back
 CHECKPOINT_PAUSE = 0.002  # seconds after each frame of 16 KiB: so few reads meet one that their p99 does not show it
 PUNCH_PAUSE = 0.0003  # seconds after each hole, which takes 30 us
@@ -226,7 +228,7 @@ class LiveVolume:
         self.volume.finish(write)
 
     def trim_now(self, offset: int, length: int) -> bool:
-        if length > PIECE or self._pool.journal_low or self._blocked(offset, length):
+        if length > self._at_once or self._pool.journal_low or self._blocked(offset, length):
             return False
         self.volume.trim(offset, length)
         self._live.blocks_freed()
@@ -237,15 +239,27 @@ class LiveVolume:
         await self._holding(offset, length, partial(self._trim_held, offset, length), asker)
 
     async def _trim_held(self, offset: int, length: int) -> None:
-        for start, count in _pieces(offset, length):
-            self.volume.trim(start, count)
-            self._live.publish()  # of a large range there is more than one batch keeps
-            await asyncio.sleep(0)
+        await self._by_leaves(offset, length, self.volume.trim)
         self._live.blocks_freed()
+
+    @property
+    def _at_once(self) -> int:
+        """Bytes of the volume that may be discarded without looking at the time."""
+        return self.volume.leaf_bytes * (DROPPED if self.volume.layer.parent is None else 1)
+
+    async def _by_leaves(self, offset: int, length: int, discard: Callable[[int, int], None]) -> None:
+        """`discard` a range whose blocks are held, and let the loop turn now and then."""
+        begun = time.monotonic()
+        for start, count in _pieces(offset, length, self._at_once):
+            discard(start, count)
+            if time.monotonic() - begun > DISCARDING:
+                self._live.publish()  # of a large range there is more than one batch keeps
+                await asyncio.sleep(0)
+                begun = time.monotonic()
 
     def zero_now(self, offset: int, length: int) -> bool:
         """write_zeroes, without allocation, where nothing has to be written."""
-        if length > PIECE or self._pool.journal_low or self._blocked(offset, length):
+        if length > self._at_once or self._pool.journal_low or self._blocked(offset, length):
             return False
         if self.volume.partial_zeroes(offset, length):
             return False
@@ -265,12 +279,18 @@ class LiveVolume:
         self.volume.check_space(parts)
         for start, end in parts:
             await self._write_held(start, memoryview(bytes(end - start)))
-        for start, count in _pieces(offset, length):
-            self._pool.check_writable()
-            self.volume.zero_whole(start, count, allocate)
-            self._live.publish()
-            await asyncio.sleep(0)
+        if allocate:
+            for start, count in _pieces(offset, length):
+                self._zero_whole(start, count, allocate)
+                self._live.publish()
+                await asyncio.sleep(0)
+        else:
+            await self._by_leaves(offset, length, self._zero_whole)
         self._live.blocks_freed()
+
+    def _zero_whole(self, offset: int, length: int, allocate: bool = False) -> None:
+        self._pool.check_writable()
+        self.volume.zero_whole(offset, length, allocate)
 
     async def _provision(self, offset: int, length: int) -> None:
         """All of the range or nothing. Raises NoSpace."""
@@ -814,6 +834,7 @@ class LivePool:
         return self._reclaiming
 
     async def _reclaim(self) -> None:
+        await asyncio.sleep(0)  # who waited for the commit is answered first: starting the thread may take milliseconds
         while (blocks := self.pool.take_reclaimable()) is not None:
             await self._upkeep.run(partial(self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)))
             self.pool.allocator.release(blocks)
@@ -1037,11 +1058,11 @@ def _settle(durable: asyncio.Future[None], failure: Exception | None) -> None:
         durable.exception()  # whoever waited may be gone
 
 
-def _pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """A range cut at multiples of PIECE, so that the loop can turn in between: (offset, length)."""
+def _pieces(offset: int, length: int, piece: int = PIECE) -> Iterator[tuple[int, int]]:
+    """A range cut at multiples of `piece`, so that the loop can turn in between: (offset, length)."""
     end = offset + length
     while offset < end:
-        stop = min(end, (offset // PIECE + 1) * PIECE)
+        stop = min(end, (offset // piece + 1) * piece)
         yield offset, stop - offset
         offset = stop
 

@@ -241,7 +241,7 @@ class Pool:
         self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
         self._readers: dict[int, int] = {}  # epoch -> reads under way that began in it
-        self._limbo: deque[tuple[int, Words]] = deque()  # freed and durable, perhaps still being read
+        self._limbo: deque[tuple[int, builtins.list[Words]]] = deque()  # freed and durable, perhaps still being read
 
     # -- making and opening
 
@@ -736,6 +736,15 @@ class Pool:
         self._changed[layer.number] = layer
         self.unsynced.add(Leaf(layer.number, leaf, b"" if entries is None else entries.tobytes()))
 
+    def drop_leaves(self, layer: Layer, leaves: Sequence[int]) -> None:
+        """Let go of own leaves of a layer, and free their blocks."""
+        assert self.state.layers.get(layer.number) is layer
+        if leaves:
+            self.discard_blocks(layer.drop_leaves(leaves))
+            self._changed[layer.number] = layer
+            for leaf in leaves:
+                self.unsynced.add(Leaf(layer.number, leaf, b""))
+
     def discard_block(self, physical: int) -> None:
         """An entry gave `physical` up: free once that is durable and nobody reads it."""
         self.allocator.discard(physical)
@@ -821,7 +830,7 @@ class Pool:
         if batch.checkpoint_lost:
             self.checkpoint_ended(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         if batch.freed:
-            self._limbo.append((self._epoch, np.concatenate(batch.freed)))
+            self._limbo.append((self._epoch, batch.freed))
             self._epoch += 1
 
     def checkpoint_ended(self, error: OSError | None) -> None:
@@ -899,13 +908,13 @@ class Pool:
 
     def take_reclaimable(self) -> Words | None:
         """Freed blocks that are durable so and that no read can still be using: to `punch`, then to release."""
-        return self._limbo.popleft()[1] if self.can_reclaim else None
+        return np.concatenate(self._limbo.popleft()[1]) if self.can_reclaim else None
 
     def sweep(self, start: int, end: int) -> None:
         """Have the free blocks between two bytes of the data file reclaimed as if they had just been freed."""
         blocks = self.allocator.hold_free(start // self.block_size, -(-end // self.block_size))
         if len(blocks):
-            self._limbo.append((self._epoch, blocks))
+            self._limbo.append((self._epoch, [blocks]))
             self._epoch += 1  # reads that begin from now on know nothing of them
 
     def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> None:

@@ -9,7 +9,6 @@ Data goes to its block before the entry says so; until `finish`, a reserved bloc
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from nbdthin.errors import Invalid, NoSpace, ReadOnly
 from nbdthin.pool import sums
+from nbdthin.pool.extents import data_masks
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, words
 from nbdthin.pool.records import LEAF_BLOCKS
 
@@ -30,6 +30,8 @@ JOURNAL_LOW = (
     "(remove snapshots or volumes, trim, or free space there)"
 )
 _LARGE_RANGE = 4096  # leaves: beyond this many, a discard looks at the leaves that exist instead of all
+_WORTH_NUMPY = 16  # blocks of one leaf from which on discarding them all at once is faster than one by one
+_WORTH_LEAF = 128  # changed entries beyond which the whole leaf is put: one by one they take 2 us each
 
 
 class Write:
@@ -447,18 +449,26 @@ class Volume:
         """Make whole subblocks from byte `start` to `stop` read as zero, and free the blocks that empties."""
         if start >= stop:
             return
-        first, last = start >> self._shift, (stop - 1) >> self._shift
-        for leaf in self._leaves(first >> LEAF_SHIFT, last >> LEAF_SHIFT):
-            base = leaf << LEAF_SHIFT
-            if start <= base << self._shift and (base + LEAF_BLOCKS) << self._shift <= stop:
-                self._discard_leaf(leaf)
-                continue
-            own, below = self.layer.own.get(leaf), self._below(leaf)
-            if own is None and below is ZERO_LEAF:
-                continue
-            for block in range(max(first, base), min(last, base + LEAF_MASK) + 1):
-                if own is None or own[block & LEAF_MASK] or below[block & LEAF_MASK]:
-                    self._discard_block(block, self._mask(block, start, stop))
+        size = self.leaf_bytes
+        whole = range(-(-start // size), stop // size)
+        if whole.start > whole.stop:
+            self._discard_part(start, stop)
+            return
+        if start % size:
+            self._discard_part(start, whole.start * size)
+        leaves = self._leaves(whole.start, whole.stop - 1)
+        if self.layer.parent is None:
+            self.pool.drop_leaves(self.layer, [leaf for leaf in leaves if leaf in self.layer.own])
+        else:
+            for leaf in leaves:
+                self._discard_part(leaf * size, (leaf + 1) * size)
+        if stop % size:
+            self._discard_part(whole.stop * size, stop)
+
+    @property
+    def leaf_bytes(self) -> int:
+        """Bytes of the volume that one leaf maps."""
+        return LEAF_BLOCKS << self._shift
 
     def _leaves(self, first: int, last: int) -> list[int] | range:
         if last - first < _LARGE_RANGE:
@@ -469,10 +479,6 @@ class Volume:
             found.update(leaf for leaf in layer.own if first <= leaf <= last)
             layer = layer.parent
         return sorted(found)
-
-    def _below(self, leaf: int) -> array[int]:
-        parent = self.layer.parent
-        return ZERO_LEAF if parent is None else parent.effective(leaf)
 
     def _inherited(self, block: int) -> int:
         """The subblocks that the parents hold data for."""
@@ -498,19 +504,41 @@ class Volume:
         if entry != (new := physical << 32 | zero << 16 | data):
             self.pool.put(self.layer, block, new)
 
-    def _discard_leaf(self, leaf: int) -> None:
-        own, below = self.layer.own.get(leaf), self._below(leaf)
-        if own is None and below is ZERO_LEAF:
+    def _discard_part(self, start: int, stop: int) -> None:
+        """`discard` of bytes that one leaf maps."""
+        first, last = start >> self._shift, (stop - 1) >> self._shift
+        leaf = first >> LEAF_SHIFT
+        layer, parent = self.layer, self.layer.parent
+        own = layer.own.get(leaf)
+        if own is None and (parent is None or parent.effective(leaf) is ZERO_LEAF):
             return
-        if own is not None:
-            physical = words(own) >> np.uint64(32)
-            self.pool.discard_blocks(physical[physical != 0])
-        zero = words(below) & FULL
-        parent = self.layer.parent
-        if parent is not None and (mixed := np.flatnonzero(words(below) >= MIXED)).size:
-            for index in mixed.tolist():
-                zero[index] = parent.data_mask((leaf << LEAF_SHIFT) + index)
-        self.pool.put_leaf(self.layer, leaf, array("Q", (zero << np.uint64(16)).tobytes()) if zero.any() else None)
+        if last - first < _WORTH_NUMPY:
+            for block in range(first, last + 1):
+                self._discard_block(block, self._mask(block, start, stop))
+            return
+        part = slice(first & LEAF_MASK, (last & LEAF_MASK) + 1)
+        entries = words(ZERO_LEAF if own is None else own)[part]
+        mask = np.full(len(entries), FULL, dtype=np.uint64)
+        mask[0], mask[-1] = self._mask(first, start, stop), self._mask(last, start, stop)
+        data = entries & FULL & ~mask
+        zero = entries >> np.uint64(16) & FULL & ~mask
+        if parent is not None:
+            zero |= mask & data_masks(parent, [leaf])[part]
+        freed = (entries >> np.uint64(32) != 0) & (data == 0)
+        new = np.where(freed, np.uint64(0), entries & MIXED) | zero << np.uint64(16) | data
+        changed = np.flatnonzero(new != entries)
+        if not len(changed):
+            return
+        self.pool.discard_blocks(entries[freed] >> np.uint64(32))
+        result = ZERO_LEAF[:] if own is None else own[:]
+        words(result)[part] = new
+        if not words(result).any():
+            self.pool.put_leaf(layer, leaf, None)
+        elif len(changed) > _WORTH_LEAF:
+            self.pool.put_leaf(layer, leaf, result)
+        else:
+            for index in changed.tolist():
+                self.pool.put(layer, first + index, int(new[index]))
 
     def provision(self, offset: int, length: int) -> list[int]:
         """Give every block of the range a physical block. Raises NoSpace with nothing changed.

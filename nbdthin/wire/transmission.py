@@ -12,10 +12,10 @@ request asks for, it gets its error and the connection goes on.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from itertools import chain
-from struct import pack
 from typing import Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from nbdthin.wire import proto
 from nbdthin.wire.handshake import Negotiated
@@ -166,10 +166,10 @@ def hole_chunk(cookie: int, offset: int, length: int, done: bool) -> bytes:
     return _pack_hole(proto.STRUCTURED_REPLY_MAGIC, done, _HOLE, cookie, 12, offset, length)
 
 
-def block_status_chunk(cookie: int, context: int, extents: Sequence[tuple[int, int]], done: bool) -> bytes:
-    """`extents` are (length, status) from the request's offset on: at least one, none empty."""
+def block_status_chunk(cookie: int, context: int, extents: npt.NDArray[np.int64], done: bool) -> bytes:
+    """`extents` are rows of length and status, from the request's offset on: at least one, none empty."""
     header = proto.BLOCK_STATUS.pack(proto.STRUCTURED_REPLY_MAGIC, done, _STATUS, cookie, 4 + 8 * len(extents), context)
-    return header + pack(f">{2 * len(extents)}I", *chain.from_iterable(extents))
+    return header + extents.astype(">u4").tobytes()
 
 
 def error_chunk(cookie: int, error: int, text: str = "") -> bytes:

@@ -87,6 +87,18 @@ def test_reserved_runs_are_given_up_before_anyone_is_refused() -> None:
         space.allocate(3)
 
 
+@pytest.mark.parametrize("freed", [(4, 5, 6, 7), (7, 6, 5, 4), (4, 6, 5, 7), (3, 7, 8, 15), (9,), ()])
+def test_blocks_are_freed_in_any_order_and_no_others(freed: tuple[int, ...]) -> None:
+    space = Allocator(17, 4)
+    take(space, 1, 16)
+    space.discard_many(blocks(*freed))
+    assert np.flatnonzero(space.states() == PENDING).tolist() == sorted(freed)
+    assert (space.used, space.pending) == (16 - len(freed), len(freed))
+    space.release(blocks(*freed))
+    assert np.flatnonzero(space.states() == FREE).tolist() == sorted(freed)
+    assert (space.used, space.pending) == (16 - len(freed), 0)
+
+
 def test_scattered_free_blocks_are_all_found() -> None:
     space = Allocator(17, 4)
     take(space, 1, 16)

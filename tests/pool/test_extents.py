@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from itertools import groupby
+
 import pytest
 
 from nbdthin.pool import extents
 from nbdthin.pool.extents import HOLE, STATUS_LEAVES, ZERO
+from nbdthin.pool.layers import MIXED, SUBBLOCKS, Layer, words
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.rows import Extent
 from nbdthin.units import MiB
 
-from .conftest import BLOCK, LEAF, SUB, pattern
+from .conftest import BLOCK, LEAF, SUB, Pools, pattern
 
 DATA = 0
 EMPTY = HOLE | ZERO
@@ -23,7 +27,8 @@ def volume(pool: Pool) -> Pool:
 
 
 def status(pool: Pool, name: str, context: str, offset: int, length: int, most: int = 1000) -> list[tuple[int, int]]:
-    return extents.status(pool.volume(name).layer, context, offset, length, SUB, most)
+    found = extents.status(pool.volume(name).layer, context, offset, length, SUB, most)
+    return [(length, flags) for length, flags in found.tolist()]
 
 
 def allocation(pool: Pool, offset: int, length: int, most: int = 1000, name: str = "v") -> list[tuple[int, int]]:
@@ -116,6 +121,59 @@ def test_an_answer_over_many_leaves_may_stop_early_and_is_right_as_far_as_it_goe
     assert found[:3] == [(SUB, DATA), (BLOCK - SUB, ZERO), (LEAF - BLOCK, EMPTY)]
     rest = status(pool, "large", "base:allocation", STATUS_LEAVES * LEAF, STATUS_LEAVES * LEAF, 10_000)
     assert sum(length for length, _ in rest) == STATUS_LEAVES * LEAF
+
+
+@pytest.mark.parametrize("context", ["base:allocation", "qemu:allocation-depth"])
+def test_leaves_of_all_kinds_behind_each_other_are_told_as_one_by_one(pools: Pools, context: str) -> None:
+    """Empty ones, whole blocks, parts of blocks, and blocks of which several layers hold parts; and any beginning."""
+    leaves = 12
+    pool = pools.make()
+    pool.create("v", leaves * LEAF)
+    rng = random.Random(5)
+    for number, sizes in enumerate(((BLOCK,), (SUB, BLOCK), (SUB, 2 * SUB))):
+        for leaf in {0, 1, 2, 4, 5, 8, 9, 10} - {number, 2 * number}:
+            for _ in range(25):  # close together, so that parts of one block come to be in several layers
+                place, length = leaf * LEAF + rng.randrange(30 * 16) * SUB, rng.choice(sizes)
+                pool.volume("v").write(place - place % length, pattern(length))
+        pool.volume("v").trim(rng.randrange(30 * 16) * SUB, 2 * BLOCK)
+        if number < 2:
+            pool.snapshot("v", f"s{number}")
+    layer = pool.volume("v").layer
+    assert max(int((words(layer.effective(leaf)) >= MIXED).sum()) for leaf in range(leaves)) >= 16
+    expected = [_of(context, layer, number) for number in range(leaves * LEAF // SUB)]
+    for start in (0, 5, 16, LEAF // SUB - 1, 3 * LEAF // SUB, 7 * LEAF // SUB + 3):
+        runs = [(SUB * len(list(same)), flags) for flags, same in groupby(expected[start:])]
+        for most in (1, 2, 3, 7, 50, 10_000):
+            found = status(pool, "v", context, start * SUB, leaves * LEAF - start * SUB, most)
+            assert found == runs[:most]
+
+
+def _of(context: str, layer: Layer, number: int) -> int:
+    """What is to be said of a subblock, by walking the layers."""
+    block, sub = divmod(number, SUBBLOCKS)
+    node: Layer | None = layer
+    depth = 1
+    while node is not None:
+        entry = node.entry(block)
+        if (entry | entry >> 16) >> sub & 1:
+            if context != "base:allocation":
+                return depth
+            if entry >> sub & 1:
+                return DATA
+            break
+        node = node.parent
+        depth += 1
+    return 0 if context != "base:allocation" else ZERO if layer.entry(block) >> 32 else EMPTY
+
+
+def test_an_extent_over_many_leaves_is_whole_however_few_are_asked_for(pools: Pools) -> None:
+    pool = pools.make(size=256 * MiB)
+    pool.create("v", 8 * LEAF)
+    pool.volume("v").write_zeroes(BLOCK, 6 * LEAF, allocate=True)
+    whole = [(BLOCK, EMPTY), (6 * LEAF, ZERO), (2 * LEAF - BLOCK, EMPTY)]
+    for first in range(3):
+        start = sum(length for length, _ in whole[:first])
+        assert status(pool, "v", "base:allocation", start, 8 * LEAF - start, 1) == whole[first : first + 1]
 
 
 def test_an_odd_end_of_a_volume_is_where_its_last_extent_ends(pool: Pool) -> None:

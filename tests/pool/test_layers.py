@@ -247,6 +247,18 @@ def test_a_leaf_that_is_gone_is_journalled_as_empty() -> None:
     assert layer.take_dirty() == [Leaf(3, 2, b"")]
 
 
+def test_leaves_dropped_at_once_give_their_blocks_and_are_journalled_as_empty() -> None:
+    layer = Layer(3, None)
+    layer.head = True
+    for block, physical in ((0, 9), (511, 4), (512, 7), (1024, 5)):
+        layer.put(block, entry(physical, 0, 1))
+    layer.put(513, entry(0, 1, 0))
+    assert sorted(layer.drop_leaves([0, 1]).tolist()) == [4, 7, 9]
+    assert (layer.blocks, list(layer.own)) == (1, [2])
+    assert [layer.data_mask(block) for block in (0, 511, 512, 1024)] == [0, 0, 0, 1]
+    assert layer.take_dirty() == [Leaf(3, 0, b""), Leaf(3, 1, b""), Entries(3, u64([1024]), u64([entry(5, 0, 1)]))]
+
+
 def test_entries_are_packed_as_they_are_when_asked_for() -> None:
     layer = Layer(3, None)
     layer.put(0, entry(1, 0, 1))

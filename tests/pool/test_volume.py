@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import Callable
 
 import pytest
@@ -246,6 +247,55 @@ def test_a_trim_of_whole_leaves_is_a_trim_like_any_other(pool: Pool, offset: int
         gone = offset <= place < offset + length
         assert any(large.read(place, SUB)) != gone, number
     assert {name: contents(pool)[name] for name in ("s", "s2")} == {name: before[name] for name in ("s", "s2")}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_many_blocks_are_trimmed_at_once_as_they_are_one_by_one(pools: Pools, layers: int, seed: int) -> None:
+    """Over data, zeroes, provisioned blocks, and blocks of which several layers hold parts."""
+    once, singly = pools.make(), pools.make()
+    for pool in (once, singly):
+        rng = random.Random(layers * 100 + seed)
+        pool.create("v", 2 * LEAF)
+        for number in range(layers):
+            if number:
+                pool.snapshot("v", f"s{number}")
+            for _ in range(150):
+                _change(pool.volume("v"), rng)
+    for _ in range(4):
+        first, last = sorted(rng.randrange(2 * LEAF // SUB) for _ in range(2))
+        start, stop = rng.choice(
+            ((first, last + 1), (first // 16 * 16, last | 15), (0, last + 1), (first, 2 * LEAF // SUB))
+        )
+        once.volume("v").trim(start * SUB, (stop - start) * SUB)
+        for place in range(start // 16, -(-stop // 16)):
+            low, high = max(start, 16 * place), min(stop, 16 * place + 16)
+            singly.volume("v").trim(low * SUB, (high - low) * SUB)
+        assert _masks(once.volume("v")) == _masks(singly.volume("v"))
+        assert once.allocator.used == singly.allocator.used
+        for pool in (once, singly):
+            for _ in range(20):
+                _change(pool.volume("v"), random.Random(start))
+    assert contents(once) == contents(singly)
+    assert contents(pools.reopen(once)) == contents(singly)
+
+
+def _change(volume: Volume, rng: random.Random) -> None:
+    place = rng.randrange(volume.size // SUB) * SUB
+    length = min(rng.choice((SUB, 3 * SUB, BLOCK)), volume.size - place)
+    kind = rng.random()
+    if kind < 0.7:
+        volume.write(place, pattern(length, rng.randrange(100)))
+    elif kind < 0.85:
+        volume.trim(place, length)
+    else:
+        volume.write_zeroes(place, length, allocate=True)
+
+
+def _masks(volume: Volume) -> dict[int, tuple[bool, int]]:
+    """Of each block that has an entry: whether it has a physical block, and its masks."""
+    entries = ((block, volume.layer.entry(block)) for block in range(volume.size // BLOCK))
+    return {block: (entry >> 32 != 0, entry & 0xFFFFFFFF) for block, entry in entries if entry}
 
 
 def test_a_trim_of_a_huge_empty_volume_looks_only_where_something_is(pool: Pool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -252,12 +253,12 @@ COOKIE = 0x0123456789ABCDEF
             id="hole, the last",
         ),
         pytest.param(
-            block_status_chunk(COOKIE, 2, [(4096, 0), (0xFFFFFE00, 3)], False),
+            block_status_chunk(COOKIE, 2, np.array([(4096, 0), (0xFFFFFE00, 3)]), False),
             "668e33ef 0000 0005 0123456789abcdef 00000014 00000002 00001000 00000000 fffffe00 00000003",
             id="status, more to come",
         ),
         pytest.param(
-            block_status_chunk(COOKIE, 1, [(512, 2)], True),
+            block_status_chunk(COOKIE, 1, np.array([(512, 2)]), True),
             "668e33ef 0001 0005 0123456789abcdef 0000000c 00000001 00000200 00000002",
             id="status, the last",
         ),
