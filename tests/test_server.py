@@ -18,11 +18,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nbdthin.connection import ALONE
 from nbdthin.errors import InUse
 from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.pool import Pool
-from nbdthin.server import ALONE, Server
+from nbdthin.server import Server
 from tests.rawclient import (
     BLOCK_STATUS,
     CACHE,
@@ -590,7 +591,7 @@ async def _read(serving: Serving, name: str, length: int) -> bytes:
 
 
 def test_a_silent_handshake_does_not_keep_a_stopping_server(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbdthin.server.LAST_HANDSHAKES", 0.05)
+    monkeypatch.setattr("nbdthin.connection.LAST_HANDSHAKES", 0.05)
     silent, slow = Client(serving.socket), Client(serving.socket)
     for each in (silent, slow):
         each.receive(18)
@@ -672,7 +673,7 @@ def test_a_snapshot_under_load_holds_what_had_been_answered_and_a_prefix_of_the_
 def test_the_handshake_is_given_up_when_the_client_says_nothing(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbdthin.server.HANDSHAKE_TIMEOUT", 0.05)
+    monkeypatch.setattr("nbdthin.connection.HANDSHAKE_TIMEOUT", 0.05)
     silent = Client(serving.socket)
     silent.receive(18)
     assert silent.closed()

@@ -20,6 +20,7 @@ from simulatelib.oracle import Lost
 from simulatelib.record import Recorder
 from simulatelib.run import Counts, Failure, run_seed
 
+from nbdthin.connection import Connection
 from nbdthin.errors import Invalid
 from nbdthin.pool import commands, journal, layers, merge, superblock, volume
 from nbdthin.pool import pool as pool_module
@@ -27,7 +28,6 @@ from nbdthin.pool.files import Files, write_all
 from nbdthin.pool.journal import Journal
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.pool import Batch, Pool
-from nbdthin.server import Connection
 from nbdthin.wire import transmission
 
 from .served import ServedWork

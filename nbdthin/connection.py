@@ -1,0 +1,852 @@
+"""NBD over sockets: connections, requests in flight, replies.
+
+A connection is a receiver that hands its buffers to the event loop, a handshake, and then an export. One receive brings
+in many requests; all of them are parsed in one turn, what can be answered at once is (from the page cache, or by a
+write into it), and the replies leave with one gathered write. What may block becomes a task. Rules:
+
+- a refused WRITE's payload is consumed before anything else is read;
+- replies may leave in any order, so nothing waits for a slow request but itself;
+- bytes in flight are bounded: reading pauses while too much is being worked on, or while the peer does not take its
+  replies, also in the middle of a batch;
+- a connection uses its export until its last request has ended, even when the peer is gone by then;
+- a stopping server parses what it has received, answers it, and closes. It never answers ESHUTDOWN: the kernel's
+  client makes an I/O error of that, whereas it sends again what was not answered;
+- and it lets who is in the handshake finish it first: a client that comes back after a lost connection takes one that
+  is closed before it was given its export for a refusal, and gives up for good.
+
+What is legal is decided in wire/, what happens to data in pool/.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
+from nbdthin.outbox import ARENA, HIGH, Outbox
+from nbdthin.pool import extents
+from nbdthin.pool.data import NOWAIT
+from nbdthin.pool.volume import ZERO
+from nbdthin.pool.waiting import GivenUp
+from nbdthin.units import KiB, MiB
+from nbdthin.wire import proto, transmission
+from nbdthin.wire.handshake import Handshake, HandshakeState, Negotiated
+from nbdthin.wire.proto import Chunk, ChunkFlag, Command, CommandFlag, Errno
+
+if TYPE_CHECKING:
+    from nbdthin.server import Server
+
+SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
+INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
+SEND_BUFFER = 4 * MiB  # bytes
+SIP = 4 * KiB  # bytes received behind a large write: if another one follows, its payload has a buffer of its own soon
+DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
+IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
+WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
+REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
+TURN = 500e-6  # seconds for which the loop stays with a connection that is alone
+ALONE = 8  # times that one client has sent, or asked for a flush, while all others were silent: it may be waited for
+COLD = 15  # small reads after one that was not cached that are taken to be not cached either
+NEAR = 256 * KiB  # bytes from the read before, within which the kernel may be reading ahead
+SEND = 32 * KiB  # bytes of one part of the data file from which on it is read when it is sent
+HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
+LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
+LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
+GOODBYE = 1.0  # seconds that a client has to close its side when the server stops
+STATUS_EXTENTS = 16384  # extents in one BLOCK_STATUS reply, of 128 KiB then; the client asks again for the rest
+
+_SO_SNDBUFFORCE = 32
+_READ = int(Command.READ)
+_WRITE = int(Command.WRITE)
+_DISC = int(Command.DISC)
+_FLUSH = int(Command.FLUSH)
+_TRIM = int(Command.TRIM)
+_CACHE = int(Command.CACHE)
+_WRITE_ZEROES = int(Command.WRITE_ZEROES)
+_BLOCK_STATUS = int(Command.BLOCK_STATUS)
+_FUA = int(CommandFlag.FUA)
+_NO_HOLE = int(CommandFlag.NO_HOLE)
+_DF = int(CommandFlag.DF)
+_REQ_ONE = int(CommandFlag.REQ_ONE)
+_DONE = int(ChunkFlag.DONE)
+_OFFSET_DATA = int(Chunk.OFFSET_DATA)
+_CHUNK_MAGIC = proto.STRUCTURED_REPLY_MAGIC
+_SIMPLE_MAGIC = proto.SIMPLE_REPLY_MAGIC
+_REQUEST_HEADER = proto.REQUEST.size
+_SIMPLE_HEADER = proto.SIMPLE_REPLY.size
+_DATA_HEADER = proto.OFFSET_DATA.size
+_pack_simple_into = proto.SIMPLE_REPLY.pack_into
+_pack_data_into = proto.OFFSET_DATA.pack_into
+_simple = transmission.simple_reply
+
+log = logging.getLogger("nbdthin.server")
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One client. Phases: handshake, then transmission, then closing (no request is parsed any more)."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._live = server.live
+        self._loop = asyncio.get_running_loop()
+        self._poller = server.poller
+        self.closed: asyncio.Future[None] = self._loop.create_future()  # done when nothing of it is left
+        self.peer = "?"
+        self._outbox: Outbox
+        self._handshake: Handshake | None = Handshake(server)  # None in transmission
+        self._timer: asyncio.TimerHandle | None = None
+        self._draining = False  # nothing more is received; what was, is handled
+        self._closing = False  # no request is parsed any more
+        self._half_close = False  # at its end, only our direction is closed at first
+        self._discarding = False  # what comes in is of no interest any more
+        self._lingering = False  # all is answered, and what is sent of it is the peer's affair
+        self._lost = False  # the transport is gone
+        self.gone = False  # so it is, or soon will be: what waits for space need not
+        self._view = new_buffer(SCRATCH)
+        self._end = 0  # bytes in scratch
+        self._payload: memoryview | None = None  # of a large write, while it comes in
+        self._whole: memoryview  # the buffer that it is a part of
+        self._sipping = False  # another one will follow: of it, receive little before its own buffer is there
+        self._filled = 0
+        self._payload_request = (0, 0, 0)  # flags, cookie, offset
+        self._skip = 0  # bytes of a refused payload still to come
+        self._skipped = b""  # the reply to follow them
+        self._writes = 0  # since the last flush
+        self._alternations = 0  # flushes with one write before each of them, the last ones
+        self._flush_due = False
+        self._cold = 0  # so many reads more are asked of the disk without a look at the cache
+        self._last_position = 0  # of the last small read
+        self._tasks = 0  # requests in work
+        self._in_flight = 0  # bytes they stand for
+        self._waiting = 0  # bytes of those that wait for space
+        self._paused = False  # we do not read
+
+    # -- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same methods
+        sock = self._transport.get_extra_info("socket")
+        _enlarge(sock)
+        self._outbox = Outbox(self._live, sock.fileno(), self._outbox_changed, self._outbox_lost)
+        watch = select.poll()
+        watch.register(self._outbox.fd, select.POLLIN)
+        self._ready = watch.poll
+        self._put = self._outbox.put
+        self._flush = self._outbox.flush
+        if not self._server.add(self):
+            self._closing = True
+            self._transport.abort()
+            return
+        assert self._handshake is not None
+        self.peer = _peer_name(self._transport)
+        self._put(self._handshake.greeting())
+        self._flush()
+        self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._discarding:
+            return self._view
+        if self._payload is not None:
+            return self._payload[self._filled :]
+        if self._sipping:
+            self._sipping = False
+            return self._view[self._end : self._end + SIP]
+        return self._view[self._end :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._discarding:
+            return
+        self._poller.came()
+        self._received(nbytes)
+        self._poller.answered()
+        if self._server.turns_alone > ALONE and self._handshake is None:
+            self._receive_more()
+
+    def _received(self, nbytes: int) -> None:
+        if self._payload is None:
+            self._end += nbytes
+            self._advance()
+        else:
+            self._filled += nbytes
+            if self._filled == len(self._payload):
+                self._payload_complete(self._payload)
+
+    def _receive_more(self) -> None:
+        """Take what this client sends next past the transport: while nobody else asks for anything, a turn of the loop
+        for each request would only cost. What ends the connection is left for the transport to find.
+        """
+        poller, ready, fd = self._poller, self._ready, self._outbox.fd
+        until = poller.time + TURN
+        while poller.time < until and not (self._tasks or self._paused or self._closing):
+            if not ready(0) and not poller.wait(ready):
+                return
+            try:
+                nbytes = os.readv(fd, (self.get_buffer(-1),))
+            except OSError:
+                return
+            if not nbytes:
+                return
+            self._received(nbytes)
+            poller.answered()
+
+    def eof_received(self) -> bool:
+        if self._discarding:
+            return False  # closes
+        self._finish_receiving()
+        return True  # what was received is still answered
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost = True
+        self._closing = True
+        self._give_up()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._outbox.close()
+        self._maybe_close()
+
+    # -- closing
+
+    def stop(self) -> None:
+        """Parse no more than was received; answer it, then close. A handshake is finished first."""
+        if self._closing:
+            return
+        if self._handshake is not None:
+            self._restart_timer(LAST_HANDSHAKES, self.abort)
+        else:
+            self._half_close = True
+            self._finish_receiving()
+
+    def abort(self) -> None:
+        """Close now; requests in work end by themselves, unanswered, and none waits for space any more."""
+        self._closing = True
+        self._give_up()
+        if not self._lost:
+            self._transport.abort()
+            self._outbox.close()  # the connection ends with it
+
+    # -- waiting for space (pool.waiting.Asker)
+
+    @contextlib.contextmanager
+    def waiting(self, length: int) -> Iterator[None]:
+        """What waits is no work: what the client asks for meanwhile may be what makes the space."""
+        cost = max(length, REQUEST_COST)
+        self._waiting += cost
+        self._control_flow()
+        try:
+            yield
+        finally:
+            self._waiting -= cost
+
+    def _give_up(self) -> None:
+        if not self.gone:
+            self.gone = True
+            if self._tasks:
+                self._live.space_came()
+
+    def _finish_receiving(self) -> None:
+        self._draining = True
+        self._pause()
+        self._advance()
+        if self._handshake is not None:
+            self._closing = True
+        self._maybe_close()
+
+    def _maybe_close(self) -> None:
+        if not self._closing or self._tasks:
+            return
+        if self._lost:
+            if not self.closed.done():
+                self._server.remove(self, self._info.name if self._handshake is None else None)
+                self.closed.set_result(None)
+        elif not self._discarding:  # else the goodbye is under way
+            self._flush()
+            if self._outbox.pending:
+                if not self._lingering:
+                    self._lingering = True
+                    self._restart_timer(LINGER, self.abort)  # the peer may never take what is still to be sent
+            elif self._half_close:
+                self._say_goodbye()
+            else:
+                self._transport.close()
+
+    def _say_goodbye(self) -> None:
+        """Close our direction first, and the connection when the peer has closed its own.
+
+        Closing a socket that holds unread requests resets the connection, and may destroy replies on their way.
+        """
+        self._transport.write_eof()
+        self._discarding = True
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        self._restart_timer(GOODBYE, self._goodbye_over)
+
+    def _goodbye_over(self) -> None:
+        """The peer does not close; it has what it will get."""
+        self._transport.close()
+
+    # -- flow control
+
+    def _control_flow(self) -> None:
+        if self._stalled:
+            self._pause()
+        elif self._paused and not self._closing:
+            if not self._draining:
+                self._paused = False
+                self._transport.resume_reading()
+            self._advance()
+
+    def _outbox_changed(self) -> None:
+        if self.gone:  # nobody is there to say goodbye to: `connection_lost` is on its way
+            return
+        self._control_flow()
+        if self._closing:
+            self._maybe_close()
+
+    def _outbox_lost(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            log.info("%s: a reply cannot be sent: %s", self.peer, error)
+        self.abort()
+
+    @property
+    def _stalled(self) -> bool:
+        return self._outbox.slow or self._in_flight - min(self._waiting, WAITING) >= IN_FLIGHT
+
+    def _pause(self) -> None:
+        if not self._paused and not self._lost:
+            self._paused = True
+            self._transport.pause_reading()
+
+    # -- handshake
+
+    def _restart_timer(self, seconds: float, over: Callable[[], None]) -> None:
+        """Give the peer so long; one deadline at a time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, over)
+
+    def _advance(self) -> None:
+        """Handle what is in scratch."""
+        if self._handshake is None:
+            self._parse()
+        elif not self._closing:
+            self._negotiate(self._handshake)
+
+    def _negotiate(self, handshake: Handshake) -> None:
+        handshake.receive(self._view[: self._end])
+        self._end = 0
+        while not self._outbox.slow and (reply := handshake.step()) is not None:
+            if not self._server.stopping:
+                self._restart_timer(HANDSHAKE_TIMEOUT, self.abort)
+            if reply:
+                self._put(reply)
+                self._flush()
+        if handshake.state is HandshakeState.OPEN:
+            return
+        if handshake.state is HandshakeState.DONE:
+            assert self._timer is not None
+            self._timer.cancel()
+            self._begin_transmission(handshake.result, handshake.rest())
+            if self._server.stopping:
+                self.stop()
+        else:
+            if handshake.reason:
+                log.info("%s: handshake failed: %s", self.peer, handshake.reason)
+            self._closing = True
+            self._maybe_close()
+
+    def _begin_transmission(self, agreed: Negotiated, rest: bytes) -> None:
+        self._handshake = None
+        self._info = agreed.export
+        self._device = self._server.use(self, agreed.export.name)
+        self._volume = self._device.volume
+        self._rules = transmission.legality(agreed)
+        self._plain_lengths = transmission.plain_lengths(self._rules)
+        self._structured = agreed.structured
+        self._contexts = agreed.contexts
+        self._data_fd = self._live.pool.data.fd
+        # Chosen once: who does not want data verified pays nothing for it.
+        self._answer_read = Connection._read_verified if self._live.pool.policy.verify else Connection._read
+        log.info("%s: connected to %s", self.peer, agreed.export.name)
+        # What came behind the handshake is at most an option's length, but may be more than scratch holds.
+        position = 0
+        while position < len(rest):
+            space = self.get_buffer(-1)
+            if not len(space):  # no client sends that much before it knows that it may
+                self.abort()
+                return
+            part = rest[position : position + len(space)]
+            space[: len(part)] = part
+            position += len(part)
+            self.buffer_updated(len(part))
+
+    # -- transmission
+
+    def _parse(self) -> None:
+        """Handle every whole request in scratch."""
+        view, end = self._view, self._end
+        server = self._server
+        if server.speaker is not self:
+            server.speaker, server.turns_alone, server.flushes_alone = self, 0, 0
+        server.turns_alone += 1
+        outbox = self._outbox
+        position = 0
+        waiting = False  # for something before it goes on with what is in scratch
+        unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
+        plain_lengths = self._plain_lengths
+        if self._skip:
+            position = min(self._skip, end)
+            self._skip -= position
+            if not self._skip:
+                self._put(self._skipped)
+        while end - position >= _REQUEST_HEADER and not self._closing:
+            if outbox.slow or (self._in_flight >= IN_FLIGHT and self._stalled):
+                self._pause()
+                waiting = True
+                break
+            magic, flags, command, cookie, offset, length = unpack(view, position)
+            if magic != proto.REQUEST_MAGIC:
+                log.info("%s: not a request, magic number %#x", self.peer, magic)
+                self.abort()
+                return
+            plain = not flags and 0 < length <= plain_lengths.get(command, 0) and offset + length <= volume.size
+            error = 0 if plain else refuse(rules, command, flags, offset, length, volume.size)
+            if command == _WRITE:
+                position = self._take_write(position, flags, cookie, offset, length, error)
+                if position < 0:
+                    break
+                continue
+            position += _REQUEST_HEADER
+            if error:
+                self._answer_error(command, cookie, error)
+            elif command == _DISC:
+                self._pause()
+                self._closing = True
+            else:
+                try:
+                    if command == _READ:
+                        self._answer_read(self, flags, cookie, offset, length)
+                    elif command == _FLUSH:
+                        self._flush_volume(cookie, end - position < _REQUEST_HEADER)
+                    else:
+                        self._other(command, flags, cookie, offset, length)
+                except Exception as failure:
+                    self._fail(command, cookie, failure)
+            if outbox.pending >= HIGH:
+                self._flush()
+            if command == _BLOCK_STATUS:  # milliseconds: let the loop turn before the next request
+                self._pause()
+                self._loop.call_soon(self._control_flow)
+                waiting = True
+                break
+        if position >= 0:
+            self._keep_from(position)
+        self._flush()
+        if self._alternations > ALONE and self._writes == 1 and not self._end and not self._tasks:
+            self._sync_early()
+        if self._draining and not waiting:
+            self._closing = True
+        if self._closing:
+            self._maybe_close()
+
+    def _take_write(self, position: int, flags: int, cookie: int, offset: int, length: int, error: int) -> int:
+        """Handle the write whose header is at `position`. Returns where the next request begins.
+
+        -1: nothing more can be parsed now, and `_end` says what is left in scratch.
+        """
+        start = position + _REQUEST_HEADER
+        have = self._end - start
+        if error:
+            if length > proto.MAX_PAYLOAD:
+                log.info("%s: a write of %d bytes", self.peer, length)
+                self.abort()
+                self._end = 0
+                return -1
+            # The reply follows the payload: libnbd, for one, forgets an error that overtakes it.
+            self._skip = max(length - have, 0)
+            self._skipped = _simple(error, cookie)
+            if not self._skip:
+                self._put(self._skipped)
+            return start + min(length, have)
+        if have >= length:
+            self._write(flags, cookie, offset, self._view[start : start + length], False)
+            return start + length
+        if length <= DIRECT:
+            self._keep_from(position)
+            return -1
+        self._whole = self._server.take_buffer(length)
+        payload = self._payload = self._whole[:length]
+        payload[:have] = self._view[start : start + have]
+        self._filled = have
+        self._payload_request = (flags, cookie, offset)
+        self._end = 0
+        return -1
+
+    def _keep_from(self, position: int) -> None:
+        """What is in scratch from `position` on is for the next time."""
+        left = self._end - position
+        if left and position:
+            self._view[:left] = self._view[position : self._end]  # memmove: they may overlap
+        self._end = left
+
+    def _payload_complete(self, payload: memoryview) -> None:
+        self._payload = None
+        self._sipping = True
+        if self._write(*self._payload_request, payload, True):
+            self._server.give_buffer(self._whole)
+        self._flush()
+
+    # -- commands
+
+    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        position = self._volume.locate(offset, length) if length < SEND else 0
+        if position > 0:
+            if not (self._cold and self._is_cold(position, length)):
+                outbox = self._outbox
+                start = outbox.used
+                begin = start + (_DATA_HEADER if self._structured else _SIMPLE_HEADER)
+                end = begin + length
+                if end > ARENA:
+                    self._flush()
+                    begin, start, end = begin - start, 0, end - start
+                arena = outbox.arena
+                try:
+                    count = os.preadv(self._data_fd, (arena[begin:end],), position, NOWAIT)
+                except OSError:  # not cached, or worse: the slow way finds out
+                    count = -1
+                if count == length:
+                    if self._structured:
+                        _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
+                    else:
+                        _pack_simple_into(arena, start, _SIMPLE_MAGIC, 0, cookie)
+                    outbox.used = end
+                    return
+                self._cold = COLD
+            if self._structured:
+                header = transmission.data_chunk_header(cookie, offset, length, True)
+            else:
+                header = _simple(0, cookie)
+            buffer = bytearray(len(header) + length)
+            buffer[: len(header)] = header
+            view = memoryview(buffer)[len(header) :]
+            self._read_slowly(cookie, length, [(position, length)], view, partial(self._put, buffer))
+            return
+        if not length:
+            self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
+            return
+        segments = self._volume.segments(offset, length)
+        if length >= SEND and self._all_cached(segments):
+            self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
+            return
+        data = [segment for segment in segments if segment[0] != ZERO]
+        view = new_buffer(sum(count for _, count in data))
+        if length <= INLINE_READ and self._device.read_now(data, view):
+            self._put_view(flags, cookie, offset, segments, view)
+        else:
+            put = partial(self._put_view, flags, cookie, offset, segments, view)
+            self._read_slowly(cookie, length, data, view, put)
+
+    def _is_cold(self, position: int, length: int) -> bool:
+        """Whether a small read is taken to be not cached, as those before it were not: then the disk is asked for it.
+
+        Being refused costs as much again as asking. One in so many is tried; and one that is near the one before, as
+        the kernel may have read ahead, and does so only for whoever tries.
+        """
+        last, self._last_position = self._last_position, position
+        self._cold -= 1
+        if -NEAR < position - last < NEAR:
+            return False
+        self._live.pool.data.prefetch(position, length)
+        return True
+
+    def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
+        """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""
+        data = self._live.pool.data
+        return all(start == ZERO or (length >= SEND and data.is_cached(start, length)) for start, length in segments)
+
+    def _read_verified(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        """As `_read`, of what has been compared with its checksums."""
+        segments = self._volume.segments(offset, length)
+        if all(position == ZERO for position, _ in segments):
+            self._read(flags, cookie, offset, length)
+        else:
+            self._start(_READ, cookie, length, self._read_checked(cookie, offset, length, segments))
+
+    async def _read_checked(self, cookie: int, offset: int, length: int, segments: list[tuple[int, int]]) -> None:
+        view = new_buffer(length)
+        await self._device.read_checked(offset, segments, view)
+        self._put_header(cookie, offset, length)
+        self._put(view)
+
+    def _read_slowly(
+        self, cookie: int, length: int, data: list[tuple[int, int]], view: memoryview, put: Callable[[], None]
+    ) -> None:
+        """`put` the reply when `view` has `data`. No task: it would cost a cold read as much as the system calls do."""
+        cost = max(length, REQUEST_COST)
+        self._device.read(data, view, partial(self._read_ended, cookie, cost, put))
+        self._tasks += 1
+        self._in_flight += cost
+
+    def _read_ended(self, cookie: int, cost: int, put: Callable[[], None], error: Exception | None) -> None:
+        if error is None:
+            put()
+        else:
+            self._fail(_READ, cookie, error)
+        self._ended(cost)
+
+    def _put_header(self, cookie: int, offset: int, length: int) -> None:
+        """Of a READ's reply that has all of its data behind it."""
+        if self._structured:
+            self._put(transmission.data_chunk_header(cookie, offset, length, True))
+        else:
+            self._put(_simple(0, cookie))
+
+    def _put_view(
+        self, flags: int, cookie: int, offset: int, segments: list[tuple[int, int]], view: memoryview
+    ) -> None:
+        """The reply to a READ; `view` has the data of those segments that are no holes."""
+        taken = 0
+
+        def put_data(_: int, length: int) -> None:
+            nonlocal taken
+            self._put(view[taken : taken + length])
+            taken += length
+
+        self._put_segments(flags, cookie, offset, segments, put_data)
+
+    def _put_segments(
+        self,
+        flags: int,
+        cookie: int,
+        offset: int,
+        segments: list[tuple[int, int]],
+        put_data: Callable[[int, int], None],
+    ) -> None:
+        """The reply to a READ: a chunk for each segment where there are holes and the client takes chunks.
+
+        `put_data` puts what is not zero, by its position in the data file and its length, in order.
+        """
+        in_chunks = self._structured and not flags & _DF and any(position == ZERO for position, _ in segments)
+        if not in_chunks:
+            self._put_header(cookie, offset, sum(length for _, length in segments))
+        for index, (position, length) in enumerate(segments):
+            last = index == len(segments) - 1
+            if position != ZERO:
+                if in_chunks:
+                    self._put(transmission.data_chunk_header(cookie, offset, length, last))
+                put_data(position, length)
+            elif in_chunks:
+                self._put(transmission.hole_chunk(cookie, offset, length, last))
+            else:
+                self._put(bytes(length))
+            offset += length
+
+    def _write(self, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> bool:
+        """True: it needs `payload` no longer."""
+        try:
+            done = not payload or self._device.write_now(offset, payload)
+        except Exception as error:
+            self._fail(_WRITE, cookie, error)
+            return True
+        self._writes += 1
+        if done and not flags & _FUA:
+            outbox = self._outbox
+            start = outbox.used
+            if start + _SIMPLE_HEADER > ARENA:
+                self._flush()
+                start = 0
+            _pack_simple_into(outbox.arena, start, _SIMPLE_MAGIC, 0, cookie)
+            outbox.used = start + _SIMPLE_HEADER
+        elif done:
+            self._answer_durable(_WRITE, cookie)
+        else:
+            if not owned:
+                payload = memoryview(bytes(payload))
+            self._start(_WRITE, cookie, len(payload), self._write_slowly(flags, cookie, offset, payload))
+        return done
+
+    async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
+        await self._device.write(offset, payload, self)
+        await self._succeed(flags, cookie)
+
+    def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        """Everything but READ, WRITE, FLUSH and DISC."""
+        work: Coroutine[object, object, None]
+        if command == _TRIM:
+            work = self._trim(flags, cookie, offset, length)
+        elif command == _WRITE_ZEROES:
+            work = self._write_zeroes(flags, cookie, offset, length)
+        elif command == _CACHE:
+            work = self._cache(cookie, offset, length)
+        else:
+            self._block_status(flags, cookie, offset, length)
+            return
+        self._start(command, cookie, 0, work)
+
+    def _flush_volume(self, cookie: int, last: bool) -> None:
+        """`last`: nothing has been received behind it."""
+        server = self._server
+        server.flushes_alone += 1
+        self._alternations = self._alternations + 1 if self._writes == 1 else 0
+        self._writes = 0
+        if last and not self._tasks and server.flushes_alone > ALONE and self._live.commit_now():
+            self._put(_simple(0, cookie))
+        else:
+            self._answer_durable(_FLUSH, cookie)
+
+    def _sync_early(self) -> None:
+        """The write just answered will be followed by a flush, as all before it were: begin while that is on its way.
+
+        Still one sync a flush; the flush then finds nothing left to do.
+        """
+        if self._server.flushes_alone > ALONE:
+            with contextlib.suppress(PoolFailed):  # who asks is told
+                self._live.commit_now()
+
+    def _answer_durable(self, command: int, cookie: int) -> None:
+        """Answer when all that was written before is durable. No task: it is what a flush costs beside the disk."""
+        try:
+            durable = self._live.durable()
+        except Exception as error:
+            self._fail(command, cookie, error)
+            return
+        if durable is None:
+            self._put(_simple(0, cookie))
+            return
+        self._tasks += 1
+        self._in_flight += REQUEST_COST
+        durable.add_done_callback(partial(self._durable, command, cookie))
+
+    def _durable(self, command: int, cookie: int, durable: asyncio.Future[None]) -> None:
+        error = durable.exception()
+        if error is None:
+            self._put(_simple(0, cookie))
+        else:
+            assert isinstance(error, Exception)
+            self._fail(command, cookie, error)
+        self._ended(REQUEST_COST)
+
+    async def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if length and not self._device.trim_now(offset, length):
+            await self._device.trim(offset, length, self)
+        await self._succeed(flags, cookie)
+
+    async def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        # Always fast: at most two subblocks are written, so FAST_ZERO asks for nothing that is not so anyway.
+        allocate = bool(flags & _NO_HOLE)
+        if length and (allocate or not self._device.zero_now(offset, length)):
+            await self._device.write_zeroes(offset, length, allocate, self)
+        await self._succeed(flags, cookie)
+
+    async def _cache(self, cookie: int, offset: int, length: int) -> None:
+        if length:
+            await self._device.prefetch(offset, length)
+        self._put(_simple(0, cookie))
+
+    async def _succeed(self, flags: int, cookie: int) -> None:
+        if flags & _FUA:
+            await self._live.commit()
+        self._put(_simple(0, cookie))
+
+    def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        most = 1 if flags & _REQ_ONE else STATUS_EXTENTS
+        subblock = self._live.pool.block_size // 16
+        for index, (number, context) in enumerate(self._contexts):
+            found = extents.status(self._volume.layer, context, offset, length, subblock, most)
+            last = index == len(self._contexts) - 1
+            self._put(transmission.block_status_chunk(cookie, number, found, last))
+
+    # -- requests in work
+
+    def _start(self, command: int, cookie: int, length: int, work: Coroutine[object, object, None]) -> None:
+        cost = max(length, REQUEST_COST)
+        self._tasks += 1
+        self._in_flight += cost
+        self._loop.create_task(self._run(command, cookie, cost, work))
+
+    async def _run(self, command: int, cookie: int, cost: int, work: Coroutine[object, object, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._fail(command, cookie, error)
+        self._ended(cost)
+
+    def _ended(self, cost: int) -> None:
+        self._tasks -= 1
+        self._in_flight -= cost
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._after_tasks)
+
+    def _after_tasks(self) -> None:
+        """Once for all requests that ended in this turn of the loop."""
+        self._flush_due = False
+        self._flush()
+        self._control_flow()
+        self._maybe_close()
+
+    # -- replies
+
+    def _answer_error(self, command: int, cookie: int, error: int) -> None:
+        if command == _READ and self._structured:
+            self._put(transmission.error_chunk(cookie, error, os.strerror(error)))
+        else:
+            self._put(_simple(error, cookie))
+
+    def _fail(self, command: int, cookie: int, error: Exception) -> None:
+        """The one place where an error of a request becomes a reply."""
+        if isinstance(error, GivenUp):
+            return  # it gets no answer, so that a client that comes back sends it again
+        if not isinstance(error, OSError | Error):
+            log.error("%s: a request failed: %s", self.peer, Command(command).name, exc_info=error)
+        self._answer_error(command, cookie, _errno(error))
+
+
+def _errno(error: Exception) -> int:
+    """What a client is told."""
+    if isinstance(error, OSError):
+        return transmission.errno_of(error)
+    if isinstance(error, NoSpace):
+        return int(Errno.ENOSPC)
+    return int(Errno.EPERM if isinstance(error, ReadOnly) else Errno.EIO)
+
+
+def _enlarge(sock: socket.socket) -> None:
+    """Room for large replies: a unix socket's buffer does not grow by itself, and TCP's only after some of them."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER)
+    except OSError:  # not root: as much as everybody may have
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+
+def new_buffer(length: int) -> memoryview:
+    """Memory with anything in it, taken from the system only where it is used."""
+    return np.empty(length, dtype=np.uint8).data
+
+
+def _peer_name(transport: asyncio.Transport) -> str:
+    """`127.0.0.1:4711`, or the process at the other end of a unix socket."""
+    peer = transport.get_extra_info("peername")
+    if isinstance(peer, tuple):
+        return f"{peer[0]}:{peer[1]}"
+    sock = transport.get_extra_info("socket")
+    try:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid = struct.unpack("3i", credentials)[0]
+        command = Path(f"/proc/{pid}/comm").read_bytes().decode(errors="replace").strip()
+        # The peer chose its name: nothing of it may reach a terminal or a log line as more than letters.
+        return f"unix:pid {pid} ({''.join(each if each.isprintable() else '?' for each in command)})"
+    except OSError:  # the process has ended, or is another user's
+        return "unix"
