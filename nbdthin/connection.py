@@ -117,7 +117,8 @@ class Connection(asyncio.BufferedProtocol):
         self._view = new_buffer(SCRATCH)
         self._end = 0  # bytes in scratch
         self._payload: memoryview | None = None  # of a large write, while it comes in
-        self._whole: memoryview  # the buffer that it is a part of
+        self._whole: memoryview | None = None  # the buffer that it is a part of
+        self._offered = 0  # bytes of the buffer that was handed out last
         self._sipping = False  # another one will follow: of it, receive little before its own buffer is there
         self._filled = 0
         self._payload_request = (0, 0, 0)  # flags, cookie, offset
@@ -159,11 +160,14 @@ class Connection(asyncio.BufferedProtocol):
         if self._discarding:
             return self._view
         if self._payload is not None:
-            return self._payload[self._filled :]
-        if self._sipping:
+            buffer = self._payload[self._filled :]
+        elif self._sipping:
             self._sipping = False
-            return self._view[self._end : self._end + SIP]
-        return self._view[self._end :]
+            buffer = self._view[self._end : self._end + SIP]
+        else:
+            buffer = self._view[self._end :]
+        self._offered = len(buffer)
+        return buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._discarding:
@@ -171,7 +175,9 @@ class Connection(asyncio.BufferedProtocol):
         self._poller.came()
         self._received(nbytes)
         self._poller.answered()
-        if self._server.turns_alone > ALONE and self._handshake is None:
+        server = self._server
+        # Where the buffer was filled the transport goes on by itself, up to 32 times in one turn of the loop.
+        if server.turns_alone > ALONE and server.speaker is self and nbytes < self._offered and self._handshake is None:
             self._receive_more()
 
     def _received(self, nbytes: int) -> None:
@@ -390,7 +396,7 @@ class Connection(asyncio.BufferedProtocol):
             part = rest[position : position + len(space)]
             space[: len(part)] = part
             position += len(part)
-            self.buffer_updated(len(part))
+            self._received(len(part))
 
     # -- transmission
 
@@ -502,10 +508,10 @@ class Connection(asyncio.BufferedProtocol):
         self._end = left
 
     def _payload_complete(self, payload: memoryview) -> None:
-        self._payload = None
+        whole, self._payload, self._whole = self._whole, None, None
         self._sipping = True
-        if self._write(*self._payload_request, payload, True):
-            self._server.give_buffer(self._whole)
+        if self._write(*self._payload_request, payload, True) and whole is not None:
+            self._server.give_buffer(whole)
         self._flush()
 
     # -- commands

@@ -501,6 +501,14 @@ def test_a_name_that_went_and_came_back_is_a_new_volume(serving: Serving, client
     again.close()
 
 
+def test_a_connection_that_has_written_keeps_no_payload(serving: Serving, client: Client) -> None:
+    assert client.write(0, bytes(3 * MIB)) == 0
+    assert client.write(0, bytes(MIB)) == 0
+    (connection,) = serving.server._connections
+    assert connection._whole is None
+    assert [len(each) for each in serving.server._buffers] == [MIB]
+
+
 def test_shutting_down_answers_what_was_received_and_loses_nothing(serving: Serving, client: Client) -> None:
     message = b"".join(client.request(WRITE, index * 4096, 4096, bytes([index]) * 4096)[1] for index in range(64))
     client.sock.sendall(message)

@@ -100,15 +100,17 @@ class Allocator:
         """Its place in a run of blocks that are all free; 0: there is none."""
         if not self._regions:
             return 0
-        length = len(self._run)
-        start = self._map.find(self._run, self._cursor)
-        if start < 0:
-            start = self._map.find(self._run, HEADER_BLOCKS)
+        start = self._find(self._run, self._cursor)
         self._regions = start >= 0
         if start < 0:
             return 0
-        self._cursor = start + length
-        return start + block % length
+        self._cursor = start + self.region
+        return start + block % self.region
+
+    def _find(self, free: bytes, start: int) -> int:
+        """Where so many blocks in a row are free, from `start` on or before it; below 0: nowhere."""
+        found = self._map.find(free, start)
+        return found if found >= 0 else self._map.find(free, HEADER_BLOCKS, start + len(free))
 
     def _take_run(self, layer: int) -> Run:
         if self.used >= self.grow_at:
@@ -116,15 +118,15 @@ class Allocator:
         run = Run()
         length = self._run_length(layer)
         wanted = self._run if length == len(self._run) else bytes(length)
-        start = self._map.find(wanted, self._cursor)
-        if start < 0:
-            start = self._map.find(wanted, HEADER_BLOCKS, self._cursor + length)
+        start = -1
+        if self._regions or length < len(self._run):  # else there is none: looking for it goes over the whole map
+            start = self._find(wanted, self._cursor)
         if start < 0:
             if self._runs:
                 self.drop_runs()
                 return self._take_run(layer)
             length = 1
-            start = self._map.find(b"\0", HEADER_BLOCKS)
+            start = self._find(b"\0", self._cursor)
             if start < 0:
                 if self.grow():
                     return self._take_run(layer)
@@ -171,12 +173,14 @@ class Allocator:
         for run in self._runs.values():
             self._map[run.next : run.end] = bytes(run.end - run.next)
         self._runs.clear()
+        self._regions = True
 
     def drop_run(self, layer: int) -> None:
         """`layer` takes no more blocks: what is left of its run is free again."""
         run = self._runs.pop(layer, None)
         if run is not None:
             self._map[run.next : run.end] = bytes(run.end - run.next)
+            self._regions = True
 
     def extend(self, total: int) -> None:
         """The pool has grown to `total` blocks."""

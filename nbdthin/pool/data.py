@@ -161,6 +161,8 @@ class DataFile:
         try:
             if (view is None or end > len(view)) and self.maps:
                 view = self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+                if not self.maps:  # a sync failed just now
+                    view = self._map = None
             return None if view is None or end > len(view) else memoryview(view)[position:end]
         except OSError:  # no memory, or not of this file
             self.maps = False

@@ -84,7 +84,13 @@ class Readers:
         """Have a thread do it: for what the kernel has not begun, and for what would take long to copy."""
         turn = _Turn(self._enter())
         turn.count = 1
-        self._threads.call(partial(self._data.read_segments, segments, view), partial(self._end, ended, turn))
+        self._call(segments, view, partial(self._end, ended, turn))
+
+    def _call(self, segments: Segments, view: memoryview, ended: Ended) -> None:
+        try:
+            self._threads.call(partial(self._data.read_segments, segments, view), ended)
+        except RuntimeError as error:  # there is no thread, and none to be had
+            self._loop.call_soon(ended, error)
 
     def close(self) -> None:
         """Those that have not come never will."""
@@ -113,10 +119,10 @@ class Readers:
         if self._waiting and self._watched <= self._stalled and self._watched < MOST_STALLED:
             segments, view, ended, turn = self._waiting.popleft()
             self._watched += 1
-            self._threads.call(partial(self._data.read_segments, segments, view), partial(self._came, ended, turn))
-            if self._timer is None:
-                self._returned = False
-                self._timer = self._loop.call_later(STALL, self._look)
+            self._call(segments, view, partial(self._came, ended, turn))
+        if (self._waiting or self._watched) and self._timer is None:
+            self._returned = False
+            self._timer = self._loop.call_later(STALL, self._look)
 
     def _came(self, ended: Ended, turn: _Turn, error: Exception | None) -> None:
         self._watched -= 1
@@ -164,13 +170,9 @@ class Readers:
     def _look(self) -> None:
         """Now and then, while some have not come."""
         self._timer = None
-        if not self._waiting:
-            return
-        self._sweep()
-        self._waiting.rotate(-MISSES)  # those behind may have come before these
         if not self._returned:
             self._stalled = self._watched
-        self._watch()
-        self._returned = False
-        if self._timer is None and self._waiting:
-            self._timer = self._loop.call_later(STALL, self._look)
+        if self._waiting:
+            self._sweep()
+            self._waiting.rotate(-MISSES)  # those behind may have come before these
+            self._watch()

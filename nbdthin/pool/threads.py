@@ -35,8 +35,13 @@ class Threads:
         """Have `function` called in a thread; those that wait for one are taken in turn."""
         if self._busy >= len(self._threads) < self._most:
             thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives no more: those that there are do it
+                if not self._threads:
+                    raise
+            else:
+                self._threads.append(thread)
         self._busy += 1
         self._work.put((function, ended))
 

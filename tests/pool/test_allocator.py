@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,27 @@ def test_what_regions_leave_free_is_given_out_when_there_is_nothing_else() -> No
     assert sorted(begun + rest) == list(range(HEADER_BLOCKS, 17))
     with pytest.raises(NoSpace):
         space.allocate(2, 1)
+
+
+def test_the_whole_map_is_not_searched_for_each_block_where_no_whole_run_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space = Allocator(16 * 1000 + 1, 16)
+    for number in range(1000):
+        space.allocate(1, 16 * number)
+    searched = 0
+
+    class Map(bytearray):
+        def find(self, *wanted: Any) -> int:
+            nonlocal searched
+            found = super().find(*wanted)
+            searched += (found if found >= 0 else len(self)) - wanted[1]
+            return found
+
+    monkeypatch.setattr(space, "_map", Map(space._map))
+    for number in range(1000):
+        space.allocate(2, 16 * number)
+    assert searched < 4 * 16 * 1000, "once for whole runs, once for the blocks themselves"
 
 
 @pytest.mark.parametrize("near", [-3, 0, 63, 64, 1 << 40])

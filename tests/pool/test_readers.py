@@ -145,6 +145,44 @@ def test_reads_that_hang_hold_up_no_others_and_stay_entered(disk: Disk) -> None:
     uvloop.run(main())
 
 
+def test_a_read_that_comes_later_than_the_only_one_that_hangs_does_not_wait_for_it(disk: Disk) -> None:
+    async def main() -> None:
+        bench = Bench(disk)
+        disk.stuck.add(0)
+        stuck = bench.read(0)
+        await asyncio.sleep(0.02)
+        assert await bench.read(10) == content(10)
+        assert not stuck.done()
+        disk.free.set()
+        assert await stuck == content(0)
+        assert bench.entered == 0
+        bench.end()
+
+    uvloop.run(main())
+
+
+def test_where_no_thread_can_be_started_its_requests_fail_and_later_ones_do_not(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        bench = Bench(disk)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", _refused)
+            assert await bench.read(0) in (0, content(0))  # what the disk has begun comes without a thread
+        assert await bench.read(10) == content(10)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", _refused)
+            assert await asyncio.gather(*map(bench.read, (0, 20, 30))) == [content(0), content(20), content(30)]
+        assert bench.entered == 0
+        bench.end()
+
+    uvloop.run(main())
+
+
+def _refused(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_what_has_come_is_taken_even_where_all_that_may_be_waited_for_hang(tmp_path: Path) -> None:
     async def main() -> None:
         (tmp_path / "data").write_bytes(CONTENT)
