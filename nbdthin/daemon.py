@@ -23,7 +23,7 @@ from pathlib import Path
 
 import uvloop
 
-from nbdthin import addresses, systemd
+from nbdthin import addresses, host, systemd
 from nbdthin.addresses import Address, TcpAddress, UnixAddress
 from nbdthin.config import Config
 from nbdthin.control import commands
@@ -53,6 +53,7 @@ def serve(config: Config, ready: Callable[[commands.Daemon], None] = lambda _: N
         sockets = _open_sockets(config, undo)
         pool = _open_pool(config)
         sys.setswitchinterval(THREAD_TURN)
+        host.share_arenas()
         uvloop.run(_serve(config, pool, sockets, ready))
 
 

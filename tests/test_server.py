@@ -20,6 +20,7 @@ import pytest
 
 from nbdthin.connection import ALONE
 from nbdthin.errors import InUse
+from nbdthin.host import own_memory
 from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.pool import Pool
@@ -413,7 +414,7 @@ def test_a_client_that_does_not_take_its_replies_is_not_read_from(serving: Servi
 
 
 async def _memory() -> int:
-    return psutil.Process().memory_info().rss
+    return own_memory(psutil.Process())
 
 
 def test_what_is_announced_takes_no_memory(serving: Serving, client: Client) -> None:

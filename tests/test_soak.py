@@ -28,6 +28,7 @@ import pytest
 import nbdthin
 from nbdthin.control.commands import Daemon as Commanded
 from nbdthin.control.server import ControlServer
+from nbdthin.host import own_memory
 from nbdthin.lag import Lag
 from nbdthin.pool import check
 from nbdthin.pool.live import IO_THREADS, MERGE_MOST, LivePool
@@ -213,7 +214,7 @@ def test_a_daemon_stays_as_it_is_however_much_it_does(tmp_path: Path) -> None:
             def look() -> Figures:
                 info = pool.info().pool
                 return Figures(
-                    memory=process.memory_info().rss,
+                    memory=own_memory(process),
                     files=process.num_fds(),
                     threads=process.num_threads(),
                     metadata=info.metadata_used,
@@ -273,7 +274,7 @@ def test_the_free_map_is_that_of_the_entries_at_every_checkpoint(serving: Servin
     async def look() -> Figures:
         state, journal = live.pool.state, live.pool.journal
         return Figures(
-            memory=process.memory_info().rss,
+            memory=own_memory(process),
             files=process.num_fds(),
             threads=process.num_threads(),
             metadata=journal.disk_bytes,

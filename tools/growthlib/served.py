@@ -15,6 +15,7 @@ from benchlib.client import Client
 from benchlib.process import Daemon, cpu_seconds
 
 import nbdthin
+from nbdthin.host import own_memory
 from nbdthin.pool.journal import Journal
 from nbdthin.pool.layers import FULL, Words
 from nbdthin.pool.pool import Pool
@@ -51,7 +52,7 @@ class Served:
     @property
     def memory(self) -> int:
         """Bytes, resident."""
-        resident: int = psutil.Process(self._daemon.pid).memory_info().rss
+        resident = own_memory(psutil.Process(self._daemon.pid))
         return resident
 
     @property
