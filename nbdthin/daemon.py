@@ -53,7 +53,7 @@ def serve(config: Config, ready: Callable[[commands.Daemon], None] = lambda _: N
         sockets = _open_sockets(config, undo)
         pool = _open_pool(config)
         sys.setswitchinterval(THREAD_TURN)
-        host.share_arenas()
+        host.spare_memory()
         uvloop.run(_serve(config, pool, sockets, ready))
 
 

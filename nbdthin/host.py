@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 
 from nbdthin.control.rows import DiskFacts, ProcessFacts
+from nbdthin.units import KiB
 
-_M_ARENA_MAX = -8  # malloc.h
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # malloc.h
 
 
 def process_facts() -> ProcessFacts:
@@ -58,7 +59,13 @@ def own_memory(process: psutil.Process) -> int:
     return int(memory.rss - memory.shared)
 
 
-def share_arenas() -> None:
-    """Have all threads take memory from two places: glibc gives each its own, and each keeps what it once needed."""
+def spare_memory() -> None:
+    """Have glibc give back what it does not need.
+
+    All threads take from two arenas, where each would have its own and keep in it what it once needed; large buffers
+    are mapped each for itself, where after the first one they would come out of a heap that only grows.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_ARENA_MAX, 2)
+        libc.mallopt(_M_MMAP_THRESHOLD, 256 * KiB)
