@@ -275,6 +275,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost:
             if not self.closed.done():
                 self._server.remove(self, self._info.name if self._handshake is None else None)
+                self._let_go_of_buffers()
                 self.closed.set_result(None)
         elif not self._discarding:  # else the goodbye is under way
             self._flush()
@@ -286,6 +287,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._say_goodbye()
             else:
                 self._transport.close()
+
+    def _let_go_of_buffers(self) -> None:
+        """Connection and outbox know each other, and so stay until the collector of cycles comes, which may be long."""
+        self._view = self._outbox.arena = memoryview(b"")
 
     def _say_goodbye(self) -> None:
         """Close our direction first, and the connection when the peer has closed its own.

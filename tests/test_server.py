@@ -502,6 +502,16 @@ def test_a_name_that_went_and_came_back_is_a_new_volume(serving: Serving, client
     again.close()
 
 
+def test_a_connection_that_has_ended_keeps_no_buffers_until_cycles_are_collected(serving: Serving) -> None:
+    client = Client(serving.socket, "web")
+    (connection,) = serving.server._connections
+    assert client.read(0, 4096) == bytes(4096)
+    assert len(connection._view) and len(connection._outbox.arena)
+    client.close()
+    serving.run(asyncio.wait_for(asyncio.shield(connection.closed), 60))
+    assert (len(connection._view), len(connection._outbox.arena)) == (0, 0)
+
+
 def test_a_connection_that_has_written_keeps_no_payload(serving: Serving, client: Client) -> None:
     assert client.write(0, bytes(3 * MIB)) == 0
     assert client.write(0, bytes(MIB)) == 0

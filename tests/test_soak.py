@@ -195,8 +195,7 @@ def hold_flat(figures: list[Figures]) -> None:
     assert max(each.threads for each in after) <= THREADS, "executors grow to their bounds and no further"
     # Two checkpoints while one is written, the journal between them, and segments of which one may be empty.
     assert max(each.metadata for each in after) < 40 * MiB
-    # The slack of before, when the memory counted was twice that: the libraries' and the page cache's, too.
-    assert _mean(after, "memory") < 1.05 * _mean(before, "memory") + 5 * MiB
+    assert _mean(after, "memory") < 1.05 * _mean(before, "memory") + 2 * MiB
     assert _mean(after, "nameless") <= _mean(before, "nameless") + 8, "merging keeps up"
     assert max(each.nameless for each in after) <= MERGE_MOST + 2 * MOST, "or commands wait for it"
 
