@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
-from nbdthin.outbox import ARENA, HIGH, Outbox
+from nbdthin.outbox import HIGH, Outbox
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.volume import ZERO
@@ -140,7 +140,8 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same methods
         sock = self._transport.get_extra_info("socket")
         _enlarge(sock)
-        self._outbox = Outbox(self._live, sock.fileno(), self._outbox_changed, self._outbox_lost)
+        arena = self._server.arena
+        self._outbox = Outbox(self._live, sock.fileno(), arena, self._outbox_changed, self._outbox_lost)
         watch = select.poll()
         watch.register(self._outbox.fd, select.POLLIN)
         self._ready = watch.poll
@@ -275,7 +276,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost:
             if not self.closed.done():
                 self._server.remove(self, self._info.name if self._handshake is None else None)
-                self._let_go_of_buffers()
+                # In a cycle with its outbox the connection stays until a collector comes, which may be long.
+                self._view = memoryview(b"")
                 self.closed.set_result(None)
         elif not self._discarding:  # else the goodbye is under way
             self._flush()
@@ -287,10 +289,6 @@ class Connection(asyncio.BufferedProtocol):
                 self._say_goodbye()
             else:
                 self._transport.close()
-
-    def _let_go_of_buffers(self) -> None:
-        """Connection and outbox know each other, and so stay until the collector of cycles comes, which may be long."""
-        self._view = self._outbox.arena = memoryview(b"")
 
     def _say_goodbye(self) -> None:
         """Close our direction first, and the connection when the peer has closed its own.
@@ -524,17 +522,13 @@ class Connection(asyncio.BufferedProtocol):
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         position = self._volume.locate(offset, length) if length < SEND else 0
         if position > 0:
-            if not (self._cold and self._is_cold(position, length)):
-                outbox = self._outbox
-                start = outbox.used
-                begin = start + (_DATA_HEADER if self._structured else _SIMPLE_HEADER)
-                end = begin + length
-                if end > ARENA:
-                    self._flush()
-                    begin, start, end = begin - start, 0, end - start
+            if not (self._cold and self._prefetch_unseen(position, length)):
+                outbox, header = self._outbox, _DATA_HEADER if self._structured else _SIMPLE_HEADER
+                start = outbox.room(header + length)
+                end = start + header + length
                 arena = outbox.arena
                 try:
-                    count = os.preadv(self._data_fd, (arena[begin:end],), position, NOWAIT)
+                    count = os.preadv(self._data_fd, (arena[start + header : end],), position, NOWAIT)
                 except OSError:  # not cached, or worse: the slow way finds out
                     count = -1
                 if count == length:
@@ -545,14 +539,9 @@ class Connection(asyncio.BufferedProtocol):
                     outbox.used = end
                     return
                 self._cold = COLD
-            if self._structured:
-                header = transmission.data_chunk_header(cookie, offset, length, True)
-            else:
-                header = _simple(0, cookie)
-            buffer = bytearray(len(header) + length)
-            buffer[: len(header)] = header
-            view = memoryview(buffer)[len(header) :]
-            self._read_slowly(cookie, length, [(position, length)], view, partial(self._put, buffer))
+            view = new_buffer(length)
+            put = partial(self._put_data, cookie, offset, view)
+            self._read_slowly(cookie, length, [(position, length)], view, put)
             return
         if not length:
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
@@ -569,8 +558,8 @@ class Connection(asyncio.BufferedProtocol):
             put = partial(self._put_view, flags, cookie, offset, segments, view)
             self._read_slowly(cookie, length, data, view, put)
 
-    def _is_cold(self, position: int, length: int) -> bool:
-        """Whether a small read is taken to be not cached, as those before it were not: then the disk is asked for it.
+    def _prefetch_unseen(self, position: int, length: int) -> bool:
+        """Ask the disk for a small read that is taken to be not cached, as those before it were not; False: try it.
 
         Being refused costs as much again as asking. One in so many is tried; and one that is near the one before, as
         the kernel may have read ahead, and does so only for whoever tries.
@@ -598,8 +587,7 @@ class Connection(asyncio.BufferedProtocol):
     async def _read_checked(self, cookie: int, offset: int, length: int, segments: list[tuple[int, int]]) -> None:
         view = new_buffer(length)
         await self._device.read_checked(offset, segments, view)
-        self._put_header(cookie, offset, length)
-        self._put(view)
+        self._put_data(cookie, offset, view)
 
     def _read_slowly(
         self, cookie: int, length: int, data: list[tuple[int, int]], view: memoryview, put: Callable[[], None]
@@ -623,6 +611,11 @@ class Connection(asyncio.BufferedProtocol):
             self._put(transmission.data_chunk_header(cookie, offset, length, True))
         else:
             self._put(_simple(0, cookie))
+
+    def _put_data(self, cookie: int, offset: int, data: memoryview) -> None:
+        """A READ's whole reply."""
+        self._put_header(cookie, offset, len(data))
+        self._put(data)
 
     def _put_view(
         self, flags: int, cookie: int, offset: int, segments: list[tuple[int, int]], view: memoryview
@@ -674,10 +667,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writes += 1
         if done and not flags & _FUA:
             outbox = self._outbox
-            start = outbox.used
-            if start + _SIMPLE_HEADER > ARENA:
-                self._flush()
-                start = 0
+            start = outbox.room(_SIMPLE_HEADER)
             _pack_simple_into(outbox.arena, start, _SIMPLE_MAGIC, 0, cookie)
             outbox.used = start + _SIMPLE_HEADER
         elif done:

@@ -52,14 +52,22 @@ class Outbox:
     nothing more is sent.
     """
 
-    def __init__(self, live: LivePool, fd: int, changed: Callable[[], None], lost: Callable[[OSError], None]) -> None:
+    def __init__(
+        self,
+        live: LivePool,
+        fd: int,
+        arena: memoryview,
+        changed: Callable[[], None],
+        lost: Callable[[OSError], None],
+    ) -> None:
         """`fd` is a non-blocking stream socket. It is duplicated, and so stays open until `close`: a transport closes
-        its own when it likes, and the event loop lets nobody else watch that.
+        its own when it likes, and the event loop lets nobody else watch that. `arena` is ARENA bytes, for all outboxes
+        of an event loop: what is laid out there is flushed before anybody else's turn.
         """
         self.pending = 0  # bytes put and not sent; those in the arena are not counted
         # Small replies, each whole, put by whoever lays them out here behind `used`: no memory to be had for each. They
         # leave before the others, which the protocol allows, as long as nothing is flushed within a reply.
-        self.arena: memoryview = np.empty(ARENA, dtype=np.uint8).data
+        self.arena = arena
         self.used = 0  # bytes in the arena
         self.slow = False  # the peer does not take them
         self._live = live
@@ -80,6 +88,12 @@ class Outbox:
         """Not empty, and the outbox's from now on."""
         self._new.append(reply)
         self.pending += len(reply)
+
+    def room(self, length: int) -> int:
+        """Where in the arena to lay out a reply of `length` bytes, at most ARENA: at `used`, perhaps after a flush."""
+        if self.used + length > ARENA:
+            self.flush()
+        return self.used
 
     def put_range(self, position: int, length: int) -> None:
         """`length` bytes of the data file, which this turn of the loop has found to be those that were asked for."""

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from nbdthin import addresses
 from nbdthin.connection import Connection, new_buffer
+from nbdthin.outbox import ARENA
 from nbdthin.polling import Poller
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.units import MiB
@@ -53,6 +54,7 @@ class Server:
         self._listeners: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
+        self.arena = new_buffer(ARENA)  # in which all connections lay out small replies
         self._buffers: list[memoryview] = []
         self.stopping = False
         self.poller = Poller(enabled=polling)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from nbdthin.outbox import HIGH, Outbox
+from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.units import KiB, MiB
@@ -79,7 +79,8 @@ async def boxed(path: Path) -> AsyncIterator[Boxed]:
     ours.setblocking(False)
     changed: list[bool] = []
     lost: list[OSError] = []
-    box = Outbox(live, ours.fileno(), lambda: changed.append(box.slow), lost.append)
+    arena = memoryview(bytearray(ARENA))
+    box = Outbox(live, ours.fileno(), arena, lambda: changed.append(box.slow), lost.append)
     with ours, theirs:
         yield Boxed(live, box, theirs, changed, lost)
         box.close()

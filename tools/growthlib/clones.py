@@ -33,7 +33,7 @@ def measure_one(place: Path, scale: Scale) -> Measured:
         ground.mkdir()
         make_image(ground, size * GiB)
         with serving(ground) as served:
-            maps.add("the map and the free map", size, (served.memory - without) / MiB)
+            maps.add("the map and the free map", size, max(served.memory - without, 0) / MiB)
             with contextlib.ExitStack() as clients:
                 took = [_first_read(served, each, size * GiB, clients) for each in range(_CLONES)]
             first.add("worst of 16", size, 1000 * max(took))
