@@ -34,7 +34,7 @@ class Node:
 class ProcessFacts:
     pid: int
     started: float
-    memory: int  # resident
+    memory: int  # bytes that are its own (host.own_memory)
     threads: int
     files: int  # open file descriptors
     files_limit: int

@@ -98,14 +98,17 @@ class Allocator:
 
     def _start_region(self, block: int) -> int:
         """Its place in a run of blocks that are all free; 0: there is none."""
-        if not self._regions:
-            return 0
-        start = self._find(self._run, self._cursor)
-        self._regions = start >= 0
+        start = self._find_run()
         if start < 0:
             return 0
         self._cursor = start + self.region
         return start + block % self.region
+
+    def _find_run(self) -> int:
+        """A whole run; below 0: there is none, and until something comes free nobody goes over all of the map again."""
+        start = self._find(self._run, self._cursor) if self._regions else -1
+        self._regions = start >= 0
+        return start
 
     def _find(self, free: bytes, start: int) -> int:
         """Where so many blocks in a row are free, from `start` on or before it; below 0: nowhere."""
@@ -117,10 +120,7 @@ class Allocator:
             self.grow()
         run = Run()
         length = self._run_length(layer)
-        wanted = self._run if length == len(self._run) else bytes(length)
-        start = -1
-        if self._regions or length < len(self._run):  # else there is none: looking for it goes over the whole map
-            start = self._find(wanted, self._cursor)
+        start = self._find_run() if length == self.region else self._find(bytes(length), self._cursor)
         if start < 0:
             if self._runs:
                 self.drop_runs()

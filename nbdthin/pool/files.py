@@ -138,13 +138,12 @@ def _wrong_kind(mode: int, device: bool) -> str:
 
 def write_all(files: Files, fd: int, data: bytes | memoryview, position: int) -> None:
     """Write all of `data` at `position`. A write that gets nowhere is an error: it would be tried for ever."""
-    view = memoryview(data)
-    while view:
-        written = files.write(fd, (view,), position)
+    done = 0
+    while done < len(data):
+        written = files.write(fd, (memoryview(data)[done:] if done else data,), position + done)
         if not written:
             raise OSError(errno.EIO, "a write of nothing")
-        view = view[written:]
-        position += written
+        done += written
 
 
 def write_file(files: Files, path: Path, parts: Iterable[bytes]) -> int:

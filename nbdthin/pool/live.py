@@ -156,8 +156,7 @@ class LiveVolume:
     def write_now(self, offset: int, payload: memoryview) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
         length = len(payload)
-        busy = self._gate is not None or self._held or self._pool.failed is not None
-        if length > INLINE_WRITE or (busy and self._blocked(offset, length)):
+        if length > INLINE_WRITE or self._blocked(offset, length):
             return False
         volume = self.volume
         try:
@@ -307,10 +306,10 @@ class LiveVolume:
     # -- keeping writers apart
 
     def _blocked(self, offset: int, length: int) -> bool:
+        if self._gate is None and not self._held and self._pool.failed is None:  # as for most writes
+            return False
         self._pool.check_writable()
-        if self._gate is not None:
-            return True
-        return bool(self._held) and bool(self._earlier(*self._blocks(offset, length)))
+        return self._gate is not None or bool(self._earlier(*self._blocks(offset, length)))
 
     def _blocks(self, offset: int, length: int) -> tuple[int, int]:
         return offset >> self._shift, max(offset, offset + length - 1) >> self._shift

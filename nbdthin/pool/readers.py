@@ -18,10 +18,9 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from nbdthin.pool.data import DataFile
+from nbdthin.pool.data import NOWAIT, DataFile
 from nbdthin.pool.threads import Ended, Threads
 
-NOWAIT = os.RWF_NOWAIT
 STALL = 0.002  # seconds after which another read is waited for beside those that have not come
 MOST_STALLED = 8  # reads waited for at once: half of the threads
 MISSES = 2  # reads in a row that have not come: the others have not, either

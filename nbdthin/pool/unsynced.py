@@ -148,18 +148,19 @@ class Unsynced:
 
     def _end_entries(self) -> None:
         if self._blocks:
-            self._records.append(Entries(self._layer, self._blocks.tobytes(), self._entries.tobytes()))
-            del self._blocks[:], self._entries[:]
+            self._records.append(Entries(*self._take_entries()))
+
+    def _take_entries(self) -> tuple[int, bytes, bytes]:
+        taken = self._layer, self._blocks.tobytes(), self._entries.tobytes()
         self._layer = -1
+        del self._blocks[:], self._entries[:]
+        return taken
 
     def publish(self) -> bool:
         """Put what was noted out of the reach of a kill. True when a commit is due: much is waiting, or it failed."""
         if not self._records and self._layer >= 0 and self._position and self._whole:
             # One write's entries, as most of the time: without the steps between, in half the time.
-            items = [(_ENTRIES, self._layer, self._blocks.tobytes(), self._entries.tobytes())]
-            self._layer = -1
-            del self._blocks[:], self._entries[:]
-            return self._append(items)
+            return self._append([(_ENTRIES, *self._take_entries())])
         if self._layer >= 0:
             self._end_entries()
         if not self._records:
@@ -178,10 +179,7 @@ class Unsynced:
         try:
             if end > MOST:
                 raise OSError("too much for one batch")
-            fd = self._fds[self._sequence & 1]
-            count = self._files.write(fd, (group,), before)
-            if count != len(group):
-                write_all(self._files, fd, group[count:], before + count)
+            write_all(self._files, self._fds[self._sequence & 1], group, before)
         except OSError as error:
             if not self._warned:  # on a full disk it would be so for every batch
                 log.warning("until the next commit, a kill would lose unflushed writes: %s", error)
