@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import psutil
 from rich.console import Console
@@ -111,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for trial in tried:
             print(trial.name)
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too: a script's background job starts with it ignored
-        signal.signal(number, _interrupt)
+    process.interrupt_on_signals()
     try:
         return _bench(chosen, tried, _plan(arguments), arguments)
     except (BenchError, OSError) as error:
@@ -121,10 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tools/bench: interrupted; its servers are ended and its images removed", file=sys.stderr)
         return 130
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, arguments: argparse.Namespace) -> int:
@@ -137,7 +129,7 @@ def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, arguments
     programs = [program for cell in chosen for program in ("fio", *cell.server.programs[:1])]
     facts = machine.describe(programs, directory)
     with tempfile.TemporaryDirectory(prefix="nbench-", dir=directory) as place:
-        with _servers_ended(), Console(stderr=True).status("") as status:
+        with process.servers_ended(), Console(stderr=True).status("") as status:
             bench = Bench(Ground(Path(place), plan.size), plan, status.update)
             bench.run(chosen)
             run_trials(tried, Path(place), plan, status.update)
@@ -150,25 +142,11 @@ def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, arguments
     return 0 if result.sound else 1
 
 
-@contextmanager
-def _servers_ended() -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # the second Ctrl-C of an impatient user would leave the rest running
-        process.end_all()
-
-
 def _check_programs(chosen: Sequence[Cell], plan: Plan) -> None:
     needed = {"fio", *(program for cell in chosen for program in cell.server.programs)}
     if any(cell.work.job in TREE_TASKS for cell in chosen if cell.reason is None):
         needed |= {"nbdcopy", "mke2fs", *(["debootstrap"] if plan.debian else [])}
-    missing = machine.missing_packages(needed)
-    if missing:
-        raise BenchError(f"programs are missing: apt-get install {' '.join(missing)}")
-    if machine.lacks_nbd_engine():
-        raise BenchError("this fio has no nbd engine; Debian's has: apt-get install fio")
+    machine.require(needed)
 
 
 def _check_room(size: int, directory: Path) -> None:

@@ -24,6 +24,7 @@ FULL_VOLUME = "full"
 VOLUMES = 16  # that share the blocks; each stands on a snapshot, which owns half of what it reads
 RUN = 16  # blocks that lie together: what a volume is given at a time
 STEP = VOLUMES * 2 * LEAF_BLOCKS  # blocks: a leaf of each volume and one of each snapshot
+_RUNS = LEAF_BLOCKS // RUN  # of a leaf
 _FREE = 4  # for so many mapped blocks one is free
 _FRAME = 128  # leaves
 
@@ -42,13 +43,19 @@ def make_full(path: Path, size: int) -> None:
 
     `size` is a multiple of 32 MiB, what a leaf maps.
     """
+    _write_one(path, size, FULL_VOLUME, False, np.arange(size // BLOCK_SIZE // RUN, dtype=np.uint64))
+
+
+def make_image(path: Path, size: int, name: str) -> None:
+    """A pool at `path` with one snapshot, every block of it mapped, in runs of no order. `size` as for `make_full`."""
+    _write_one(path, size, name, True, _shuffled(size // BLOCK_SIZE))
+
+
+def _write_one(path: Path, size: int, name: str, snapshot: bool, runs: Words) -> None:
     blocks = size // BLOCK_SIZE
     assert blocks and blocks % LEAF_BLOCKS == 0
-    names: list[Record] = [Counter(2), Layer(1, 0), Name(FULL_VOLUME, False, 1, size, time.time(), {})]
-    firsts = range(0, blocks, LEAF_BLOCKS)
-    within = np.arange(LEAF_BLOCKS, dtype=np.uint64)
-    leaves = (Leaf(1, first // LEAF_BLOCKS, _entries(np.uint64(first) + within)) for first in firsts)
-    _write(path, blocks, names, leaves)
+    names: list[Record] = [Counter(2), Layer(1, 0), Name(name, snapshot, 1, size, time.time(), {})]
+    _write(path, blocks, names, (_leaf(1, leaf, runs, leaf) for leaf in range(blocks // LEAF_BLOCKS)))
 
 
 def _write(path: Path, blocks: int, names: Iterable[Record], leaves: Iterable[Record]) -> None:
@@ -92,18 +99,21 @@ def _names(blocks: int) -> Iterator[Record]:
 
 def _leaves(blocks: int) -> Iterator[Record]:
     """The physical blocks are those of volumes that were written at the same time: runs, in no order."""
-    runs = np.random.default_rng(1).permutation(blocks // RUN).astype(np.uint64)
+    runs = _shuffled(blocks)
     each = blocks // VOLUMES // LEAF_BLOCKS  # leaves of a volume
-    runs_of_leaf = LEAF_BLOCKS // RUN
-    within = np.arange(RUN, dtype=np.uint64)
     for number in range(VOLUMES):
         for below in (1, 0):
             for leaf in range(1 - below, each, 2):
-                first = (number * each + leaf) * runs_of_leaf
-                physical: Words = (runs[first : first + runs_of_leaf, None] * np.uint64(RUN) + within).reshape(-1)
-                yield Leaf(2 * number + 2 - below, leaf, _entries(physical))
+                yield _leaf(2 * number + 2 - below, leaf, runs, number * each + leaf)
 
 
-def _entries(physical: Words) -> bytes:
-    """Of whole blocks; physical block 0 is the header's."""
-    return ((physical + np.uint64(1)) << np.uint64(32) | np.uint64(FULL)).tobytes()
+def _shuffled(blocks: int) -> Words:
+    return np.random.default_rng(1).permutation(blocks // RUN).astype(np.uint64)
+
+
+def _leaf(layer: int, leaf: int, runs: Words, number: int) -> Leaf:
+    """Whole blocks, in those runs that are the `number`th leaf's; physical block 0 is the header's."""
+    mine = runs[number * _RUNS : (number + 1) * _RUNS, None]
+    within: Words = np.arange(1, RUN + 1, dtype=np.uint64)
+    physical = (mine * np.uint64(RUN) + within).reshape(-1)
+    return Leaf(layer, leaf, (physical << np.uint64(32) | np.uint64(FULL)).tobytes())

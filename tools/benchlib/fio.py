@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,25 +64,31 @@ def verify(uri: str, size: int, amount: int) -> None:
     _run(uri, [*shape, f"--size={size}", f"--io_size={amount}"], 0)
 
 
-def _run(uri: str, arguments: list[str], seconds: float) -> Job:
-    argv = ["fio", "--name=bench", "--thread", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", *arguments]
+def command(uri: str, arguments: Sequence[str]) -> list[str]:
+    return ["fio", "--name=bench", "--thread", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", *arguments]
+
+
+def report(uri: str, arguments: Sequence[str], patience: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What it says of its one job, and of those sides of it, read and write, that got a request through: at least one.
+
+    Raises BenchError, also when it has not ended after `patience` seconds.
+    """
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds + _CONNECT_AND_GO)
+        done = subprocess.run(command(uri, arguments), capture_output=True, text=True, timeout=patience)
     except subprocess.TimeoutExpired as error:
-        raise BenchError(f"fio did not end within {seconds + _CONNECT_AND_GO:.0f} s: the server hangs") from error
+        raise BenchError(f"fio did not end within {patience:.0f} s: the server hangs") from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise BenchError(said[0] if said else f"fio ended with status {done.returncode}")
-    return _parse(done.stdout)
-
-
-def _parse(output: str) -> Job:
-    """fio may talk before its JSON begins."""
-    report: dict[str, Any] = json.loads(output[output.index("{") :])
-    job = report["jobs"][0]
+    job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]  # it may talk before that
     sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
     if not sides:
         raise BenchError("fio did not get a single request through")
+    return job, sides
+
+
+def _run(uri: str, arguments: Sequence[str], seconds: float) -> Job:
+    job, sides = report(uri, arguments, seconds + _CONNECT_AND_GO)
     slow = [job["sync"]["lat_ns"]] if job["sync"]["total_ios"] else [side["clat_ns"] for side in sides]
     return Job(
         requests=sum(int(side["total_ios"]) for side in sides),

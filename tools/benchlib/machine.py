@@ -7,11 +7,13 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib import metadata
 from pathlib import Path
 
 import psutil
+
+from .errors import BenchError
 
 # Program -> Debian package. nbdkit brings its file plugin and cow filter with it.
 _PACKAGES = {
@@ -28,11 +30,16 @@ _PACKAGES = {
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)*")
 
 
-def missing_packages(programs: Iterable[str]) -> list[str]:
-    return sorted({_PACKAGES[program] for program in programs if shutil.which(program) is None})
+def require(programs: Collection[str]) -> None:
+    """Raises BenchError, which says what to install."""
+    missing = sorted({_PACKAGES[program] for program in programs if shutil.which(program) is None})
+    if missing:
+        raise BenchError(f"programs are missing: apt-get install {' '.join(missing)}")
+    if "fio" in programs and _lacks_nbd_engine():
+        raise BenchError("this fio has no nbd engine; Debian's has: apt-get install fio")
 
 
-def lacks_nbd_engine() -> bool:
+def _lacks_nbd_engine() -> bool:
     """Debian's fio has the engine; one built without libnbd has not."""
     return "nbd" not in subprocess.run(["fio", "--enghelp"], capture_output=True, text=True).stdout.split()
 

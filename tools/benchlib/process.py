@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -17,7 +20,7 @@ from .errors import BenchError
 _START = 20.0  # seconds until the socket must answer: a chain of 100 files on a busy machine takes 1 to 2
 _STOP = 15.0  # seconds to end by itself; nbdthin promises 10
 
-_running: set[Daemon] = set()  # for `end_all`: an interrupt may come when no one else knows of a server yet
+_running: set[Daemon] = set()  # for `servers_ended`: an interrupt may come when no one else knows of a server yet
 
 
 class Daemon:
@@ -94,10 +97,26 @@ class Daemon:
         _running.discard(self)
 
 
-def end_all() -> None:
-    """Ends every server that is left."""
-    for daemon in list(_running):
-        daemon.stop()
+def interrupt_on_signals() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt; SIGINT, too: a script's background job starts with it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def servers_ended() -> Iterator[None]:
+    """However it ends, no server is left."""
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the second Ctrl-C of an impatient user would leave the rest running
+        for daemon in list(_running):
+            daemon.stop()
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from benchlib import machine, process
 from benchlib.errors import BenchError
@@ -63,8 +61,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too: a script's background job starts with it ignored
-        signal.signal(number, _interrupt)
+    process.interrupt_on_signals()
     try:
         return _measure([each for each in statements() if arguments.only.search(each.key)], arguments)
     except (BenchError, OSError) as error:
@@ -75,29 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _measure(chosen: Sequence[Statement], arguments: argparse.Namespace) -> int:
     if not chosen:
         raise BenchError(f"--only leaves none of {', '.join(each.key for each in statements())}")
     programs = sorted({program for each in chosen for program in each.programs})
-    if missing := machine.missing_packages(programs):
-        raise BenchError(f"programs are missing: apt-get install {' '.join(missing)}")
-    if "fio" in programs and machine.lacks_nbd_engine():
-        raise BenchError("this fio has no nbd engine; Debian's has: apt-get install fio")
+    machine.require(programs)
     scale = Scale(arguments.quick)
     facts = machine.describe(programs, arguments.directory)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="growth-", dir=arguments.directory) as place:
-        try:
-            with Console(stderr=True).status("") as status:
-                for each in chosen:
-                    status.update(each.title)
-                    _run(each, Path(place) / each.key, scale)
-        finally:
-            process.end_all()
+        with process.servers_ended(), Console(stderr=True).status("") as status:
+            for each in chosen:
+                status.update(each.title)
+                _run(each, Path(place) / each.key, scale)
     facts["took"] = f"{time.monotonic() - began:.0f} s"
     report.print_report(facts, chosen, scale)
     if arguments.json is not None:

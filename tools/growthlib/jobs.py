@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
+from benchlib import fio
 from benchlib.errors import BenchError
 
 _PATIENCE = 120.0  # seconds
@@ -25,35 +24,23 @@ class Job:
     seconds: float | None = None
     extra: tuple[str, ...] = ()
 
-    def command(self, uri: str) -> list[str]:
+    @property
+    def arguments(self) -> list[str]:
         timed = [] if self.seconds is None else ["--time_based", f"--runtime={round(1000 * self.seconds)}ms"]
         shape = [f"--rw={self.rw}", f"--bs={self.block}", f"--iodepth={self.depth}", f"--size={self.size}"]
-        head = ["fio", "--name=growth", "--thread", "--ioengine=nbd", f"--uri={uri}", "--output-format=json"]
-        return [*head, *shape, *timed, *self.extra]
+        return [*shape, *timed, *self.extra]
 
 
 def run(uri: str, job: Job) -> float:
     """Bytes a second. Raises BenchError."""
-    done = subprocess.run(job.command(uri), capture_output=True, text=True, timeout=_PATIENCE)
-    return _rate(done.returncode, done.stdout, done.stderr)
-
-
-def _rate(status: int, output: str, errors: str) -> float:
-    """fio may talk before its JSON begins."""
-    if status:
-        said = (errors or output).strip().splitlines()
-        raise BenchError(said[0] if said else f"fio ended with status {status}")
-    report: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
-    side = report["read"] if report["read"]["total_ios"] else report["write"]
-    if not side["total_ios"]:
-        raise BenchError("fio did not get a single request through")
-    return float(side["bw_bytes"])
+    _, sides = fio.report(uri, job.arguments, _PATIENCE)
+    return float(sides[0]["bw_bytes"])
 
 
 @contextmanager
 def beside(uri: str, job: Job) -> Iterator[None]:
     """`job`, whose `seconds` are more than it will get, goes on inside. Raises BenchError where it ended early."""
-    command: Sequence[str] = job.command(uri)
+    command = fio.command(uri, job.arguments)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield

@@ -1,4 +1,4 @@
-"""A daemon with a pool of its own, and pools whose one image is fully mapped without a byte of data."""
+"""A daemon with a pool of its own, perhaps one whose one image is fully mapped without a byte of data."""
 
 from __future__ import annotations
 
@@ -9,23 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-import numpy as np
 import psutil
+from benchlib import bigpool
 from benchlib.client import Client
 from benchlib.process import Daemon, cpu_seconds
 
 import nbdthin
 from nbdthin.host import own_memory
-from nbdthin.pool.journal import Journal
-from nbdthin.pool.layers import FULL, Words
-from nbdthin.pool.pool import Pool
-from nbdthin.pool.records import LEAF_BLOCKS, Counter, End, Layer, Leaf, Name, Record, encode
+from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.units import KiB
 
-BLOCK = 64 * KiB
+BLOCK = bigpool.BLOCK_SIZE
 IMAGE = "image"
-_RUN = 16  # blocks that lie together: what a volume is given at a time
-_FRAME = 128  # leaves
 
 # A pool may promise more than the disk below has: what is measured are mappings, not data.
 _CONFIG = """\
@@ -51,9 +46,8 @@ class Served:
 
     @property
     def memory(self) -> int:
-        """Bytes, resident."""
-        resident = own_memory(psutil.Process(self._daemon.pid))
-        return resident
+        """Bytes that are its own."""
+        return own_memory(psutil.Process(self._daemon.pid))
 
     @property
     def cpu(self) -> float:
@@ -93,41 +87,8 @@ def serving(place: Path, size: int = 0) -> Iterator[Served]:
 
 
 def make_image(place: Path, size: int) -> None:
-    """A pool in `place` with the snapshot IMAGE of `size` bytes, a multiple of 32 MiB, all of it mapped.
-
-    As a pool's own checkpoint, by the engine's own encoder. The data file is a hole: all reads as zeroes.
-    """
-    blocks = size // BLOCK
-    assert blocks and blocks % LEAF_BLOCKS == 0
-    path = place / "pool"
-    Pool.init(path, size=(blocks + blocks // 8 + _RUN) * BLOCK, block_size=BLOCK)
-    journal = Journal(path / "journal")
-    journal.load(lambda _: None)
-    journal.write_checkpoint(journal.start_segment(), _payloads(blocks))
-    journal.close()
-
-
-def _payloads(blocks: int) -> Iterator[bytes]:
-    part: list[Record] = [Counter(2), Layer(1, 0), Name(IMAGE, True, 1, blocks * BLOCK, time.time(), {})]
-    count = 0
-    for leaf in _leaves(blocks):
-        part.append(leaf)
-        if len(part) >= _FRAME:
-            yield encode(part)
-            count += len(part)
-            part = []
-    yield encode([*part, End(count + len(part))])
-
-
-def _leaves(blocks: int) -> Iterator[Leaf]:
-    """In runs of no order, as those of a volume that was written beside others."""
-    runs = np.random.default_rng(1).permutation(blocks // _RUN).astype(np.uint64)
-    within = np.arange(_RUN, dtype=np.uint64)
-    each = LEAF_BLOCKS // _RUN
-    for leaf in range(blocks // LEAF_BLOCKS):
-        physical: Words = (runs[leaf * each : (leaf + 1) * each, None] * np.uint64(_RUN) + within).reshape(-1)
-        entries = (physical + np.uint64(1)) << np.uint64(32) | np.uint64(FULL)
-        yield Leaf(1, leaf, entries.tobytes())
+    """A pool in `place` with the snapshot IMAGE of `size` bytes, a multiple of 32 MiB, all of it mapped."""
+    bigpool.make_image(place / "pool", size, IMAGE)
 
 
 def read_all_over(client: Client, size: int) -> None:

@@ -20,7 +20,7 @@ import uvloop
 from nbdthin.errors import NoSpace, PoolFailed
 from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Command, Create, Label, Remove, Rename, Resize, Rollback, Snapshot
-from nbdthin.pool.live import LivePool
+from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.pool import Pool
 from simulatelib.disk import KEPT, LOST, MIXED, Tree, materialise
 from simulatelib.judge import Judge
@@ -155,9 +155,7 @@ class LiveWork:
         view = memoryview(bytearray(length))
         segments = volume.volume.segments(offset, length)
         if self._chance.random() < 0.3 or not volume.read_now(segments, view):
-            ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-            volume.read(segments, view, ended.set_result)
-            assert await ended is None
+            await _read_slowly(volume, segments, view)
         image = self._oracle.images[name]
         kept, whole = image.kept, bytearray(image.content())
         whole[offset : offset + length] = view
@@ -226,9 +224,7 @@ class LiveWork:
     async def _read_all(self, name: str, image: Image) -> bytes:
         volume = self._live.open(name)
         view = memoryview(bytearray(image.size))
-        ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        volume.read(volume.volume.segments(0, image.size), view, ended.set_result)
-        assert await ended is None
+        await _read_slowly(volume, volume.volume.segments(0, image.size), view)
         return bytes(view)
 
     async def _check_all(self) -> None:
@@ -239,6 +235,12 @@ class LiveWork:
                 self._oracle.check_now(name, found, kept.under_way)
             else:
                 self._oracle.check_now(name, found, [change for head, change in self._oracle.active() if head is kept])
+
+
+async def _read_slowly(volume: LiveVolume, segments: list[tuple[int, int]], view: memoryview) -> None:
+    ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+    volume.read(segments, view, ended.set_result)
+    assert await ended is None
 
 
 def run_live(seed: int, steps: int, work: type[LiveWork] = LiveWork) -> Counts:
