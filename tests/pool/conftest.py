@@ -192,6 +192,15 @@ def pattern(length: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(length)
 
 
+def over_leaves(pool: Pool, leaves: int, snapshot: str) -> Pool:
+    """The same pool with a new volume `v`, two blocks written in each of its leaves, and a snapshot of that."""
+    pool.create("v", leaves * LEAF)
+    for leaf in range(leaves):
+        pool.volume("v").write(leaf * LEAF, pattern(2 * BLOCK, leaf))
+    pool.snapshot("v", snapshot)
+    return pool
+
+
 def contents(pool: Pool) -> dict[str, list[tuple[int, str]]]:
     """What each name reads as, where it is not zero: (offset, digest), so that large ones cost little."""
     return {row.name: _written(pool.volume(row.name)) for row in pool.list()}

@@ -13,7 +13,7 @@ from nbdthin.pool.check import check
 from nbdthin.pool.pool import Pool
 from nbdthin.units import MiB
 
-from .conftest import BLOCK, LEAF, SUB, Faults, Pools, Writes, contents, pattern
+from .conftest import BLOCK, LEAF, SUB, Faults, Pools, Writes, contents, over_leaves, pattern
 
 
 def unname(pool: Pool, name: str) -> int:
@@ -171,11 +171,7 @@ def test_a_step_takes_several_leaves_but_only_so_many_copies(quiet: Pool) -> Non
 
 
 def test_a_merge_can_stop_after_any_leaf_and_go_on_later(pools: Pools) -> None:
-    pool = pools.make(autocommit=False)
-    pool.create("v", 4 * LEAF)
-    for leaf in range(4):
-        pool.volume("v").write(leaf * LEAF, pattern(2 * BLOCK, leaf))
-    pool.snapshot("v", "s")
+    pool = over_leaves(pools.make(autocommit=False), 4, "s")
     for leaf in range(4):
         pool.volume("v").write(leaf * LEAF + BLOCK - SUB, pattern(SUB, leaf))
     number = unname(pool, "s")
@@ -193,11 +189,7 @@ def test_a_merge_can_stop_after_any_leaf_and_go_on_later(pools: Pools) -> None:
 
 
 def test_what_stands_on_an_empty_layer_follows_it_when_it_takes_over_blocks(pools: Pools) -> None:
-    pool = pools.make(autocommit=False)
-    pool.create("v", 2 * LEAF)
-    for leaf in range(2):
-        pool.volume("v").write(leaf * LEAF, pattern(2 * BLOCK, leaf))
-    pool.snapshot("v", "s0")
+    pool = over_leaves(pools.make(autocommit=False), 2, "s0")
     for leaf in range(2):
         pool.volume("v").write(leaf * LEAF, pattern(BLOCK, 2 + leaf))
     for name in ("s1", "s2", "s3"):

@@ -11,7 +11,7 @@ from nbdthin.pool import merge
 from nbdthin.pool.pool import Pool
 from nbdthin.units import MiB
 
-from .conftest import BLOCK, LEAF, SUB, Pools, pattern
+from .conftest import BLOCK, LEAF, SUB, Pools, over_leaves, pattern
 
 
 def blocks(pool: Pool, name: str) -> tuple[int, int, int]:
@@ -100,11 +100,7 @@ def test_reading_changes_no_figure(volume: Pool) -> None:
 
 
 def test_figures_are_right_at_every_moment_of_a_merge(pools: Pools) -> None:
-    pool = pools.make(autocommit=False)
-    pool.create("v", 4 * LEAF)
-    for leaf in range(4):
-        pool.volume("v").write(leaf * LEAF, pattern(2 * BLOCK, leaf))
-    pool.snapshot("v", "s")
+    pool = over_leaves(pools.make(autocommit=False), 4, "s")
     for leaf in range(4):
         pool.volume("v").write(leaf * LEAF + BLOCK, pattern(BLOCK, leaf))
     pool.list()

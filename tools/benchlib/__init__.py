@@ -21,6 +21,7 @@
     process     servers as processes: start, CPU time, end
     report      the tables and the JSON
     charts      two pictures of them
+    options     what their command lines have in common
     machine     what ran: processor, kernel, versions, missing programs
 
 All figures are of a warm page cache, but for the work that says otherwise. They mean little without the others of the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from nbdthin.units import GiB, MiB, format_size, parse_size
 
 from . import bigpool, charts, machine, process, report
 from .errors import BenchError
+from .options import pattern
 from .ours import Nbdthin
 from .peers import PEERS
 from .rounds import Bench, Cell, Plan, cells
@@ -27,7 +27,7 @@ from .trials import run as run_trials
 from .works import FIRST_WRITE_SHARE, TREE_TASKS, WORKS
 
 SERVERS: tuple[Server, ...] = (Nbdthin(), *PEERS)
-_IMAGES = 16  # images of full size there are at once, with every server in every state
+_IMAGES = 20  # images of full size there are at once, with every server in every state
 
 
 def _size(text: str) -> int:
@@ -50,13 +50,6 @@ def _blocks(text: str) -> int:
     return blocks
 
 
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from error
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools/bench",
@@ -69,7 +62,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, metavar="S", help="length of one run of one cell (1; quick: 0.2)")
     add("--mapped", type=_blocks, metavar="N", help="blocks mapped for the last works (1M; quick: 64K)")
     add("--size", type=_size, metavar="SIZE", help="of each image (512M; quick: 128M)")
-    add("--only", type=_pattern, default=_pattern(""), metavar="REGEX", help="only the cells whose name it finds")
+    add("--only", type=pattern, default=pattern(""), metavar="REGEX", help="only the cells whose name it finds")
     add("--directory", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where images go (/var/tmp)")
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
     add("--charts", type=Path, metavar="DIR", help="write charts there, as SVG")

@@ -64,8 +64,8 @@ class Nbdthin:
     )
 
     def __init__(self) -> None:
-        self._daemons: dict[bool, _Daemon] = {}  # on a slow disk, or not
-        self._golden: dict[tuple[bool, int], str] = {}  # the snapshot that clones of a size are made of
+        self._daemons: dict[State, _Daemon] = {}  # one for the images in most states, as if they were FULL
+        self._golden: dict[int, str] = {}  # the snapshot that clones of a size are made of
         self._numbers = itertools.count()
 
     def is_raw(self, state: State) -> bool:
@@ -77,12 +77,12 @@ class Nbdthin:
     def open(self, state: State, ground: Ground) -> Export:
         if state is State.MAPPED:
             return _open_mapped(ground)
-        slow = state is State.SLOW
-        if slow not in self._daemons:
-            self._daemons[slow] = _start(_ROOM * max(ground.size, GiB), ground, ground.environment(state))
-        daemon = self._daemons[slow]
+        kind = state if state in (State.SLOW, State.COLD) else State.FULL
+        if kind not in self._daemons:
+            self._daemons[kind] = _start(_ROOM * max(ground.size, GiB), ground, ground.environment(state))
+        daemon = self._daemons[kind]
         place = daemon.place
-        golden = self._golden_image(slow, ground) if state is State.CLONE or state.depth else ""
+        golden = self._golden_image(daemon, ground) if state is State.CLONE or state.depth else ""
         before = _allocated(place)
         name = f"{state.value.replace(' ', '-').replace(',', '')}.{next(self._numbers)}"
         generations = images.empty(ground.size) if state is State.EMPTY else images.blank(ground.size)
@@ -104,23 +104,21 @@ class Nbdthin:
         close = partial(_remove, place, name, state.depth, before)
         return Export(address, name, daemon.process.pid, generations, close)
 
-    def _golden_image(self, slow: bool, ground: Ground) -> str:
+    def _golden_image(self, daemon: _Daemon, ground: Ground) -> str:
         """A snapshot of a full volume."""
-        key = slow, ground.size
-        if key not in self._golden:
-            place = self._daemons[slow].place
+        if ground.size not in self._golden:
             name = f"golden-{ground.size}"
-            with _control(place) as pool:
+            with _control(daemon.place) as pool:
                 pool.create(name, ground.size)
-                _fill(place, name, ground)
+                _fill(daemon.place, name, ground)
                 pool.snapshot(name, f"{name}@1")
-            _settle(self._daemons[slow].process.pid)
-            self._golden[key] = f"{name}@1"
-        return self._golden[key]
+            _settle(daemon.process.pid)
+            self._golden[ground.size] = f"{name}@1"
+        return self._golden[ground.size]
 
     def check_parents(self, ground: Ground) -> None:
-        for (slow, size), name in self._golden.items():
-            with Client(self._daemons[slow].place / "s", name) as client:
+        for size, name in self._golden.items():
+            with Client(self._daemons[State.FULL].place / "s", name) as client:
                 images.check_kept(client, images.blank(size))
 
 

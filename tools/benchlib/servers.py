@@ -29,6 +29,7 @@ class State(Enum):
     FULL = "full"  # every block written, and owned by the image itself
     SLOW = "full, slow sync"  # the same, on a disk whose sync takes longer (slowdisk.py)
     TCP = "full, over TCP"  # the same, at a port of 127.0.0.1
+    COLD = "full, cold"  # the same, and nothing has read it but in small parts: what a server has mapped stays cached
     MAPPED = "full, fallocated"  # the same as far as the mapping goes: its space is allocated, and was never written
     EMPTY = "empty"  # thin, with nothing behind it; a fresh one as with clones
     CLONE = "clone"  # nothing of its own, over a full parent; a fresh one for each run of a bounded work
@@ -44,7 +45,7 @@ class State(Enum):
     @property
     def is_full(self) -> bool:
         """Whether each block of such an image is written before its works begin, and is overwritten by them."""
-        return self in (State.FULL, State.SLOW, State.TCP)
+        return self in (State.FULL, State.SLOW, State.TCP, State.COLD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,10 +192,9 @@ WORKS = (
         *(Task.MAP, _RANGES, _bar(1, 10, State.EMPTY), (State.EMPTY,)),
         unit="extents",
     ),
-    # The last, as it leaves behind images that are out of the page cache.
     Work(
         "cold-4k-d32",
         "4 KiB random read, cold cache, depth 32",
-        *(Load(_READ, 4 * KiB, 32, cold=True), _RAW, _bar(1, 1.2)),
+        *(Load(_READ, 4 * KiB, 32, cold=True), _RAW, _bar(1, 1.2, State.COLD), (State.COLD,)),
     ),
 )

@@ -6,7 +6,6 @@ A bound that does not hold is told, and no failure: machines differ.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from benchlib import machine, process
 from benchlib.errors import BenchError
+from benchlib.options import pattern
 from rich.console import Console
 
 from nbdthin.errors import Error
@@ -36,13 +36,6 @@ def statements() -> list[Statement]:
     ]
 
 
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from error
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     keys = ", ".join(each.key for each in statements())
     parser = argparse.ArgumentParser(
@@ -52,7 +45,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="small, under 30 s: proves the data, not the figures")
-    add("--only", type=_pattern, default=_pattern(""), metavar="REGEX", help="only the statements whose name it finds")
+    add("--only", type=pattern, default=pattern(""), metavar="REGEX", help="only the statements whose name it finds")
     add("--directory", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where pools go (/var/tmp)")
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
     add("--charts", type=Path, metavar="DIR", help="write each curve there as growth-NAME.svg, too")
