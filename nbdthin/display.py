@@ -214,6 +214,8 @@ def _pool_facts(pool: PoolInfo) -> Facts:
     yield "Mapping in memory", format_size(pool.memory_mapping)
     yield "Volumes", str(pool.volumes)
     yield "Snapshots", str(pool.snapshots)
+    if pool.deferred:
+        yield "Deferred", f"{pool.deferred} removed and not yet freed, {_bytes(pool.deferred_held)}"
     yield "Layers", str(pool.layers)
     yield "Virtual size", _bytes(pool.virtual_size)
     yield "Oversubscription", f"{pool.oversubscription:.2f}"

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -19,6 +19,8 @@ from nbdthin.connection import Connection, new_buffer
 from nbdthin.outbox import ARENA
 from nbdthin.polling import Poller
 from nbdthin.pool.live import LivePool, LiveVolume
+from nbdthin.pool.records import former_name
+from nbdthin.pool.volume import Volume
 from nbdthin.units import MiB
 from nbdthin.wire.handshake import ExportInfo
 
@@ -53,7 +55,8 @@ class Server:
         self._max_connections = max_connections
         self._listeners: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
-        self._users: dict[str, dict[Connection, None]] = {}
+        # By the volume's identity: a name may change hands while it is in use (a removal that is deferred).
+        self._users: dict[Volume, dict[Connection, None]] = {}
         self.arena = new_buffer(ARENA)  # in which all connections lay out small replies
         self._buffers: list[memoryview] = []
         self.stopping = False
@@ -67,11 +70,21 @@ class Server:
     # -- exports (wire.handshake.Exports)
 
     def names(self) -> Iterable[tuple[str, str]]:
-        for name in self._live.pool.state.names:
-            rule = self._rule(name)
-            yield name, rule.description if rule is not None else ""
+        state = self._live.pool.state
+        for name in state.names:
+            if name not in state.deferred:
+                rule = self._rule(name)
+                yield name, rule.description if rule is not None else ""
 
     def find(self, name: str) -> ExportInfo | None:
+        """What a client that asks for `name` gets."""
+        state = self._live.pool.state
+        if name in state.names:
+            return None if name in state.deferred else self.describe(name)
+        return self.describe(self._live.returning.get(name, ""))
+
+    def describe(self, name: str) -> ExportInfo | None:
+        """`name` as it is served, whether or not one can connect to it."""
         row = self._live.pool.state.names.get(name)
         if row is None:
             return None
@@ -84,6 +97,7 @@ class Server:
         return None if rule is None else rule.no_space
 
     def _rule(self, name: str) -> Rule | None:
+        name = former_name(name)
         return next((rule for rule in self._rules if fnmatchcase(name, rule.name)), None)
 
     # -- connections
@@ -111,12 +125,20 @@ class Server:
 
     def holders(self, name: str) -> tuple[str, ...]:
         """Who is connected to `name`, for people: `unix:pid 4711 (nbdcopy) x4` has four connections."""
-        peers = Counter(connection.peer for connection in self._users.get(name, ()))
+        peers = Counter(connection.peer for connection in self._connected(name))
         return tuple(f"{peer} x{count}" if count > 1 else peer for peer, count in peers.items())
+
+    def open_count(self, name: str) -> int:
+        """Connections to `name`."""
+        return len(self._connected(name))
+
+    def _connected(self, name: str) -> Collection[Connection]:
+        volume = self._live.pool.opened(name)
+        return () if volume is None else self._users.get(volume, ())
 
     async def disconnect(self, name: str) -> None:
         """Close the connections to `name` and wait until their last request has ended."""
-        connections = list(self._users.get(name, ()))
+        connections = list(self._connected(name))
         for connection in connections:
             connection.abort()
         await asyncio.gather(*(connection.closed for connection in connections))
@@ -129,18 +151,22 @@ class Server:
         return True
 
     def use(self, connection: Connection, name: str) -> LiveVolume:
-        self._users.setdefault(name, {})[connection] = None
-        return self._live.open(name)
+        device = self._live.open(name)
+        self._users.setdefault(device.volume, {})[connection] = None
+        return device
 
-    def remove(self, connection: Connection, name: str | None) -> None:
+    def remove(self, connection: Connection, volume: Volume | None) -> None:
+        """`connection` has ended; `volume` is what it used."""
         self._connections.pop(connection, None)
         if self.speaker is connection:
             self.speaker = None
-        if name is not None:
-            users = self._users[name]
+        if volume is not None:
+            users = self._users[volume]
             del users[connection]
             if not users:
-                del self._users[name]
+                del self._users[volume]
+                if not self.stopping:  # they come back to the next daemon, as far as it can tell
+                    self._live.let_go(volume.name)
 
     @property
     def live(self) -> LivePool:

@@ -22,7 +22,10 @@ def _clone_arguments(parser: ArgumentParser) -> None:
 
 def _rm_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("names", nargs="+", metavar="NAME")
-    parser.add_argument("--force", action="store_true", help="disconnect who uses them")
+    users = parser.add_mutually_exclusive_group()
+    users.add_argument("--force", action="store_true", help="disconnect who uses them")
+    users.add_argument("--deferred", action="store_true", help="what is in use is gone now, and freed later")
+    parser.add_argument("--if-exists", action="store_true", help="what is not there is no error")
 
 
 def _label_arguments(parser: ArgumentParser) -> None:
@@ -39,6 +42,7 @@ def _ls_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--label", action="append", default=[], metavar="KEY=VALUE", help="only what has it; may be repeated"
     )
+    parser.add_argument("--deferred", action="store_true", help="instead, what was removed and is still in use")
 
 
 def _scrub_arguments(parser: ArgumentParser) -> None:
@@ -85,7 +89,7 @@ def _rename(arguments: Namespace) -> Export:
 
 def _rm(arguments: Namespace) -> dict[str, list[str]]:
     with connect(arguments) as pool:
-        pool.remove(*arguments.names, force=arguments.force)
+        pool.remove(*arguments.names, force=arguments.force, deferred=arguments.deferred, if_exists=arguments.if_exists)
     return {"removed": arguments.names}
 
 
@@ -105,7 +109,7 @@ def _label(arguments: Namespace) -> Export:
 def _ls(arguments: Namespace) -> list[Export]:
     labels = dict(map(_pair, arguments.label))
     with connect(arguments) as pool:
-        return pool.list(labels=labels)
+        return pool.list(labels=labels, deferred=arguments.deferred)
 
 
 def _limit(text: str) -> str | None:

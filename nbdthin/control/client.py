@@ -91,8 +91,8 @@ def _row(kind: type[T]) -> Callable[[object], T]:
     return lambda answer: codec.load(kind, answer)
 
 
-def _list_call(labels: Labels | None) -> _Call[list[Export]]:
-    return _Call("list", {"labels": dict(labels or {})}, _rows(Export))
+def _list_call(labels: Labels | None, deferred: bool) -> _Call[list[Export]]:
+    return _Call("list", {"labels": dict(labels or {}), "deferred": deferred}, _rows(Export))
 
 
 def _show_call(name: str) -> _Call[Export]:
@@ -155,13 +155,15 @@ class Changes(Generic[Done]):
         """Raises NotFound, Invalid, Exists, or InUse while a client is connected to `old`."""
         return self._change(_Call("rename", {"old": old, "new": new}, _nothing))
 
-    def remove(self, *names: str, force: bool = False) -> Done:
+    def remove(self, *names: str, force: bool = False, deferred: bool = False, if_exists: bool = False) -> Done:
         """Remove volumes and snapshots, all or none; clones of a snapshot stay what they are.
 
-        Raises NotFound, or InUse, whose `holders` says who is connected. `force` disconnects them first; it cannot be
-        part of a batch.
+        Raises NotFound (not with `if_exists`), or InUse, whose `holders` says who is connected. `force` disconnects
+        them first; it cannot be part of a batch. `deferred` lets them be: what they use is gone for everyone else at
+        once, its name is free, and it is freed when the last of them has gone.
         """
-        return self._change(_Call("remove", {"names": list(names), "force": force}, _nothing))
+        arguments = {"names": list(names), "force": force, "deferred": deferred, "if_exists": if_exists}
+        return self._change(_Call("remove", arguments, _nothing))
 
     def resize(self, name: str, size: int | str) -> Done:
         """Give a volume another size; what lies behind a smaller end is gone. Raises NotFound, Invalid or InUse."""
@@ -219,9 +221,10 @@ class Client(Changes[None]):
     ) -> None:
         self.close()
 
-    def list(self, *, labels: Labels | None = None) -> builtins.list[Export]:
-        """Every volume and snapshot by name, or those that have all of `labels`."""
-        return self._call(_list_call(labels))
+    def list(self, *, labels: Labels | None = None, deferred: bool = False) -> builtins.list[Export]:
+        """Every volume and snapshot by name, or those that have all of `labels`; or, `deferred`, what was removed while
+        it was in use."""
+        return self._call(_list_call(labels, deferred))
 
     def show(self, name: str) -> Export:
         """One volume or snapshot. Raises NotFound."""
@@ -340,9 +343,9 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
     ) -> None:
         await self.close()
 
-    async def list(self, *, labels: Labels | None = None) -> builtins.list[Export]:
+    async def list(self, *, labels: Labels | None = None, deferred: bool = False) -> builtins.list[Export]:
         """As `Client.list`."""
-        return await self._call(_list_call(labels))
+        return await self._call(_list_call(labels, deferred))
 
     async def show(self, name: str) -> Export:
         """As `Client.show`."""

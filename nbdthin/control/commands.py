@@ -11,7 +11,7 @@ To add a command: a dataclass, a row, a method of the client; the documentation'
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,6 +37,7 @@ from nbdthin.pool.commands import (
 from nbdthin.pool.commands import Remove as RemoveOne
 from nbdthin.pool.events import Event
 from nbdthin.pool.limits import advised
+from nbdthin.pool.records import is_deferred
 from nbdthin.pool.rows import Extent, Row, Scrubbed
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Exports(Protocol):
 
     @property
     def connections(self) -> int: ...
-    def find(self, name: str) -> Described | None: ...
+    def describe(self, name: str) -> Described | None: ...
+    def open_count(self, name: str) -> int: ...
     def holders(self, name: str) -> tuple[str, ...]: ...
     async def disconnect(self, name: str) -> None: ...
 
@@ -73,7 +75,8 @@ class Daemon:
 
     def export(self, row: Row) -> Export:
         """`row` with what only the daemon knows."""
-        described = self.exports.find(row.name)
+        described = self.exports.describe(row.name)
+        reachable = self.listen and not is_deferred(row.name)
         return Export(
             name=row.name,
             kind=row.kind,
@@ -89,7 +92,8 @@ class Daemon:
             charged=row.charged,
             read_only=described is None or described.read_only,
             connections=self.exports.holders(row.name),
-            uri=self.listen[0].uri(row.name) if self.listen else None,
+            open_count=self.exports.open_count(row.name),
+            uri=self.listen[0].uri(row.name) if reachable else None,
         )
 
 
@@ -100,6 +104,8 @@ class Daemon:
 class Remove:
     names: tuple[str, ...]
     force: bool = False  # disconnect who holds them
+    deferred: bool = False  # those that somebody holds are hidden, and removed when they do no more
+    if_exists: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,7 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class List:
     labels: Mapping[str, str] = field(default_factory=dict)  # only what has all of them
+    deferred: bool = False  # what was removed while it was in use, instead of what there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +163,11 @@ def _itself(command: Command) -> Sequence[Command]:
     return (command,)
 
 
-def _remove(arguments: Remove) -> Sequence[Command]:
-    return tuple(RemoveOne(name) for name in dict.fromkeys(arguments.names))
+def _remove(arguments: Remove) -> Sequence[RemoveOne]:
+    if arguments.force and arguments.deferred:
+        raise Invalid("either disconnect who uses it (force), or wait for them (deferred)")
+    names = dict.fromkeys(arguments.names)
+    return tuple(RemoveOne(name, arguments.deferred, arguments.if_exists) for name in names)
 
 
 def _batch(arguments: Batch) -> Sequence[Command]:
@@ -176,7 +186,7 @@ def _batch(arguments: Batch) -> Sequence[Command]:
 async def _change(daemon: Daemon, row: Change, arguments: object) -> None:
     commands = row.commands(arguments)
     if isinstance(arguments, Remove) and arguments.force:
-        await _remove_by_force(daemon, arguments.names, commands)
+        await _remove_by_force(daemon, _remove(arguments))
     else:
         try:
             await daemon.live.execute(commands)
@@ -186,13 +196,16 @@ async def _change(daemon: Daemon, row: Change, arguments: object) -> None:
             raise NoSpace(advised(str(error), daemon.live.pool)) from error
 
 
-async def _remove_by_force(daemon: Daemon, names: Sequence[str], commands: Sequence[Command]) -> None:
-    for name in names:
-        daemon.live.pool.show(name)  # a refused command disconnects nobody
+async def _remove_by_force(daemon: Daemon, commands: Sequence[RemoveOne]) -> None:
+    for command in commands:
+        if not command.if_exists:
+            daemon.live.pool.show(command.name)  # a refused command disconnects nobody
     daemon.live.pool.check_writable()
+    # What was removed before is freed by itself as soon as it is let go.
+    commands = [replace(command, if_exists=command.if_exists or is_deferred(command.name)) for command in commands]
     for _ in range(FORCED_TRIES - 1):
-        for name in names:
-            await daemon.exports.disconnect(name)
+        for command in commands:
+            await daemon.exports.disconnect(command.name)
         try:
             return await daemon.live.execute(commands)
         except InUse:
@@ -205,7 +218,8 @@ async def _remove_by_force(daemon: Daemon, names: Sequence[str], commands: Seque
 
 def _list(daemon: Daemon, arguments: List) -> list[Export]:
     wanted = arguments.labels.items()
-    return [daemon.export(row) for row in daemon.live.pool.list() if wanted <= row.labels.items()]
+    rows = daemon.live.pool.list(deferred=arguments.deferred)
+    return [daemon.export(row) for row in rows if wanted <= row.labels.items()]
 
 
 def _show(daemon: Daemon, arguments: Show) -> Export:

@@ -17,8 +17,9 @@ class Export(Row):
     """A volume or snapshot as it is served: the fields of `Row`, and these."""
 
     read_only: bool  # a snapshot, or a rule in exports.toml says so
-    connections: tuple[str, ...]  # who holds it, one text a connection
-    uri: str | None  # for qemu-img, nbdinfo, nbdcopy ...; None where nothing listens
+    connections: tuple[str, ...]  # who holds it, for people
+    open_count: int  # connections to it
+    uri: str | None  # for qemu-img, nbdinfo, nbdcopy ...; None where nothing listens, and where it is removed
 
 
 @dataclass(frozen=True, slots=True)

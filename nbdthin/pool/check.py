@@ -18,7 +18,7 @@ from nbdthin.pool import allocator
 from nbdthin.pool.journal import Frame, Journal
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, Words, words
 from nbdthin.pool.pool import REPAIRED, Pool
-from nbdthin.pool.records import LEAF_BLOCKS, decode
+from nbdthin.pool.records import LEAF_BLOCKS, decode, is_deferred
 from nbdthin.pool.repair import Identity, examine, identify, locked
 from nbdthin.pool.sums import leaf_of
 from nbdthin.pool.survey import Finding, Survey, survey
@@ -98,6 +98,8 @@ def _notes(pool: Pool) -> Iterator[str]:
         yield f"{pool.path / 'journal'}: it does not say which pool it is of, so that was not checked (an old pool)"
     if (pool.path / REPAIRED).exists():
         yield f"{pool.path / REPAIRED}: what a repair has lost; its blocks are not swept (`nbdthin repair --release`)"
+    if pool.state.deferred:
+        yield f"{pool.path}: removed while in use, to be freed when served next: {', '.join(pool.state.deferred)}"
     place = pool.path / "sums"
     if pool.sums_lost:
         yield f"{place} is missing: checksums of what is sealed are computed anew, from what the disk has then"
@@ -149,6 +151,8 @@ def links(state: State) -> Iterator[str]:
         yield f"layers to be merged: {sorted(wanted)}, listed are {sorted(state.mergeable)}"
     if state.snapshots != sum(row.snapshot for row in state.names.values()):
         yield f"{state.snapshots} snapshots are counted"
+    if state.deferred.keys() != {name for name in state.names if is_deferred(name)}:
+        yield f"removed while in use are counted: {', '.join(state.deferred) or 'none'}"
     yield from _cycles(state)
 
 

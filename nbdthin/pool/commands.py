@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbdthin.errors import Exists, Invalid, NotFound
-from nbdthin.pool.records import Layer, Name, Record, Unname
+from nbdthin.pool.records import Layer, Name, Record, Unname, deferred_name, is_deferred
 
 SECTOR = 512
 MAX_VOLUME = 1 << 62  # block offsets and their ends stay inside a signed 64-bit number on every client
@@ -20,6 +20,7 @@ MAX_LABELS = 64
 MAX_LABEL = 4096  # bytes of a label's key or value
 
 _NAME = re.compile(r"[A-Za-z0-9._:@/-]{1,255}")
+_SUFFIX = re.compile(r"~[0-9]+\Z")  # records.deferred_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,11 @@ class Rename:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
+    """`deferred` hides it at once, and frees nothing: it goes on under a name that only a Remove can speak of."""
+
     name: str
+    deferred: bool = False
+    if_exists: bool = False  # that it is not there is no error
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_stored_name(name: str) -> str:
+    """A name that a pool can hold: also that of what was removed while it was in use."""
+    check_name(_SUFFIX.sub("", name))
+    return name
+
+
 def check_size(size: int) -> int:
     if size <= 0 or size % SECTOR or size > MAX_VOLUME:
         raise Invalid(f"not a volume's size: {size} bytes (a multiple of 512, above 0, up to 4 EiB)")
@@ -173,10 +184,15 @@ class Draft:
         """What names will be, as far as they change; None: gone."""
         return self._changed
 
+    def get(self, name: str) -> Name | None:
+        return self._changed[name] if name in self._changed else self._base.get(name)
+
     def find(self, name: str) -> Name:
-        row = self._changed[name] if name in self._changed else self._base.get(name)
+        row = self.get(name)
         if row is None:
             raise NotFound(f"no volume or snapshot {name!r} (`nbdthin ls` lists what there is)")
+        if is_deferred(name):
+            raise Invalid(f"{name!r} is removed: it only waits for its last client (`nbdthin ls --deferred`)")
         return row
 
     def find_kind(self, name: str, snapshot: bool) -> Name:
@@ -187,10 +203,12 @@ class Draft:
         return row
 
     def free_name(self, name: str) -> str:
-        check_name(name)
-        if (self._changed[name] if name in self._changed else self._base.get(name)) is not None:
-            raise Exists(f"{name!r} exists already")
+        self.refuse_taken(check_name(name))
         return name
+
+    def refuse_taken(self, name: str) -> None:
+        if self.get(name) is not None:
+            raise Exists(f"{name!r} exists already")
 
     def put(self, row: Name) -> None:
         self._changed[row.name] = row
@@ -259,7 +277,17 @@ def _rename(draft: Draft, command: Rename) -> None:
 
 
 def _remove(draft: Draft, command: Remove) -> None:
-    draft.find(command.name)
+    row = draft.get(command.name)
+    if row is None:
+        if not command.if_exists:
+            draft.find(command.name)
+        return
+    if command.deferred:
+        if is_deferred(row.name):
+            return
+        hidden = deferred_name(row.name, row.layer)
+        draft.refuse_taken(hidden)
+        draft.put(row._replace(name=hidden, reservation=0))  # first, as for a rename
     draft.drop(command.name)
 
 

@@ -260,7 +260,7 @@ class _Reader:
         self._owned = bytearray(size // block_size)
 
     def _look_at_name(self, row: records.Name) -> None:
-        commands.check_name(row.name)
+        commands.check_stored_name(row.name)
         commands.check_size(row.size)
         commands.check_labels(row.labels)
         layer = self.state.layers.get(row.layer)

@@ -25,12 +25,14 @@ EXTENDED = "extended"  # the pool has grown, from `before` to `size`
 GROWTH_FAILED = "growth_failed"  # it should have
 JOURNAL_LOW = "journal_low"  # no room for another journal segment: nothing new, and soon no commit
 JOURNAL_ROOM = "journal_room"  # there is room again
+DEFERRED = "deferred"  # `name` was removed while `holders` use it, and is `called` so until it is freed
+FREED = "freed"  # it is: nobody uses it any more
 FAILED = "failed"  # a sync failed: the pool is read-only
 DAMAGE = "damage"  # something on disk is not what it was
 DROPPED = "dropped"  # of this listener's events, `count` were not kept
 
 _LEVELS = {
-    **dict.fromkeys((RECOVERED, SPACE, EXTENDED, JOURNAL_ROOM), logging.INFO),
+    **dict.fromkeys((RECOVERED, SPACE, EXTENDED, JOURNAL_ROOM, DEFERRED, FREED), logging.INFO),
     **dict.fromkeys((FAILED, DAMAGE), logging.ERROR),
 }
 WAITING = 1024  # events that a listener may be behind

@@ -374,6 +374,7 @@ class State:
         self.sealing: set[int] = set()  # layers sealed since the last commit was packed
         self.snapshots = 0  # names that are snapshots
         self.limited: dict[str, None] = {}  # names with a quota or a reservation
+        self.deferred: dict[str, None] = {}  # names of what was removed while it was in use
         self.size = 0  # bytes of data that the pool has grown to; 0: what the superblock says
 
     def apply(self, record: Record) -> list[Layer]:
@@ -391,6 +392,7 @@ class State:
                 case records.Unname():
                     row = self.names.pop(record.name)
                     self.limited.pop(record.name, None)
+                    self.deferred.pop(record.name, None)
                     self.snapshots -= row.snapshot
                     return self._leave(self.layers[row.layer], record.name)
                 case records.Counter():
@@ -434,6 +436,8 @@ class State:
             self.limited[record.name] = None
         else:
             self.limited.pop(record.name, None)
+        if records.is_deferred(record.name):
+            self.deferred[record.name] = None
         layer.name = record.name
         if layer.head and record.snapshot:
             self.sealing.add(layer.number)

@@ -22,8 +22,10 @@ import logging
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -37,8 +39,8 @@ from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.readers import Readers
-from nbdthin.pool.records import LEAF_BLOCKS
-from nbdthin.pool.rows import Finding, Scrubbed
+from nbdthin.pool.records import LEAF_BLOCKS, former_name, is_deferred
+from nbdthin.pool.rows import Finding, Row, Scrubbed
 from nbdthin.pool.scrub import Scrub
 from nbdthin.pool.threads import Ended, Threads
 from nbdthin.pool.volume import Volume
@@ -55,6 +57,7 @@ QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
+COME_BACK = 60.0  # seconds after the start for which clients of the daemon before may come back to what was removed
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
 DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
@@ -77,6 +80,7 @@ MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so c
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
+Told = tuple[str, str, dict[str, object]]  # an event: kind, message, facts
 
 
 class Pace:
@@ -438,6 +442,10 @@ class LivePool:
         self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
+        self.returning = self._find_returning()  # former names -> names
+        self._return_timer = self._loop.call_later(COME_BACK, self._end_return)
+        self._freeing_removed: asyncio.Task[None] | None = None
+        self._free_removed_soon()
         pool.unsynced.start(pool.journal.sequence + 1)
         if pool.has_leftovers and not is_device(pool.data.path):
             self.spawn(self._sweep())
@@ -487,13 +495,20 @@ class LivePool:
                 for name in sorted({name for command in wanted for name in _changed(command)}):
                     if name in self.pool.state.names:
                         await gates.enter_async_context(self.open(name).gated())
+                # From here to the end of what is done, nobody can connect or go.
+                wanted = [self._as_used(command) for command in wanted]
                 self._refuse_used(wanted)
+                removed = self._removed(wanted)
+                before = set(self.pool.state.deferred)
                 self.pool.execute(wanted)
+                told = [*map(_freed, removed), *map(self._deferred, self.pool.state.deferred.keys() - before)]
         self.space_came()  # a quota, a reservation or the pool's size may have changed
         try:
             await self.commit()
         except GivenUp as error:
             raise NoSpace("the daemon stops, and finds no room in the journal: it is not done") from error
+        for kind, message, facts in told:
+            self.events.notify(kind, message, **facts)
 
     async def _let_merge(self) -> None:
         """What leaves a layer to be merged waits a moment where very many are: else they were made without end."""
@@ -503,11 +518,71 @@ class LivePool:
                 if not await self._merges.wait(deadline):
                     return
 
+    def _as_used(self, command: Command) -> Command:
+        """A removal is deferred where somebody uses the name, and only there."""
+        if isinstance(command, commands.Remove) and command.deferred and not self.users(command.name):
+            return replace(command, deferred=False)
+        return command
+
     def _refuse_used(self, wanted: Sequence[Command]) -> None:
         for command in wanted:
             what, name = _needs_unused(command)
             if what and (holders := self.users(name)):
                 raise InUse(f"{name!r} is in use, it cannot be {what}: {', '.join(holders)}", holders)
+
+    # -- what was removed while it was in use
+
+    def _removed(self, wanted: Sequence[Command]) -> list[Row]:
+        """Of it, what `wanted` is to free."""
+        names = dict.fromkeys(command.name for command in wanted if isinstance(command, commands.Remove))
+        return [self.pool.show(name) for name in names if name in self.pool.state.deferred]
+
+    def _deferred(self, name: str) -> Told:
+        former, holders = former_name(name), self.users(name)
+        what = f"{former!r} is removed, and freed when it is used no more: it is by {', '.join(holders)}"
+        return events.DEFERRED, what, {"name": former, "called": name, "holders": holders}
+
+    def _find_returning(self) -> dict[str, str]:
+        """What clients of the daemon before may have held, by the names that they know it by and will ask for.
+
+        Not where a name has come to stand for something else, or for several: no client must find another one's data.
+        """
+        names = self.pool.state.deferred
+        formers = Counter(map(former_name, names))
+        return {
+            former_name(name): name
+            for name in names
+            if formers[former_name(name)] == 1 and former_name(name) not in self.pool.state.names
+        }
+
+    def _end_return(self) -> None:
+        self.returning.clear()
+        self._free_removed_soon()
+
+    def let_go(self, name: str) -> None:
+        """The last one of those who used `name` has gone."""
+        if is_deferred(name):
+            self._free_removed_soon()
+
+    def _unused(self) -> list[str]:
+        """What is removed, and neither used nor waited for."""
+        awaited = self.returning.values()
+        return [name for name in self.pool.state.deferred if name not in awaited and not self.users(name)]
+
+    def _free_removed_soon(self) -> None:
+        if self._freeing_removed is None and not self._closing and self.pool.failed is None and self._unused():
+            self._freeing_removed = self.spawn(self._free_removed())
+
+    async def _free_removed(self) -> None:
+        await asyncio.sleep(0)
+        try:
+            while not self._closing and (names := self._unused()):
+                with contextlib.suppress(InUse):  # by one who has come back
+                    await self.execute([commands.Remove(name, if_exists=True) for name in names])
+        except (PoolFailed, NoSpace):
+            pass  # told where it happened
+        finally:
+            self._freeing_removed = None
 
     # -- commit
 
@@ -681,6 +756,7 @@ class LivePool:
             self._prepare_soon(now=self.pool.journal.may_fit)
         self.pool.arm_growth()
         self._watch()
+        self._free_removed_soon()  # what could not be freed when it was let go
         # Small frames where the journal is short: one that is larger than what is left keeps all behind it waiting.
         self._timer = self._loop.call_later(POLL if starved else COMMIT_INTERVAL, self._tick)
 
@@ -1031,6 +1107,7 @@ class LivePool:
         self._closing = True
         self._stopped.set()
         self._timer.cancel()
+        self._return_timer.cancel()
         self.stop()
         try:
             if self.pool.failed is None:
@@ -1066,6 +1143,12 @@ def _pieces(offset: int, length: int, piece: int = PIECE) -> Iterator[tuple[int,
         offset = stop
 
 
+def _freed(row: Row) -> Told:
+    former = former_name(row.name)
+    what = f"{former!r}, removed while it was in use, is freed: {format_size(row.exclusive)}"
+    return events.FREED, what, {"name": former, "called": row.name, "freed": row.exclusive}
+
+
 def _changed(command: Command) -> tuple[str, ...]:
     """The existing volumes whose content or end `command` changes, or seals."""
     match command:
@@ -1084,7 +1167,7 @@ def _changed(command: Command) -> tuple[str, ...]:
 def _needs_unused(command: Command) -> tuple[str, str]:
     """What `command` would do to a name that connections must not hold; ("", "") where they do not matter."""
     match command:
-        case commands.Remove():
+        case commands.Remove(deferred=False):
             return "removed", command.name
         case commands.Rollback():
             return "rolled back", command.volume

@@ -505,9 +505,12 @@ class Pool:
         """Raises NotFound, Invalid or Exists."""
         self._do(commands.Rename(old, new))
 
-    def remove(self, *names: str) -> None:
-        """Remove volumes and snapshots, all or none; clones of a snapshot stay what they are. Raises NotFound."""
-        self._do(*(commands.Remove(name) for name in names))
+    def remove(self, *names: str, if_exists: bool = False) -> None:
+        """Remove volumes and snapshots, all or none; clones of a snapshot stay what they are.
+
+        Raises NotFound, but for `if_exists`.
+        """
+        self._do(*(commands.Remove(name, if_exists=if_exists) for name in names))
 
     def resize(self, name: str, size: int | str) -> None:
         """Raises NotFound or Invalid. What lies behind a smaller end is gone."""
@@ -721,6 +724,10 @@ class Pool:
             volume = Volume(self, name, self.state.layers[row.layer], row.size, row.snapshot)
             self._volumes[name] = volume
         return volume
+
+    def opened(self, name: str) -> Volume | None:
+        """What `volume` returned for `name`, if somebody still has it."""
+        return self._volumes.get(name)
 
     # -- what volumes and merges do to the mapping
 
@@ -967,9 +974,10 @@ class Pool:
 
     # -- queries
 
-    def list(self) -> builtins.list[Row]:
-        """Every volume and snapshot, by name."""
-        return [self._row(self.state.names[name]) for name in sorted(self.state.names)]
+    def list(self, *, deferred: bool = False) -> builtins.list[Row]:
+        """Every volume and snapshot, by name; or, `deferred`, what was removed while it was in use."""
+        names = self.state.deferred if deferred else self.state.names.keys() - self.state.deferred.keys()
+        return [self._row(self.state.names[name]) for name in sorted(names)]
 
     def show(self, name: str) -> Row:
         """Raises NotFound."""
@@ -1024,6 +1032,8 @@ class Pool:
     def info(self) -> PoolInfo:
         """Facts about the whole pool."""
         rows = self.state.names.values()
+        deferred = [self.state.names[name] for name in self.state.deferred]
+        snapshots = self.state.snapshots - sum(row.snapshot for row in deferred)
         virtual = sum(row.size for row in rows if not row.snapshot)
         total = self.allocator.capacity * self.block_size
         metadata = self.journal.disk_bytes + (self.path / "superblock").stat().st_size
@@ -1042,8 +1052,10 @@ class Pool:
             metadata_total=metadata + room,
             metadata_available=room,
             memory_mapping=leaves * 4 * KiB + self.allocator.total,
-            volumes=len(self.state.names) - self.state.snapshots,
-            snapshots=self.state.snapshots,
+            volumes=len(rows) - len(deferred) - snapshots,
+            snapshots=snapshots,
+            deferred=len(deferred),
+            deferred_held=sum(space.exclusive(self.state.layers[row.layer]) for row in deferred) * self.block_size,
             layers=len(self.state.layers),
             virtual_size=virtual,
             oversubscription=virtual / total,

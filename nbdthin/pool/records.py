@@ -18,6 +18,7 @@ import msgpack
 
 LEAF_BLOCKS = 512  # entries in a leaf
 LEAF_BYTES = 8 * LEAF_BLOCKS
+_DEFERRED = "~"  # not a letter of a name that anybody can give
 
 
 class Layer(NamedTuple):
@@ -154,6 +155,21 @@ def kinds() -> Mapping[int, type[Record]]:
 def make(kind: type[Record], fields: list[object]) -> Record:
     """A record of `kind`, its fields in order. Raises BadRecord for what is not of their types."""
     return _typed(kind, fields)
+
+
+def deferred_name(name: str, layer: int) -> str:
+    """What `name`, removed while it was in use, is called until it is freed: unlike any name before or after."""
+    return f"{name}{_DEFERRED}{layer}"
+
+
+def is_deferred(name: str) -> bool:
+    """It is the name of something that was removed while it was in use."""
+    return _DEFERRED in name
+
+
+def former_name(name: str) -> str:
+    """What `name` was called before it was removed; itself, where it was not."""
+    return name.partition(_DEFERRED)[0]
 
 
 def u64(values: Iterable[int]) -> bytes:

@@ -65,6 +65,8 @@ class PoolInfo:
     memory_mapping: int  # bytes of memory that the mapping takes
     volumes: int
     snapshots: int
+    deferred: int  # names removed while they were in use, and not freed yet; no part of the two above
+    deferred_held: int  # bytes that freeing them will give back, at least
     layers: int
     virtual_size: int
     oversubscription: float

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from nbdthin.pool.layers import FULL, LEAF_SHIFT, MIXED, ZERO_LEAF, Layer, Words, words
+from nbdthin.pool.records import is_deferred
 
 _VISIBLE = -1  # the key in Layer.referenced of the sum over all leaves, kept for sealed layers
 _PHYSICAL = np.uint64(32)
@@ -115,8 +116,8 @@ def shown_by(children: Iterable[Layer], leaf: int, data: Words) -> Words | None:
 
 
 def named_parent(layer: Layer) -> str | None:
-    """The nearest snapshot below `layer`."""
+    """The nearest snapshot below `layer`, of those that are not removed."""
     node = layer.parent
-    while node is not None and node.name is None:
+    while node is not None and (node.name is None or is_deferred(node.name)):
         node = node.parent
     return None if node is None else node.name
