@@ -502,6 +502,8 @@ class LivePool:
                 before = set(self.pool.state.deferred)
                 self.pool.execute(wanted)
                 told = [*map(_freed, removed), *map(self._deferred, self.pool.state.deferred.keys() - before)]
+        if told:
+            self._free_removed_soon()  # of what was hidden, something may not be in use
         self.space_came()  # a quota, a reservation or the pool's size may have changed
         try:
             await self.commit()

@@ -1,4 +1,4 @@
-"""What is removed while it is in use: the records of it, what it is then, and what keeps its space until it is freed."""
+"""What is removed while it is in use: the records of it, what it is then, and that it keeps its space."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_nobody_can_give_such_a_name(pool: Pool, name: str) -> None:
 def test_names_that_a_pool_can_hold_are_those_and_names_with_a_number_behind_them() -> None:
     for name in ("web", "web~1", "a" * 255 + "~12345678901234567890"):
         assert check_stored_name(name) == name
-    for name in ("~1", "web~", "web~x", "web~1~2", "web~1\n", "a" * 256 + "~1", "web~١"):
+    for name in ("~1", "web~", "web~x", "web~1~2", "web~1\n", "a" * 256 + "~1", "web~\u0661"):
         with pytest.raises(Invalid):
             check_stored_name(name)
 
@@ -173,7 +173,7 @@ def test_its_quota_holds_and_its_reservation_is_given_back_at_once(pools: Pools)
     defer(pool, "web")
     pool.reserve("other", 6 * BLOCK)
     assert pool.show("web~1").quota == 12 * BLOCK
-    with pytest.raises(Error, match="full|reserved|space"):
+    with pytest.raises(Error, match="reserved for other volumes"):
         web.write(2 * BLOCK, bytes(8 * BLOCK))
     pool.reserve("other", None)
     web.write(2 * BLOCK, bytes(10 * BLOCK))
