@@ -444,7 +444,7 @@ class LivePool:
         self._closing = False
         self.returning = self._find_returning()  # former names -> names
         self._return_timer = self._loop.call_later(COME_BACK, self._end_return)
-        self._freeing_removed: asyncio.Task[None] | None = None
+        self.disposal: asyncio.Task[None] | None = None  # frees what was removed while it was in use
         self._free_removed_soon()
         pool.unsynced.start(pool.journal.sequence + 1)
         if pool.has_leftovers and not is_device(pool.data.path):
@@ -572,8 +572,8 @@ class LivePool:
         return [name for name in self.pool.state.deferred if name not in awaited and not self.users(name)]
 
     def _free_removed_soon(self) -> None:
-        if self._freeing_removed is None and not self._closing and self.pool.failed is None and self._unused():
-            self._freeing_removed = self.spawn(self._free_removed())
+        if self.disposal is None and not self._closing and self.pool.failed is None and self._unused():
+            self.disposal = self.spawn(self._free_removed())
 
     async def _free_removed(self) -> None:
         await asyncio.sleep(0)
@@ -584,7 +584,7 @@ class LivePool:
         except (PoolFailed, NoSpace):
             pass  # told where it happened
         finally:
-            self._freeing_removed = None
+            self.disposal = None
 
     # -- commit
 

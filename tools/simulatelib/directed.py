@@ -97,6 +97,28 @@ def delete(work: Work) -> None:
     work.commit()
 
 
+def deferred(work: Work) -> None:
+    """Removed while they are in use, a volume and the snapshot below it: written to, their names used again, freed."""
+    hidden = [f"{name}~{work.pool.state.names[name].layer}" for name in ("web", "web@1")]
+    work.execute(Remove("web", deferred=True), Create("web", 2 * BLOCK))
+    work.write_at(hidden[0], 0, BLOCK + SUB)
+    work.write_at("web", 0, SUB)
+    work.commit()
+    work.execute(Remove("web@1", deferred=True))
+    work.write_at(hidden[0], BLOCK, 100)
+    work.commit()
+    work.execute(Remove(hidden[0]))
+    work.commit()
+    work.upkeep()
+    work.write_at("web", 0, 2 * BLOCK)  # may take what was freed
+    work.execute(Remove(hidden[1]), Snapshot("web", "web@1"))
+    work.commit()
+    _merge(work, lambda: work.write_at("fork", BLOCK, SUB))
+    work.execute(Create("new", 4 * BLOCK))
+    work.write_at("new", 0, 4 * BLOCK)
+    work.commit()
+
+
 def _merge(work: Work, write: Callable[[], object]) -> None:
     while work.pool.next_unnamed() is not None:
         work.merge()
@@ -305,7 +327,7 @@ def close_and_open(work: Work) -> None:
 HISTORIES: dict[str, Callable[[Work], None]] = {
     each.__name__: each
     for each in (
-        *(snapshot, clone, rollback, rename_and_label, delete, resize, trim, full_pool, close_and_open),
+        *(snapshot, clone, rollback, rename_and_label, delete, deferred, resize, trim, full_pool, close_and_open),
         *(merge_with_copies, merge_and_nothing_else, merge_into_a_snapshot, prune),
         *(checkpoint, checkpoint_beside_commits, checkpoint_beside_writes),
         *(rotation, large_frames, marks_in_two_sectors),

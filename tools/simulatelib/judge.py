@@ -18,6 +18,7 @@ from nbdthin.pool import commands, sums
 from nbdthin.pool.check import check
 from nbdthin.pool.files import Files
 from nbdthin.pool.pool import Pool
+from nbdthin.pool.records import is_deferred
 from nbdthin.pool.scrub import Scrub
 from simulatelib.disk import KEPT, LOST, MIXED, Disk, Policy, Tree, materialise
 from simulatelib.oracle import Bounds, Found, Lost, Oracle
@@ -133,8 +134,9 @@ class Judge:
         wanted = dict(found)
         chance = self._chance
         volumes = [name for name, each in found.items() if not each.snapshot]
-        if volumes and chance.random() < 0.3:
-            name = chance.choice(volumes)
+        shown = [name for name in volumes if not is_deferred(name)]
+        if shown and chance.random() < 0.3:
+            name = chance.choice(shown)
             pool.execute([commands.Snapshot(name, "after")])
             wanted["after"] = found[name]._replace(snapshot=True, labels={})
         for name in volumes[:2]:

@@ -22,6 +22,7 @@ from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Command, Create, Label, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.pool import Pool
+from nbdthin.pool.records import is_deferred
 from simulatelib.disk import KEPT, LOST, MIXED, Tree, materialise
 from simulatelib.judge import Judge
 from simulatelib.oracle import Frozen, Head, Image, Oracle
@@ -34,6 +35,10 @@ WRITERS = 4  # for each volume
 REGION = 18 * SUB + 100  # bytes: neighbours share a subblock and a block
 SIZE = WRITERS * REGION // 512 * 512 + 512
 VOLUMES = ("a", "b")
+KINDS = (
+    *("snapshot", "snapshot", "clone", "remove", "remove", "defer"),
+    *("rename", "resize", "label", "more"),
+)
 CUTS = 60  # of one life
 LIFE = 30  # commands between two cuts that the run goes on from
 
@@ -63,6 +68,7 @@ class LiveWork:
             await live.close()
 
     async def _work(self, at_end: Callable[[LivePool], Awaitable[None]] | None) -> None:
+        await self._freed()
         await self._attempt(self._create(*(name for name in VOLUMES if name not in self._oracle.images)))
         async with self._connected(), asyncio.TaskGroup() as group:
             for name in VOLUMES:
@@ -170,7 +176,11 @@ class LiveWork:
         self._oracle.answered()
 
     def _kept(self, kind: type[Frozen] | type[Head]) -> list[str]:
-        return [name for name, image in self._oracle.images.items() if isinstance(image.kept, kind)]
+        return [name for name in self._names() if isinstance(self._oracle.images[name].kept, kind)]
+
+    def _names(self) -> list[str]:
+        """Of what is there, and not removed while it was in use."""
+        return [name for name in self._oracle.images if not is_deferred(name)]
 
     def _name(self) -> str:
         while f"n{self._count}" in self._oracle.images:
@@ -192,9 +202,9 @@ class LiveWork:
     async def _command(self) -> None:
         chance = self._chance
         snapshots = self._kept(Frozen)
-        others = [name for name in self._oracle.images if name not in VOLUMES]
+        others = [name for name in self._names() if name not in VOLUMES]
         heads = [name for name in self._kept(Head) if name not in VOLUMES]
-        kind = chance.choice(("snapshot", "snapshot", "clone", "remove", "remove", "rename", "resize", "label", "more"))
+        kind = chance.choice(KINDS)
         if len(others) > 5:
             kind = "remove"
         if kind == "snapshot" or not snapshots:
@@ -205,12 +215,14 @@ class LiveWork:
             await self._write(name, chance.randrange(SIZE - SUB), chance.randbytes(SUB))
         elif kind == "remove" and others:
             await self._execute(Remove(chance.choice(others)))
+        elif kind == "defer" and others:
+            await self._remove_used(chance.choice(others))
         elif kind == "rename" and others:
             await self._execute(Rename(chance.choice(others), self._name()))
         elif kind == "resize" and heads:
             await self._execute(Resize(chance.choice(heads), SIZE + 512 * chance.choice((-1, -3, 0, 5))))
         elif kind == "label":
-            await self._execute(Label(chance.choice(list(self._oracle.images)), {"at": str(len(self._recorder.log))}))
+            await self._execute(Label(chance.choice(self._names()), {"at": str(len(self._recorder.log))}))
         elif heads:
             await self._execute(Rollback(chance.choice(heads), chance.choice(snapshots)))
 
@@ -220,6 +232,28 @@ class LiveWork:
         image = self._oracle.images[name]
         found = await self._read_all(name, image)
         self._oracle.settle(name, found)
+
+    async def _remove_used(self, name: str) -> None:
+        """Somebody uses `name` when it is removed, and for a while longer."""
+        used, others = self._live.open(name), self._live.users
+        self._live.users = lambda asked: ("somebody",) if asked == used.volume.name else others(asked)
+        try:
+            await self._execute(Remove(name, deferred=True))
+            hidden = used.volume.name
+            if isinstance(self._oracle.images[hidden].kept, Head):
+                offset = self._chance.randrange(self._oracle.images[hidden].size - SUB)
+                await self._write(hidden, offset, self._chance.randbytes(SUB))
+                if self._chance.random() < 0.5:
+                    await self._flush()
+        finally:
+            self._live.users = others
+        self._live.let_go(hidden)
+        await self._freed()
+
+    async def _freed(self) -> None:
+        """What else is executed is so before the next command, whose answer then speaks of it, too."""
+        while self._live.disposal is not None:
+            await self._live.disposal
 
     async def _read_all(self, name: str, image: Image) -> bytes:
         volume = self._live.open(name)

@@ -202,18 +202,20 @@ class Oracle:
         stop = end if end == self.images[name].size else end // sub * sub
         return start, max(start, stop)
 
-    def execute(self, wanted: Sequence[Command]) -> None:
-        """Commands were carried out, though they are not durable yet."""
+    def execute(self, wanted: Sequence[Command], hidden: Sequence[str] = ()) -> None:
+        """Commands were carried out, though they are not durable yet. `hidden`: what those that they removed and did
+        not free are called now, in order."""
+        names = iter(hidden)
         for command in wanted:
             self._note(str(command))
-            self._command(command)
+            self._command(command, names)
         self._executed = self.ask_flush()
 
     def answered(self) -> None:
         """Who asked for the last commands was told that they are done, which means durable."""
         self.flushed(self._executed)
 
-    def _command(self, command: Command) -> None:
+    def _command(self, command: Command, hidden: Iterator[str]) -> None:
         images = self.images
         match command:
             case commands.Create(name, size, labels):
@@ -236,6 +238,8 @@ class Oracle:
                 self._new_head(images[volume], images[snapshot].content(), images[snapshot].size)
             case commands.Rename(old, new):
                 images[new] = images.pop(old)
+            case commands.Remove(name, deferred=True):
+                images[next(hidden)] = images.pop(name)
             case commands.Remove(name):
                 del images[name]
             case commands.Resize(name, size):

@@ -21,9 +21,10 @@ class WatchedPool(Pool):
         self.unsynced.start(self.journal.sequence + 1)
 
     def execute(self, wanted: Sequence[Command]) -> None:
+        before = set(self.state.deferred)
         super().execute(wanted)
         assert self.oracle is not None
-        self.oracle.execute(wanted)
+        self.oracle.execute(wanted, [name for name in self.state.deferred if name not in before])
 
     def begin(self) -> Batch:
         if self.want_checkpoint and self._capture is None:

@@ -22,6 +22,7 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.layers import LEAF_SHIFT
 from nbdthin.pool.live import _changed as changed_by
 from nbdthin.pool.live import _needs_unused as needs_unused
+from nbdthin.pool.records import is_deferred
 from nbdthin.pool.volume import Volume, Write
 from simulatelib.oracle import Change, Frozen, Head, Lost, Oracle, payload
 from simulatelib.record import Recorder
@@ -348,10 +349,15 @@ class Work:
 
     def _command(self) -> Command:
         chance = self.chance
-        volumes, snapshots, names = self._volumes(), self._snapshots(), list(self.oracle.images)
+        there = list(self.oracle.images)
+        names = [name for name in there if not is_deferred(name)]
+        volumes = [name for name in self._volumes() if name in names]
+        snapshots = [name for name in self._snapshots() if name in names]
         kind = chance.choice(_COMMANDS)
-        if (kind in ("create", "snapshot", "clone") and len(names) >= MOST_NAMES) or not volumes:
-            kind = "remove" if names and volumes else "create"
+        if (kind in ("create", "snapshot", "clone") and len(there) >= MOST_NAMES) or not volumes:
+            kind = "remove" if len(there) >= MOST_NAMES else "create"
+        if kind in ("free", "remove") and len(names) < len(there) and (kind == "free" or not names):
+            return commands.Remove(chance.choice([name for name in there if name not in names]))
         if kind in ("clone", "rollback") and not snapshots:
             kind = "snapshot"
         labels = {"step": str(self._count)} if chance.random() < 0.3 else {}
@@ -370,6 +376,8 @@ class Work:
                 return commands.Rename(chance.choice(names), self._new_name())
             case "resize":
                 return commands.Resize(chance.choice(volumes), self._size())
+            case "defer":
+                return commands.Remove(chance.choice(names), deferred=True)
             case "label":
                 return commands.Label(chance.choice(names), {"at": str(len(self.recorder.log)), "step": None})
             case _:
@@ -570,7 +578,7 @@ def end_process(pool: WatchedPool) -> None:
 
 _COMMANDS = (
     *("create", "snapshot", "snapshot", "snapshot", "clone", "clone", "rollback"),
-    *("rename", "remove", "remove", "remove", "resize", "resize", "label"),
+    *("rename", "remove", "remove", "remove", "resize", "resize", "label", "defer", "defer", "free", "free"),
 )
 _TABLE: tuple[tuple[Callable[[Work], None], int], ...] = (
     (Work.write, 30),
