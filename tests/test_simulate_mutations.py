@@ -22,7 +22,7 @@ from simulatelib.run import Counts, Failure, run_seed
 
 from nbdthin.connection import Connection
 from nbdthin.errors import Invalid
-from nbdthin.pool import commands, journal, layers, merge, superblock, volume
+from nbdthin.pool import commands, journal, layers, merge, records, superblock, volume
 from nbdthin.pool import pool as pool_module
 from nbdthin.pool.files import Files, write_all
 from nbdthin.pool.journal import Journal
@@ -286,6 +286,16 @@ def checkpoint_of_a_later_moment(patch: Patch) -> None:
     patch.setattr(pool_module.Capture, "__init__", init)
 
 
+def checkpoint_without_what_is_deferred(patch: Patch) -> None:
+    """What is removed and still in use is not worth writing down again."""
+
+    def snapshot_records(self: layers.State) -> list[records.Record]:
+        return [each for each in real(self) if not isinstance(each, records.Name) or each.name not in self.deferred]
+
+    real = layers.State.snapshot_records
+    patch.setattr(layers.State, "snapshot_records", snapshot_records)
+
+
 def payload_crc_not_checked(patch: Patch) -> None:
     def parse_frame(data: bytes, offset: int) -> tuple[int, bytes] | None:
         header = journal.parse_header(data, offset)
@@ -379,6 +389,7 @@ MUTATIONS: dict[Callable[[Patch], None], list[Run]] = {
     data_directory_not_synced_by_init: _directed("init"),
     journal_removed_before_the_checkpoint: _directed("checkpoint"),
     checkpoint_of_a_later_moment: _directed("checkpoint_beside_writes"),
+    checkpoint_without_what_is_deferred: RANDOM,
     payload_crc_not_checked: _directed("rotation"),
     torn_tail_not_cut: _directed("rotation", "large_frames"),
     torn_mark_taken_for_damage: _directed("marks_in_two_sectors"),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -26,9 +27,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nbdthin.errors import Invalid, NoSpace
 from nbdthin.pool import extents, merge
 from nbdthin.pool.check import check
+from nbdthin.pool.commands import Create, Remove, Rename, Resize, Snapshot
 from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer
 from nbdthin.pool.pool import Pool
-from nbdthin.pool.records import LEAF_BLOCKS, Name
+from nbdthin.pool.records import LEAF_BLOCKS, Name, is_deferred
 from nbdthin.pool.rows import Row
 from nbdthin.pool.volume import Volume
 from nbdthin.units import KiB
@@ -68,11 +70,15 @@ class Oracle:
         self.images: dict[str, Image] = {}
         self.seen: dict[str, dict[int, set[bytes]]] = {}  # values of subblocks that no commit has settled yet
 
-    def volumes(self) -> list[str]:
+    def writable(self) -> list[str]:
+        """Also what was removed while it was in use."""
         return sorted(name for name, image in self.images.items() if not image.snapshot)
 
+    def volumes(self) -> list[str]:
+        return [name for name in self.writable() if not is_deferred(name)]
+
     def snapshots(self) -> list[str]:
-        return sorted(name for name, image in self.images.items() if image.snapshot)
+        return sorted(name for name, image in self.images.items() if image.snapshot and not is_deferred(name))
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         image, sub = self.images[name], self.sub
@@ -114,6 +120,10 @@ class Oracle:
                 image.held[number] = image.held[number][:inside].ljust(self.sub, b"\0")
             self._touch(name, image, number)
         image.size = size
+
+    def rename(self, old: str, new: str) -> None:
+        self.images[new] = self.images.pop(old)
+        self.seen[new] = self.seen.setdefault(old, {})  # one for both: a crash may bring the old name back
 
     def _touch(self, name: str, image: Image, number: int) -> None:
         image.age.touched.add(number)
@@ -211,6 +221,10 @@ class Machine(RuleBasedStateMachine):
         names = self.oracle.snapshots()
         return names[index % len(names)]
 
+    def visible_name(self, index: int) -> str:
+        names = [name for name in sorted(self.oracle.images) if not is_deferred(name)]
+        return names[index % len(names)]
+
     def any_name(self, index: int) -> str:
         names = sorted(self.oracle.images)
         return names[index % len(names)]
@@ -229,6 +243,12 @@ class Machine(RuleBasedStateMachine):
 
     def has_snapshot(self) -> bool:
         return bool(self.oracle.snapshots())
+
+    def has_visible(self) -> bool:
+        return bool(self.oracle.volumes() or self.oracle.snapshots())
+
+    def has_deferred(self) -> bool:
+        return any(map(is_deferred, self.oracle.images))
 
     # -- refusals for want of space
 
@@ -276,8 +296,8 @@ class Machine(RuleBasedStateMachine):
     # -- I/O
 
     def io(self, index: int, work: list[tuple[str, Measure, Measure]]) -> None:
-        if self.oracle.volumes():
-            name = self.volume_name(index)
+        if names := self.oracle.writable():
+            name = names[index % len(names)]
             for kind, place, measure in work:
                 self.change(name, kind, *self.clip(name, place, self.bytes_of(measure)))
 
@@ -371,12 +391,40 @@ class Machine(RuleBasedStateMachine):
         self.pool.remove(name)
         del self.oracle.images[name]
 
-    @precondition(lambda self: bool(self.oracle.images))
+    @precondition(has_visible)
+    @rule(index=which, again=st.booleans())
+    def defer(self, index: int, again: bool) -> None:
+        """Remove what somebody uses, and give its name to something else."""
+        name = self.visible_name(index)
+        hidden = f"{name}~{self.pool.state.names[name].layer}"
+        opened = self.pool.volume(name)
+        again = again and self.has_room()
+        self.pool.execute([Remove(name, deferred=True), *([Create(name, 3 * self.block)] if again else [])])
+        assert (opened.name, self.pool.opened(hidden)) == (hidden, opened)
+        self.oracle.rename(name, hidden)
+        if self.reader is not None and self.reader.name == name:
+            self.reader.name = hidden
+        if again:
+            self.oracle.images[name] = Image(3 * self.block, {}, Age(None))
+        for command in (Snapshot(hidden, "x"), Rename(hidden, "x"), Resize(hidden, 512)):
+            with pytest.raises(Invalid):
+                self.pool.execute([command])
+
+    @precondition(has_deferred)
+    @rule(index=which)
+    def free(self, index: int) -> None:
+        """Nobody uses it any more."""
+        names = [name for name in sorted(self.oracle.images) if is_deferred(name)]
+        name = names[index % len(names)]
+        self.pool.remove(name)
+        del self.oracle.images[name]
+
+    @precondition(has_visible)
     @rule(index=which)
     def rename(self, index: int) -> None:
-        name, new = self.any_name(index), self.fresh_name()
+        name, new = self.visible_name(index), self.fresh_name()
         self.pool.rename(name, new)
-        self.oracle.images[new] = self.oracle.images.pop(name)
+        self.oracle.rename(name, new)
         if self.reader is not None and self.reader.name == name:
             self.reader.name = new
 
@@ -474,7 +522,7 @@ class Machine(RuleBasedStateMachine):
         """A snapshot's bytes are where they were, whatever was merged, freed and written meanwhile."""
         reader, self.reader = self.reader, None
         assert reader is not None
-        if reader.name in self.oracle.snapshots():
+        if reader.name in self.oracle.images:
             result = bytearray(len(reader.expected))
             reader.volume.read_segments(reader.segments, memoryview(result))
             assert result == reader.expected
@@ -627,7 +675,8 @@ class Machine(RuleBasedStateMachine):
     def reads_as_the_oracle_says(self) -> None:
         if not hasattr(self, "pool"):
             return
-        rows = {row.name: row for row in self.pool.list()}
+        rows = {row.name: row for deferred in (False, True) for row in self.pool.list(deferred=deferred)}
+        assert [row.name for row in self.pool.list(deferred=True)] == sorted(filter(is_deferred, self.oracle.images))
         assert rows.keys() == self.oracle.images.keys()
         for name, image in self.oracle.images.items():
             row, volume = rows[name], self.pool.volume(name)
