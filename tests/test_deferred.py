@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,8 @@ def test_a_batch_that_is_refused_hides_nothing(full: Full, web: Client) -> None:
         full.do(Remove("web", deferred=True), Remove("no"))
     with pytest.raises(InUse):
         full.do(Create("other", MiB), Remove("web", deferred=True), Remove("other"), Rename("web", "x"), Remove("web"))
+    with pytest.raises(Invalid, match="somebody may use it"):
+        full.do(Remove("web", deferred=True), Remove(f"web~{full.live.pool.state.names['web'].layer}"))
     assert (names(full), hidden(full)) == (["web"], [])
     full.connect("web").close()
 
@@ -361,6 +364,31 @@ def test_one_connection_of_a_client_that_comes_back_may_go_again_meanwhile(full:
         again.until(lambda live: not again.server.connections)
         with contextlib.closing(again.connect("web")) as web:
             assert web.read(0, 4) == b"kept"
+
+
+def test_who_is_disconnected_by_force_does_not_come_back(daemon: Daemon) -> None:
+    daemon.create("web", "1 MiB")
+    with contextlib.closing(Client(daemon.socket, "web")), daemon.connect() as pool:
+        pool.remove("web", deferred=True)
+        daemon.kill()
+    daemon.start()
+    gone = threading.Event()
+
+    def come_back() -> None:
+        with contextlib.suppress(AssertionError, OSError, EOFError):  # no such export, or cut off in the handshake
+            while not gone.is_set():
+                with contextlib.closing(Client(daemon.socket, "web")) as client:
+                    client.closed()
+
+    with ThreadPoolExecutor() as threads, daemon.connect() as pool:
+        coming = [threads.submit(come_back) for _ in range(4)]
+        (row,) = pool.list(deferred=True)
+        wait_until(lambda: pool.show(row.name).open_count > 0, "one is back")
+        pool.remove(row.name, force=True)
+        gone.set()
+        assert pool.list(deferred=True) == []
+    for each in coming:
+        each.result()
 
 
 def test_a_kill_between_the_last_close_and_the_free_loses_neither(daemon: Daemon) -> None:

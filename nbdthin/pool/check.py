@@ -99,7 +99,7 @@ def _notes(pool: Pool) -> Iterator[str]:
     if (pool.path / REPAIRED).exists():
         yield f"{pool.path / REPAIRED}: what a repair has lost; its blocks are not swept (`nbdthin repair --release`)"
     if pool.state.deferred:
-        yield f"{pool.path}: removed while in use, to be freed when served next: {', '.join(pool.state.deferred)}"
+        yield f"{pool.path}: removed while in use, to be freed by who serves it next: {len(pool.state.deferred)}"
     place = pool.path / "sums"
     if pool.sums_lost:
         yield f"{place} is missing: checksums of what is sealed are computed anew, from what the disk has then"

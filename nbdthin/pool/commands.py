@@ -282,6 +282,8 @@ def _remove(draft: Draft, command: Remove) -> None:
         if not command.if_exists:
             draft.find(command.name)
         return
+    if is_deferred(row.name) and row.name in draft.changed:
+        raise Invalid(f"{row.name!r} cannot be freed by the batch that hides it: somebody may use it")
     if command.deferred:
         if is_deferred(row.name):
             return

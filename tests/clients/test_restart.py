@@ -165,3 +165,37 @@ def test_ext4_on_qemus_client_rides_through_restarts(daemon: Daemon) -> None:
         assert sums(directory) == expected
     with libnbd.connected(uri) as handle:
         assert handle.get_size() == 256 * MiB
+
+
+@pytest.mark.slow
+def test_so_does_one_on_a_disk_that_was_removed_meanwhile(daemon: Daemon) -> None:
+    """`rm --deferred`: it is there for the client that had it, and for nobody and nothing else, until that one goes."""
+    for program in ("mkfs.ext4", "e2fsck"):
+        need(program)
+    uri = daemon.create("disk", "256 MiB")
+    with storage_daemon(daemon.socket, "disk") as file, loop(file) as device:
+        run("mkfs.ext4", "-q", device)
+        with mounted(device) as directory:
+            busy = Busy(directory)
+            busy.goes_on()
+            with daemon.connect() as control:
+                control.remove("disk", deferred=True)
+            busy.goes_on()
+            with pytest.raises(libnbd.load().Error, match="has no export"), libnbd.connected(uri):
+                pass
+            for number in [*ENDINGS, *ENDINGS]:
+                end(daemon, number)
+                daemon.start()
+                busy.goes_on()
+            busy.stop()
+            run("sync", "-f", directory)
+            Path("/proc/sys/vm/drop_caches").write_text("1")
+            for name, data in busy.synced.items():
+                assert (directory / name).read_bytes() == data, name
+        run("e2fsck", "-fn", device)
+    with daemon.connect() as control:
+        assert control.list() == []
+        (row,) = control.list(deferred=True)  # for a minute, the client may be on its way back
+        wait_until(lambda: control.show(row.name).open_count == 0, "the client has gone")
+        control.remove(row.name)
+    wait_until(lambda: daemon.data_used() == 0, "its space is free")
