@@ -203,8 +203,6 @@ async def _remove_by_force(daemon: Daemon, commands: Sequence[RemoveOne]) -> Non
     daemon.live.pool.check_writable()
     # What was removed before is freed by itself as soon as it is let go.
     commands = [replace(command, if_exists=command.if_exists or is_deferred(command.name)) for command in commands]
-    for command in commands:
-        daemon.live.dismiss(command.name)
     for _ in range(FORCED_TRIES - 1):
         for command in commands:
             await daemon.exports.disconnect(command.name)

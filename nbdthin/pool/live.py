@@ -561,11 +561,6 @@ class LivePool:
         self.returning.clear()
         self._free_removed_soon()
 
-    def dismiss(self, name: str) -> None:
-        """Nobody may come back to `name`."""
-        if self.returning.get(former_name(name)) == name:
-            del self.returning[former_name(name)]
-
     def let_go(self, name: str) -> None:
         """The last one of those who used `name` has gone."""
         if is_deferred(name):
