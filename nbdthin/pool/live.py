@@ -502,8 +502,6 @@ class LivePool:
                 before = set(self.pool.state.deferred)
                 self.pool.execute(wanted)
                 told = [*map(_freed, removed), *map(self._deferred, self.pool.state.deferred.keys() - before)]
-        if told:
-            self._free_removed_soon()  # of what was hidden, something may not be in use
         self.space_came()  # a quota, a reservation or the pool's size may have changed
         try:
             await self.commit()
@@ -541,7 +539,7 @@ class LivePool:
 
     def _deferred(self, name: str) -> Told:
         former, holders = former_name(name), self.users(name)
-        what = f"{former!r} is removed, and freed when it is used no more: it is by {', '.join(holders)}"
+        what = f"{former!r} is removed, and freed when those who use it have gone: {', '.join(holders)}"
         return events.DEFERRED, what, {"name": former, "called": name, "holders": holders}
 
     def _find_returning(self) -> dict[str, str]:
@@ -758,7 +756,7 @@ class LivePool:
             self._prepare_soon(now=self.pool.journal.may_fit)
         self.pool.arm_growth()
         self._watch()
-        self._free_removed_soon()  # what could not be freed when it was let go
+        self._free_removed_soon()  # what could not be when it was let go; what a batch has hidden that nobody used
         # Small frames where the journal is short: one that is larger than what is left keeps all behind it waiting.
         self._timer = self._loop.call_later(POLL if starved else COMMIT_INTERVAL, self._tick)
 
