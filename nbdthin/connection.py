@@ -109,6 +109,7 @@ class Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False  # nothing more is received; what was, is handled
         self._closing = False  # no request is parsed any more
+        self._goodbye = False  # the client has said that it goes
         self._half_close = False  # at its end, only our direction is closed at first
         self._discarding = False  # what comes in is of no interest any more
         self._lingering = False  # all is answered, and what is sent of it is the peer's affair
@@ -275,7 +276,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self._lost:
             if not self.closed.done():
-                self._server.remove(self, self._volume if self._handshake is None else None)
+                self._server.remove(self, self._volume if self._handshake is None else None, self._goodbye)
                 # In a cycle with its outbox the connection stays until a collector comes, which may be long.
                 self._view = memoryview(b"")
                 self.closed.set_result(None)
@@ -441,6 +442,7 @@ class Connection(asyncio.BufferedProtocol):
             if error:
                 self._answer_error(command, cookie, error)
             elif command == _DISC:
+                self._goodbye = True
                 self._pause()
                 self._closing = True
             else:

@@ -19,7 +19,7 @@ from nbdthin.connection import Connection, new_buffer
 from nbdthin.outbox import ARENA
 from nbdthin.polling import Poller
 from nbdthin.pool.live import LivePool, LiveVolume
-from nbdthin.pool.records import former_name
+from nbdthin.pool.records import former_name, is_deferred, lasting_name
 from nbdthin.pool.volume import Volume
 from nbdthin.units import MiB
 from nbdthin.wire.handshake import ExportInfo
@@ -77,11 +77,16 @@ class Server:
                 yield name, rule.description if rule is not None else ""
 
     def find(self, name: str) -> ExportInfo | None:
-        """What a client that asks for `name` gets."""
+        """What a client that asks for `name` gets; a lasting name leads to what is removed, too."""
         state = self._live.pool.state
-        if name in state.names:
-            return None if name in state.deferred else self.describe(name)
-        return self.describe(self._live.returning.get(name, ""))
+        found: str | None = name
+        if is_deferred(name):
+            known = (former_name(name), *state.deferred)
+            rows = (row for each in known if (row := state.names.get(each)) is not None)
+            found = next((row.name for row in rows if lasting_name(row.name, row.created) == name), None)
+        elif name not in state.names:
+            found = self._live.awaited(name)
+        return None if found is None else self.describe(found)
 
     def describe(self, name: str) -> ExportInfo | None:
         """`name` as it is served, whether or not one can connect to it."""
@@ -155,8 +160,8 @@ class Server:
         self._users.setdefault(device.volume, {})[connection] = None
         return device
 
-    def remove(self, connection: Connection, volume: Volume | None) -> None:
-        """`connection` has ended; `volume` is what it used."""
+    def remove(self, connection: Connection, volume: Volume | None, goodbye: bool = False) -> None:
+        """`connection` has ended, by a `goodbye` or without; `volume` is what it used."""
         self._connections.pop(connection, None)
         if self.speaker is connection:
             self.speaker = None
@@ -165,8 +170,7 @@ class Server:
             del users[connection]
             if not users:
                 del self._users[volume]
-                if not self.stopping:  # they come back to the next daemon, as far as it can tell
-                    self._live.let_go(volume.name)
+                self._live.let_go(volume.name, goodbye and not self.stopping)
 
     @property
     def live(self) -> LivePool:

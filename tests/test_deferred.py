@@ -18,11 +18,12 @@ from nbdthin.errors import InUse, Invalid, NotFound
 from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Snapshot
 from nbdthin.pool.pool import Pool
+from nbdthin.pool.records import lasting_name
 from nbdthin.units import KiB, MiB
 from tests.clients import libnbd
 from tests.clients.daemon import Daemon, nbdthin_command, run, supervised
 from tests.clients.hostmount import wait_until
-from tests.rawclient import FLUSH, Client
+from tests.rawclient import DISC, FLUSH, Client
 from tests.test_full import BLOCK, BLOCKS, WAITING, Full
 from tests.test_server import Rule, pattern
 
@@ -54,6 +55,13 @@ def names(full: Full) -> list[str]:
 
 def hidden(full: Full) -> list[str]:
     return [row.name for row in full.live.pool.list(deferred=True)]
+
+
+def leave(client: Client) -> None:
+    """End a connection as clients do that will not come back."""
+    client.send(DISC, 0, 0)
+    assert client.closed()
+    client.close()
 
 
 def freed(full: Full) -> None:
@@ -90,7 +98,7 @@ def test_who_is_connected_goes_on_and_nobody_else_can_come(full: Full, web: Clie
     assert web.write(8 * KiB, b"more") == 0 and web.call(FLUSH, 0, 0) == 0
     assert web.read(8 * KiB, 4) == b"more"
     assert len(full.live.users(name)) == 1 and full.server.open_count(name) == 1
-    web.close()
+    leave(web)
     freed(full)
 
 
@@ -98,12 +106,13 @@ def test_it_is_freed_after_the_last_close_and_not_before(full: Full, web: Client
     web.write(0, bytes(BLOCK))
     with contextlib.closing(full.connect("web")) as second:
         defer(full, "web")
-        web.close()
+        leave(web)
         full.until(lambda live: full.server.connections == 1)
         (name,) = hidden(full)
         assert full.server.open_count(name) == 1
         assert second.write(BLOCK, b"still") == 0
         assert second.read(BLOCK, 5) == b"still"
+        leave(second)
     freed(full)
 
 
@@ -118,7 +127,7 @@ def test_a_request_in_work_is_a_user_too(full: Full, web: Client) -> None:
     assert full.live.waiting == 1, "hiding it ends nothing"
     full.do(Remove("filler"))
     assert web.reply().error == 0
-    web.close()
+    leave(web)
     freed(full)
 
 
@@ -135,9 +144,10 @@ def test_its_name_can_be_used_again_at_once_and_each_client_has_its_own(full: Fu
             full.do(Remove("web"))
         defer(full, "web")
         assert len(hidden(full)) == 2
-        web.close()
+        leave(web)
         full.until(lambda live: len(live.pool.state.deferred) == 1)
         assert new.read(0, 4) == b"new!"
+        leave(new)
     freed(full)
 
 
@@ -150,6 +160,7 @@ def test_a_snapshot_that_is_read_is_deferred_too_and_its_clones_stay(full: Full,
         with pytest.raises(NotFound):
             full.do(Clone("web@1", "no"))
         assert reader.read(0, BLOCK) == pattern(2, BLOCK)
+        leave(reader)
     full.until(lambda live: not live.pool.state.deferred)
     with contextlib.closing(full.connect("clone")) as clone:
         assert clone.read(0, BLOCK) == pattern(2, BLOCK)
@@ -161,7 +172,7 @@ def test_all_space_of_a_full_pool_is_there_after_the_last_close(full: Full, web:
     with contextlib.closing(full.connect("next")) as following:
         following.send(1, 0, BLOCK, pattern(3, BLOCK))
         full.until_waiting(1)
-        web.close()
+        leave(web)
         assert following.reply().error == 0
         assert following.write(0, bytes(BLOCKS * BLOCK)) == 0
 
@@ -180,7 +191,7 @@ def test_events_say_when_it_is_hidden_and_when_it_is_freed(full: Full, web: Clie
     full.until(lambda live: bool(heard) and heard[-1].kind == "deferred")
     assert heard[-1].facts == {"name": "web", "called": name, "holders": full.live.users(name)}
     assert f"pid {os.getpid()}" in heard[-1].message
-    web.close()
+    leave(web)
     full.until(lambda live: heard[-1].kind == "freed")
     assert heard[-1].facts == {"name": "web", "called": name, "freed": 3 * BLOCK}
 
@@ -213,6 +224,7 @@ def test_who_connects_while_a_removal_waits_for_writes_is_counted(full: Full, de
                 removing.result()
         assert late.write(0, b"here") == 0
         assert late.read(0, 4) == b"here"
+        leave(late)
     full.until(lambda live: not full.server.connections)
     if not deferred:
         remove().result()
@@ -234,10 +246,11 @@ def test_clients_that_come_and_go_during_removals_find_their_volume_or_none(full
                 turned_away += 1
             else:
                 made += 1
-                with contextlib.closing(second):
-                    assert second.read(0, len(name)) == name.encode()
+                assert second.read(0, len(name)) == name.encode()
+                leave(second)
             removing.result()
             assert first.read(0, len(name)) == name.encode()
+            leave(first)
     assert made + turned_away == 60
     full.do(Remove("web"))
     freed(full)
@@ -248,7 +261,7 @@ def test_one_that_goes_while_it_is_hidden_leaves_nothing(full: Full) -> None:
         full.do(Create("n", MiB))
         client = full.connect("n")
         removing = asyncio.run_coroutine_threadsafe(full.live.execute([Remove("n", deferred=True)]), full.loop)
-        client.close()
+        leave(client)
         removing.result()
     full.do(Remove("web"))
     freed(full)
@@ -265,7 +278,12 @@ def test_a_batch_that_is_refused_hides_nothing(full: Full, web: Client) -> None:
     full.connect("web").close()
 
 
-def test_what_is_hidden_twice_in_one_batch_is_freed_by_itself(full: Full, web: Client) -> None:
+@pytest.fixture
+def quick_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_module, "COMMIT_INTERVAL", 0.02)
+
+
+def test_what_is_hidden_twice_in_one_batch_is_freed_by_itself(quick_ticks: None, full: Full, web: Client) -> None:
     """The second one has the name of a volume that is in use, and nobody uses it."""
     full.do(Remove("web", deferred=True), Create("web", MiB), Remove("web", deferred=True))
     full.until(lambda live: len(live.pool.state.deferred) == 1)
@@ -306,30 +324,71 @@ def test_clients_that_come_back_to_the_next_daemon_find_what_they_held(daemon: D
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_name_that_stands_for_something_else_by_then_is_not_the_old_one(
+def test_who_comes_back_by_a_name_that_stands_for_something_else_finds_that(
     daemon: Daemon, number: signal.Signals
 ) -> None:
-    """Nor is one that two had: who comes back would find another one's data. What it held is freed at the start."""
+    """Nobody finds another one's removed data; by its lasting name everyone finds what is his."""
     daemon.create("web", "1 MiB")
     daemon.create("two", "1 MiB")
+    lasting: list[tuple[str, int, bytes]] = []
     with daemon.connect() as pool, contextlib.ExitStack() as stack:
-        for name in ("web", "two", "two"):
+        for turn, name in enumerate(("web", "two", "two")):
             client = stack.enter_context(contextlib.closing(Client(daemon.socket, name)))
-            assert client.write(0, pattern(5, 64 * KiB)) == 0
+            assert client.write(0, pattern(turn, 64 * KiB)) == 0
+            lasting.append((lasting_name(name, pool.show(name).created), client.size, pattern(turn, 64 * KiB)))
             pool.remove(name, deferred=True)
             pool.create(name, "2 MiB")
         pool.remove("two")
-        assert pool.info().pool.deferred == 3
         end(daemon, number)
     daemon.start()
-    with daemon.connect() as pool:
-        wait_until(lambda: pool.info().pool.deferred == 0, "the three are freed")
-        assert [row.name for row in pool.list()] == ["web"]
-        assert pool.info().pool.data_used == 0
     with contextlib.closing(Client(daemon.socket, "web")) as client:
-        assert client.size == 2 * MiB
+        assert (client.size, client.read(0, 64 * KiB)) == (2 * MiB, bytes(64 * KiB))
     with pytest.raises(AssertionError, match="No export has this name"):
         Client(daemon.socket, "two")
+    for name, size, data in lasting:
+        with contextlib.closing(Client(daemon.socket, name)) as client:
+            assert (client.size, client.read(0, 64 * KiB)) == (size, data)
+    with daemon.connect() as pool:
+        assert pool.info().pool.deferred == 3
+        pool.remove(*(row.name for row in pool.list(deferred=True)), force=True)
+        assert pool.info().pool.deferred == 0
+
+
+def test_the_lasting_name_leads_to_the_same_volume_whatever_becomes_of_its_name(full: Full, web: Client) -> None:
+    row = full.live.pool.show("web")
+    name = lasting_name("web", row.created)
+    web.write(0, b"mine")
+    with contextlib.closing(full.connect(name)) as before:
+        assert before.read(0, 4) == b"mine"
+        assert full.server.open_count("web") == 2
+        leave(before)
+    full.do(Snapshot("web", "s"), Remove("web", deferred=True), Create("web", MiB))
+    with contextlib.closing(full.connect(name)) as after:
+        assert after.read(0, 4) == b"mine"
+        leave(after)
+    refused(full, name + "1")
+    refused(full, hidden(full)[0])
+    leave(web)
+    full.until(lambda live: not live.pool.state.deferred)
+    refused(full, name)
+
+
+def test_who_breaks_off_without_a_goodbye_may_come_back(
+    full: Full, web: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel's client does when a request took too long, and QEMU."""
+    monkeypatch.setattr(live_module, "COME_BACK", 0.5)
+    web.write(0, b"kept")
+    defer(full, "web")
+    web.close()
+    full.until(lambda live: not full.server.connections)
+    with contextlib.closing(full.connect("web")) as again:
+        assert again.read(0, 4) == b"kept"
+        full.until(lambda live: not live.awaited("web"))
+        refused(full, "web")
+        assert again.read(0, 4) == b"kept"
+        leave(again)
+    freed(full)
 
 
 def test_what_nobody_comes_back_to_is_freed_after_a_while(full: Full, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,10 +399,11 @@ def test_what_nobody_comes_back_to_is_freed_after_a_while(full: Full, monkeypatc
         full.stop()
     with Full(full.path, full.socket, (), WAITING) as again:
         with contextlib.closing(again.connect("web")) as web:
-            again.until(lambda live: not live.returning)
+            again.until(lambda live: not live.awaited("web"))
             refused(again, "web")
             assert web.read(0, BLOCK) == bytes(BLOCK)
             assert len(hidden(again)) == 1
+            leave(web)
         freed(again)
     with Pool.open(full.path) as pool:
         assert pool.list() == pool.list(deferred=True) == []
@@ -355,7 +415,7 @@ def test_one_connection_of_a_client_that_comes_back_may_go_again_meanwhile(full:
         defer(full, "web")
         full.stop()
     with Full(full.path, full.socket, (), WAITING) as again:
-        again.connect("web").close()
+        leave(again.connect("web"))
         again.until(lambda live: not again.server.connections)
         with contextlib.closing(again.connect("web")) as web:
             assert web.read(0, 4) == b"kept"
@@ -371,7 +431,7 @@ def test_a_kill_between_the_last_close_and_the_free_loses_neither(daemon: Daemon
             with pool.batch():
                 pool.remove(f"old{turn}", deferred=True)
                 pool.create(f"new{turn}", "1 MiB")
-        client.close()
+        leave(client)
         if turn % 2:
             daemon.kill()
             daemon.start()

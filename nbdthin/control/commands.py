@@ -37,7 +37,7 @@ from nbdthin.pool.commands import (
 from nbdthin.pool.commands import Remove as RemoveOne
 from nbdthin.pool.events import Event
 from nbdthin.pool.limits import advised
-from nbdthin.pool.records import is_deferred
+from nbdthin.pool.records import is_deferred, lasting_name
 from nbdthin.pool.rows import Extent, Row, Scrubbed
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Daemon:
     def export(self, row: Row) -> Export:
         """`row` with what only the daemon knows."""
         described = self.exports.describe(row.name)
-        reachable = self.listen and not is_deferred(row.name)
+        address = self.listen[0] if self.listen else None
         return Export(
             name=row.name,
             kind=row.kind,
@@ -93,7 +93,8 @@ class Daemon:
             read_only=described is None or described.read_only,
             connections=self.exports.holders(row.name),
             open_count=self.exports.open_count(row.name),
-            uri=self.listen[0].uri(row.name) if reachable else None,
+            uri=None if address is None or is_deferred(row.name) else address.uri(row.name),
+            lasting_uri=None if address is None else address.uri(lasting_name(row.name, row.created)),
         )
 
 

@@ -20,6 +20,7 @@ class Export(Row):
     connections: tuple[str, ...]  # who holds it, for people
     open_count: int  # connections to it
     uri: str | None  # for qemu-img, nbdinfo, nbdcopy ...; None where nothing listens, and where it is removed
+    lasting_uri: str | None  # for who comes back by itself: leads to this, though it is removed, and to nothing else
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -57,7 +56,7 @@ QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
-COME_BACK = 60.0  # seconds after the start for which clients of the daemon before may come back to what was removed
+COME_BACK = 60.0  # seconds for which clients may come back to what was removed, where they went without a goodbye
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
 DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
@@ -442,10 +441,10 @@ class LivePool:
         self._unmergeable: set[int] = set()  # layers whose merge met an I/O error: left for the next start
         self._timer = self._loop.call_later(COMMIT_INTERVAL, self._tick)
         self._closing = False
-        self.returning = self._find_returning()  # former names -> names
-        self._return_timer = self._loop.call_later(COME_BACK, self._end_return)
         self.disposal: asyncio.Task[None] | None = None  # frees what was removed while it was in use
-        self._free_removed_soon()
+        self._awaited: dict[str, asyncio.TimerHandle] = {}  # of that, what clients may come back to
+        for name in pool.state.deferred:
+            self._await_clients(name)
         pool.unsynced.start(pool.journal.sequence + 1)
         if pool.has_leftovers and not is_device(pool.data.path):
             self.spawn(self._sweep())
@@ -542,32 +541,33 @@ class LivePool:
         what = f"{former!r} is removed, and freed when those who use it have gone: {', '.join(holders)}"
         return events.DEFERRED, what, {"name": former, "called": name, "holders": holders}
 
-    def _find_returning(self) -> dict[str, str]:
-        """What clients of the daemon before may have held, by the names that they know it by and will ask for.
-
-        Not where a name has come to stand for something else, or for several: no client must find another one's data.
-        """
-        names = self.pool.state.deferred
-        formers = Counter(map(former_name, names))
-        return {
-            former_name(name): name
-            for name in names
-            if formers[former_name(name)] == 1 and former_name(name) not in self.pool.state.names
-        }
-
-    def _end_return(self) -> None:
-        self.returning.clear()
-        self._free_removed_soon()
-
-    def let_go(self, name: str) -> None:
-        """The last one of those who used `name` has gone."""
+    def let_go(self, name: str, goodbye: bool) -> None:
+        """The last one of those who used `name` has gone; `goodbye`: and said so, it will not come back."""
         if is_deferred(name):
+            if not goodbye:
+                self._await_clients(name)
             self._free_removed_soon()
+
+    def awaited(self, former: str) -> str | None:
+        """What was removed as `former`, and is what a client means that comes back and asks for that.
+
+        None where it may mean several: none must find another one's data.
+        """
+        found = [name for name in self._awaited if former_name(name) == former]
+        return found[0] if len(found) == 1 else None
+
+    def _await_clients(self, name: str) -> None:
+        if (timer := self._awaited.get(name)) is not None:
+            timer.cancel()
+        self._awaited[name] = self._loop.call_later(COME_BACK, self._await_no_more, name)
+
+    def _await_no_more(self, name: str) -> None:
+        del self._awaited[name]
+        self._free_removed_soon()
 
     def _unused(self) -> list[str]:
         """What is removed, and neither used nor waited for."""
-        awaited = self.returning.values()
-        return [name for name in self.pool.state.deferred if name not in awaited and not self.users(name)]
+        return [name for name in self.pool.state.deferred if name not in self._awaited and not self.users(name)]
 
     def _free_removed_soon(self) -> None:
         if self.disposal is None and not self._closing and self.pool.failed is None and self._unused():
@@ -1107,7 +1107,8 @@ class LivePool:
         self._closing = True
         self._stopped.set()
         self._timer.cancel()
-        self._return_timer.cancel()
+        for timer in self._awaited.values():
+            timer.cancel()
         self.stop()
         try:
             if self.pool.failed is None:

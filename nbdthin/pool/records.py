@@ -172,5 +172,10 @@ def former_name(name: str) -> str:
     return name.partition(_DEFERRED)[0]
 
 
+def lasting_name(name: str, created: float) -> str:
+    """A name by which clients find what they had, and nothing else, whatever becomes of `name` (but for a rename)."""
+    return f"{former_name(name)}{_DEFERRED}{created!r}"
+
+
 def u64(values: Iterable[int]) -> bytes:
     return array("Q", values).tobytes()

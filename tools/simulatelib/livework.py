@@ -247,7 +247,7 @@ class LiveWork:
                     await self._flush()
         finally:
             self._live.users = others
-        self._live.let_go(hidden)
+        self._live.let_go(hidden, goodbye=True)
         await self._freed()
 
     async def _freed(self) -> None:
