@@ -147,7 +147,7 @@ class DataFile:
             return False
         last = position + length - 1
         try:
-            for each in (*range(position, last, _LOOK), last):
+            for each in (*range(position, last, _LOOK), last) if length > FOLIO else (last,):
                 if os.preadv(self.fd, (_BYTE,), each, NOWAIT) != 1:
                     return False
         except OSError:
