@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
 INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
 SEND_BUFFER = 4 * MiB  # bytes
+UNIX_SEND_BUFFER = 1 * MiB  # and as many: what is in it is lent (lent.py), so that a peer may keep it from others
 SIP = 4 * KiB  # bytes received behind a large write: if another one follows, its payload has a buffer of its own soon
 DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
@@ -828,10 +829,11 @@ def _errno(error: Exception) -> int:
 
 def _enlarge(sock: socket.socket) -> None:
     """Room for large replies: a unix socket's buffer does not grow by itself, and TCP's only after some of them."""
+    size = UNIX_SEND_BUFFER if sock.family == socket.AF_UNIX else SEND_BUFFER
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size)
     except OSError:  # not root: as much as everybody may have
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
 
 def new_buffer(length: int) -> memoryview:

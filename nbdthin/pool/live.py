@@ -26,7 +26,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+import numpy as np
 
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
 from nbdthin.pool import commands, events, merge, sums
@@ -34,7 +36,7 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.data import NOWAIT, is_device
 from nbdthin.pool.events import Event, Events, Levels, Listener
 from nbdthin.pool.journal import FULL_DISK
-from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer
+from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer, Words
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.readers import Readers
@@ -62,6 +64,7 @@ DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
 DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
 SWEEP = 64 * MiB  # bytes of data file whose free blocks are out of reach while their space is given back
 CHECKPOINT_PAUSE = 0.002  # seconds after each frame of 16 KiB: so few reads meet one that their p99 does not show it
+LENT_AGAIN = 0.05  # seconds until blocks that clients had still to read are looked at again
 PUNCH_PAUSE = 0.0003  # seconds after each hole, which takes 30 us
 MERGE_PAUSES = 50  # times as long as it took is the pause after each step of a merge
 MERGE_PAUSE = 0.05  # seconds; at most so long, on disks where copying takes its time
@@ -97,6 +100,21 @@ class Pace:
         if self._free_at > now and not self._stopped.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), self._free_at - now)
+
+
+class Lender(Protocol):
+    """Somebody who looks at blocks without having entered (nbdthin.lent)."""
+
+    @property
+    def abandoned(self) -> bool:
+        """Nothing is lent any more: once all is read, it is to be closed."""
+        ...
+
+    def unread(self) -> list[tuple[int, int]]:
+        """(position, length) of what it may still look at."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class LiveVolume:
@@ -432,6 +450,8 @@ class LivePool:
         self._committing: asyncio.Task[None] | None = None
         self._sync_took = QUICK_SYNC  # seconds, the last time
         self._reclaiming: asyncio.Task[None] | None = None
+        self.lenders: set[Lender] = set()
+        self._held_back: list[Words] = []  # blocks that could be reclaimed, were they not lent
         self._tasks: set[asyncio.Task[None]] = set()
         self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
         self._merges = Waiting()  # commands, for a layer that is merged
@@ -757,6 +777,7 @@ class LivePool:
         self.pool.arm_growth()
         self._watch()
         self._free_removed_soon()  # what could not be when it was let go; what a batch has hidden that nobody used
+        self._drop_lenders()
         # Small frames where the journal is short: one that is larger than what is left keeps all behind it waiting.
         self._timer = self._loop.call_later(POLL if starved else COMMIT_INTERVAL, self._tick)
 
@@ -782,7 +803,8 @@ class LivePool:
             raise error
         waits = self._loop.time() < deadline
         # Space is coming, whatever the policy says; on a full disk perhaps not enough: then not for ever.
-        if self.pool.allocator.pending and (first or waits or not isinstance(error, _DiskFull)):
+        held_back = sum(map(len, self._held_back))
+        if self.pool.allocator.pending > held_back and (first or waits or not isinstance(error, _DiskFull)):
             await self._freed_space()
             return deadline
         self._tell_no_space(name, error, waits)
@@ -911,14 +933,43 @@ class LivePool:
     async def _reclaim(self) -> None:
         await asyncio.sleep(0)  # who waited for the commit is answered first: starting the thread may take milliseconds
         while (blocks := self.pool.take_reclaimable()) is not None:
-            await self._upkeep.run(partial(self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)))
-            self.pool.allocator.release(blocks)
-            self.space_came()
+            if len(blocks := self._without_lent(blocks)):
+                await self._upkeep.run(partial(self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)))
+                self.pool.allocator.release(blocks)
+                self.space_came()
         self._reclaiming = None
+        self._drop_lenders()
         if self.pool.journal.starved:
             self._prepare_soon(now=self.pool.journal.may_fit)
         if self.pool.allocator.used != self._watched or self._free_when_full is not None:
             self._watch()
+
+    def _without_lent(self, blocks: Words) -> Words:
+        """`blocks` but for those that clients have still to read; these are looked at again later."""
+        size = self.pool.block_size
+        lent: set[int] = set()
+        for lender in list(self.lenders):
+            for position, length in lender.unread():
+                lent.update(range(position // size, (position + length - 1) // size + 1))
+        if not lent:
+            return blocks
+        held = np.isin(blocks, np.fromiter(lent, dtype=blocks.dtype, count=len(lent)))
+        if held.any():
+            if not self._held_back:
+                self._loop.call_later(LENT_AGAIN, self._try_held_back)
+            self._held_back.append(blocks[held])
+        return blocks[~held]
+
+    def _try_held_back(self) -> None:
+        if not self._closing:
+            self.pool.reclaim_again(np.concatenate(self._held_back))
+            self._held_back.clear()
+            self._reclaim_soon()
+
+    def _drop_lenders(self) -> None:
+        for lender in [each for each in self.lenders if each.abandoned and not each.unread()]:
+            lender.close()
+            self.lenders.discard(lender)
 
     async def _sweep(self) -> None:
         """Give back what a crash left in free blocks: of writes that no commit followed, of frees that none punched."""
@@ -1121,6 +1172,8 @@ class LivePool:
             self.readers.close()
             for threads in (self._sync, self._io, self._upkeep):
                 threads.end()
+            for lender in self.lenders:
+                lender.close()
             try:
                 self.pool.close()
             except NoSpace as error:

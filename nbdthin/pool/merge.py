@@ -117,7 +117,7 @@ class Step:
         for origin, goal, length in self._copies:
             buffer = memoryview(bytearray(length))
             self._pool.data.read_into(buffer, origin)
-            self._pool.data.write((buffer,), goal, length)
+            self._pool.data.write(buffer, goal)
             block, first = divmod(origin, self._pool.block_size)
             if block in records:
                 self._compare(buffer, block, first, records[block])

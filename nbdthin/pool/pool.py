@@ -917,6 +917,11 @@ class Pool:
         """Freed blocks that are durable so and that no read can still be using: to `punch`, then to release."""
         return np.concatenate(self._limbo.popleft()[1]) if self.can_reclaim else None
 
+    def reclaim_again(self, blocks: Words) -> None:
+        """What `take_reclaimable` returned, and was not released."""
+        self._limbo.append((self._epoch, [blocks]))
+        self._epoch += 1
+
     def sweep(self, start: int, end: int) -> None:
         """Have the free blocks between two bytes of the data file reclaimed as if they had just been freed."""
         blocks = self.allocator.hold_free(start // self.block_size, -(-end // self.block_size))
