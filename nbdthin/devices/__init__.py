@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from nbdthin.devices import fuse, kernel, loop, mounts, state, watch
 from nbdthin.devices.state import Attachment, Phase, Way
@@ -28,7 +28,19 @@ from nbdthin.errors import Error, InUse, Invalid, NotFound
 if TYPE_CHECKING:
     from nbdthin.control.client import Client
 
-__all__ = ["Device", "attach", "attach_uri", "attached", "cleanup", "detach", "mount", "mounted", "name_in", "unmount"]
+__all__ = [
+    "Device",
+    "attach",
+    "attach_uri",
+    "attached",
+    "cleanup",
+    "detach",
+    "grow",
+    "mount",
+    "mount_uri",
+    "mounted",
+    "unmount",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +59,14 @@ def attach(client: Client, name: str, *, read_only: bool = False, connections: i
     `connections` to the server are at most as many as there are processors that use them; None: what is good.
     """
     uri, fixed = _where(client, name)
-    return attach_uri(uri, name, read_only=read_only or fixed, connections=connections)
-
-
-def attach_uri(uri: str, name: str, *, read_only: bool = False, connections: int | None = None) -> Device:
-    """As `attach`, of what any NBD server has at `uri`; `name` is what it will be called here."""
-    with _attaching(uri, name, read_only, connections) as attachment:
+    with _attaching(uri, name, read_only or fixed, connections) as attachment:
         return _device(attachment.save(phase=Phase.ATTACHED))
 
 
-def name_in(uri: str) -> str:
-    """The export's name in a URI of the NBD project."""
-    return unquote(urlsplit(uri).path.removeprefix("/"))
+def attach_uri(uri: str, *, read_only: bool = False, connections: int | None = None) -> Device:
+    """As `attach`, of what any NBD server has at `uri`."""
+    with _attaching(_absolute(uri), _name_in(uri), read_only, connections) as attachment:
+        return _device(attachment.save(phase=Phase.ATTACHED))
 
 
 def detach(name_or_path: str | Path) -> None:
@@ -82,6 +90,23 @@ def mount(
     uri, fixed = _where(client, name)
     with _attaching(uri, name, read_only or fixed, None) as attachment:
         return _device(_mount(attachment, directory.resolve(), options).save(phase=Phase.MOUNTED))
+
+
+def mount_uri(uri: str, directory: Path, *, read_only: bool = False, options: Sequence[str] = ()) -> Device:
+    """As `mount`, of what any NBD server has at `uri`; a snapshot must be said to be `read_only`."""
+    with _attaching(_absolute(uri), _name_in(uri), read_only, None) as attachment:
+        return _device(_mount(attachment, directory.resolve(), options).save(phase=Phase.MOUNTED))
+
+
+def grow(uri: str) -> None:
+    """Have the devices of an export be as large as it is now, where they can: the kernel's, not loop devices.
+
+    They would be within seconds, anyway.
+    """
+    for attachment in state.load_all():
+        if attachment.uri == uri and attachment.way == "nbd" and attachment.phase.stays:
+            with contextlib.suppress(OSError):  # it is being detached
+                kernel.grow(attachment)
 
 
 def unmount(directory_or_name: str | Path) -> None:
@@ -122,6 +147,8 @@ def cleanup() -> list[str]:
                     problems.append(str(error))
     if state.run_directory().exists():
         state.forget_empty()
+    if watch.watched():
+        watch.ensure()
     if problems:
         raise Error("; ".join(problems))
     return names
@@ -136,6 +163,17 @@ def _where(client: Client, name: str) -> tuple[str, bool]:
     if export.uri is None:
         raise Error(f"the daemon listens nowhere: {name!r} cannot be attached (see [server] listen in exports.toml)")
     return export.uri, export.read_only
+
+
+def _name_in(uri: str) -> str:
+    """The export's name; of a server's nameless one, all of the URI."""
+    return unquote(urlsplit(uri).path.removeprefix("/")) or uri
+
+
+def _absolute(uri: str) -> str:
+    """It is used by processes that work elsewhere."""
+    base, found, path = uri.partition("socket=")
+    return uri if not found or path.startswith("/") else f"{base}{found}{quote(os.getcwd())}/{path}"
 
 
 @contextlib.contextmanager

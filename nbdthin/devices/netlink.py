@@ -119,7 +119,8 @@ def _items(sockets: Sequence[socket.socket]) -> dict[str, object]:
 
 
 def _index(message: Message) -> int | None:
-    return None if message["header"]["error"] else message.get_attr("NBD_ATTR_INDEX")
+    index: int | None = message.get_attr("NBD_ATTR_INDEX")
+    return index
 
 
 @contextlib.contextmanager

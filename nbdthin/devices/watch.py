@@ -1,8 +1,8 @@
 """One process that keeps the kernel's nbd devices connected, and as large as their volumes.
 
 The kernel tells when a connection has died; a new one is then opened, as soon as there is a server again, and handed
-over. The first attachment starts it, it ends with the last one. `ensure` starts it again after a crash; then every device
-is offered as many connections as it has, because nobody knows what died meanwhile, and the kernel takes what it needs.
+over. The first attachment starts it, it ends with the last one. `ensure` starts it again after a crash; every device is
+then offered as many connections as it has, because nobody knows what died meanwhile: the kernel takes what it needs.
 Sizes are asked for every few seconds, so that it does not matter who has grown a volume, and where.
 """
 
@@ -33,7 +33,7 @@ def ensure() -> None:
         lock = _lock()
         if lock is not None:
             os.close(lock)
-            spawn([sys.executable, "-m", "nbdthin.devices.watch"], _path())
+            spawn([sys.executable, "-c", "from nbdthin.devices import watch; watch.main()"], _path())
 
 
 def main() -> None:
@@ -134,7 +134,3 @@ def _lock() -> int | None:
 
 def _path() -> Path:
     return state.run_directory() / "watcher"
-
-
-if __name__ == "__main__":
-    main()
