@@ -9,7 +9,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${VMTEST_CACHE:-$HOME/.cache/nbdthin-vm}
 meta=linux-image-cloud-amd64   # a metapackage: it depends on the real image
-programs=(nbd-client mkfs.ext4 e2fsck mkfs.xfs xfs_repair)
+programs=(nbd-client mkfs.ext4 e2fsck resize2fs mkfs.xfs xfs_repair)
 modules=(virtio_pci virtio_net virtio_console nbd ext4 xfs crc32c_generic)
 export PATH=$PATH:/usr/sbin:/sbin
 
