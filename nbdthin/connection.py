@@ -277,7 +277,10 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self._lost:
             if not self.closed.done():
-                self._server.remove(self, self._volume if self._handshake is None else None, self._goodbye)
+                if self._handshake is None:
+                    self._server.remove(self, self._volume, may_return=self._info.lasting and not self._goodbye)
+                else:
+                    self._server.remove(self, None)
                 # In a cycle with its outbox the connection stays until a collector comes, which may be long.
                 self._view = memoryview(b"")
                 self.closed.set_result(None)

@@ -11,6 +11,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -86,7 +87,8 @@ class Server:
             found = next((row.name for row in rows if lasting_name(row.name, row.created) == name), None)
         elif name not in state.names:
             found = self._live.awaited(name)
-        return None if found is None else self.describe(found)
+        export = None if found is None else self.describe(found)
+        return export if export is None or found == name else replace(export, lasting=True)
 
     def describe(self, name: str) -> ExportInfo | None:
         """`name` as it is served, whether or not one can connect to it."""
@@ -160,8 +162,8 @@ class Server:
         self._users.setdefault(device.volume, {})[connection] = None
         return device
 
-    def remove(self, connection: Connection, volume: Volume | None, goodbye: bool = False) -> None:
-        """`connection` has ended, by a `goodbye` or without; `volume` is what it used."""
+    def remove(self, connection: Connection, volume: Volume | None, *, may_return: bool = False) -> None:
+        """`connection` has ended; `volume` is what it used, and its client may come back to that."""
         self._connections.pop(connection, None)
         if self.speaker is connection:
             self.speaker = None
@@ -170,7 +172,7 @@ class Server:
             del users[connection]
             if not users:
                 del self._users[volume]
-                self._live.let_go(volume.name, goodbye and not self.stopping)
+            self._live.let_go(volume.name, may_return or self.stopping)
 
     @property
     def live(self) -> LivePool:

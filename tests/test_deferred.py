@@ -98,7 +98,7 @@ def test_who_is_connected_goes_on_and_nobody_else_can_come(full: Full, web: Clie
     assert web.write(8 * KiB, b"more") == 0 and web.call(FLUSH, 0, 0) == 0
     assert web.read(8 * KiB, 4) == b"more"
     assert len(full.live.users(name)) == 1 and full.server.open_count(name) == 1
-    leave(web)
+    web.close()
     freed(full)
 
 
@@ -106,13 +106,12 @@ def test_it_is_freed_after_the_last_close_and_not_before(full: Full, web: Client
     web.write(0, bytes(BLOCK))
     with contextlib.closing(full.connect("web")) as second:
         defer(full, "web")
-        leave(web)
+        web.close()
         full.until(lambda live: full.server.connections == 1)
         (name,) = hidden(full)
         assert full.server.open_count(name) == 1
         assert second.write(BLOCK, b"still") == 0
         assert second.read(BLOCK, 5) == b"still"
-        leave(second)
     freed(full)
 
 
@@ -172,7 +171,7 @@ def test_all_space_of_a_full_pool_is_there_after_the_last_close(full: Full, web:
     with contextlib.closing(full.connect("next")) as following:
         following.send(1, 0, BLOCK, pattern(3, BLOCK))
         full.until_waiting(1)
-        leave(web)
+        web.close()
         assert following.reply().error == 0
         assert following.write(0, bytes(BLOCKS * BLOCK)) == 0
 
@@ -373,15 +372,19 @@ def test_the_lasting_name_leads_to_the_same_volume_whatever_becomes_of_its_name(
     refused(full, name)
 
 
-def test_who_breaks_off_without_a_goodbye_may_come_back(
+def test_who_uses_the_lasting_name_and_breaks_off_without_a_goodbye_may_come_back(
     full: Full, web: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the kernel's client does when a request took too long, and QEMU."""
+    """As the kernel's client does when a request took too long. Meanwhile the other name leads there, too."""
     monkeypatch.setattr(live_module, "COME_BACK", 0.5)
     web.write(0, b"kept")
+    lasting = full.connect(lasting_name("web", full.live.pool.show("web").created))
     defer(full, "web")
+    lasting.close()
+    full.until(lambda live: full.server.connections == 1)
     web.close()
     full.until(lambda live: not full.server.connections)
+    assert len(hidden(full)) == 1
     with contextlib.closing(full.connect("web")) as again:
         assert again.read(0, 4) == b"kept"
         full.until(lambda live: not live.awaited("web"))

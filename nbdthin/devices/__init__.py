@@ -58,8 +58,8 @@ def attach(client: Client, name: str, *, read_only: bool = False, connections: i
 
     `connections` to the server are at most as many as there are processors that use them; None: what is good.
     """
-    uri, fixed = _where(client, name)
-    with _attaching(uri, name, read_only or fixed, connections) as attachment:
+    uri, lasting, fixed = _where(client, name)
+    with _attaching(uri, name, read_only or fixed, connections, lasting) as attachment:
         return _device(attachment.save(phase=Phase.ATTACHED))
 
 
@@ -87,8 +87,8 @@ def mount(
 
     xfs gets `nouuid`; where nothing can be written, no journal is replayed (ext4 `noload`, xfs `norecovery`).
     """
-    uri, fixed = _where(client, name)
-    with _attaching(uri, name, read_only or fixed, None) as attachment:
+    uri, lasting, fixed = _where(client, name)
+    with _attaching(uri, name, read_only or fixed, None, lasting) as attachment:
         return _device(_mount(attachment, directory.resolve(), options).save(phase=Phase.MOUNTED))
 
 
@@ -121,8 +121,8 @@ def mounted(client: Client, name: str, *, read_only: bool = False, options: Sequ
 
     Not listed by `attached`, and `cleanup`'s to undo when this process dies.
     """
-    uri, fixed = _where(client, name)
-    with _attaching(uri, name, read_only or fixed, None) as attachment:
+    uri, lasting, fixed = _where(client, name)
+    with _attaching(uri, name, read_only or fixed, None, lasting) as attachment:
         attachment.root.mkdir()
         attachment = _mount(attachment, attachment.root, options)
         try:
@@ -157,12 +157,12 @@ def cleanup() -> list[str]:
 # -- looking things up
 
 
-def _where(client: Client, name: str) -> tuple[str, bool]:
-    """The URI of `name`, and whether it can only be read."""
+def _where(client: Client, name: str) -> tuple[str, str, bool]:
+    """The URI of `name`, the lasting one, and whether it can only be read."""
     export = client.show(name)
     if export.uri is None:
         raise Error(f"the daemon listens nowhere: {name!r} cannot be attached (see [server] listen in exports.toml)")
-    return export.uri, export.read_only
+    return export.uri, export.lasting_uri or "", export.read_only
 
 
 def _name_in(uri: str) -> str:
@@ -209,11 +209,13 @@ def _device(attachment: Attachment) -> Device:
 
 
 @contextlib.contextmanager
-def _attaching(uri: str, name: str, read_only: bool, connections: int | None) -> Iterator[Attachment]:
+def _attaching(
+    uri: str, name: str, read_only: bool, connections: int | None, lasting_uri: str = ""
+) -> Iterator[Attachment]:
     """With a device; undone if the block raises."""
     _need_root()
     way: Way = "nbd" if kernel.available() else "loop"
-    with state.begun(name, uri, way, read_only, connections) as attachment:
+    with state.begun(name, uri, way, read_only, connections, lasting_uri) as attachment:
         try:
             attachment = _make_device(attachment)
             if way == "nbd":

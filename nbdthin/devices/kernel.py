@@ -49,12 +49,12 @@ def attach(attachment: Attachment) -> Attachment:
     from nbdthin.devices import netlink
 
     with contextlib.ExitStack() as stack:
-        first, facts = nbd.negotiate(attachment.uri)
+        first, facts = nbd.negotiate(attachment.source)
         sockets = [stack.enter_context(first)]
         flags = facts.flags | (TransmissionFlag.READ_ONLY if attachment.read_only else 0)
         if flags & TransmissionFlag.CAN_MULTI_CONN:
             for _ in range((attachment.connections or min(CONNECTIONS, os.cpu_count() or 1)) - 1):
-                sockets.append(stack.enter_context(nbd.negotiate(attachment.uri)[0]))
+                sockets.append(stack.enter_context(nbd.negotiate(attachment.source)[0]))
         try:
             with netlink.driver() as driver:
                 index = driver.connect(
@@ -92,7 +92,7 @@ def reconnect(attachment: Attachment) -> None:
     """Hand the device a connection in the place of one that died, if one did. Raises Error or OSError."""
     from nbdthin.devices import netlink
 
-    connected, facts = nbd.negotiate(attachment.uri)
+    connected, facts = nbd.negotiate(attachment.source)
     with connected, netlink.driver() as driver:
         size = max(facts.size, _size(attachment))
         index = _index(Path(attachment.device))
@@ -103,7 +103,7 @@ def grow(attachment: Attachment) -> None:
     """Have the device be as large as what it shows, if that has grown. Raises Error or OSError."""
     from nbdthin.devices import netlink
 
-    size = nbd.describe(attachment.uri).size
+    size = nbd.describe(attachment.source).size
     if size > _size(attachment):
         with netlink.driver() as driver:
             driver.reconfigure(_index(Path(attachment.device)), identity=attachment.id, size=size)

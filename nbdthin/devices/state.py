@@ -61,6 +61,12 @@ class Attachment:
     phase: Phase = Phase.ATTACHING
     device: str = ""  # its path, once there is one
     directory: str = ""  # where it is mounted, or was to be
+    lasting_uri: str = ""  # leads to this export whatever its name has come to stand for; not every server has one
+
+    @property
+    def source(self) -> str:
+        """What to connect to by who connects again: a device must not be given another volume's data."""
+        return self.lasting_uri or self.uri
 
     @property
     def home(self) -> Path:
@@ -114,14 +120,19 @@ def load(identity: str) -> Attachment | None:
 
 
 @contextlib.contextmanager
-def begun(name: str, uri: str, way: Way, read_only: bool, connections: int | None) -> Iterator[Attachment]:
+def begun(
+    name: str, uri: str, way: Way, read_only: bool, connections: int | None, lasting_uri: str = ""
+) -> Iterator[Attachment]:
     """A new attachment, locked. Raises InUse where the export is attached already and one of the two can write."""
     with exclusively():
         for other in load_all():
-            if other.uri == uri and not (other.read_only and read_only):
+            removed = other.lasting_uri and lasting_uri and other.lasting_uri != lasting_uri  # and its name used again
+            if other.uri == uri and not removed and not (other.read_only and read_only):
                 where = other.device or "by a tool that is at it, or was (nbdthin attach --cleanup)"
                 raise InUse(f"{name!r} is attached already: {where} (two can share only what both only read)")
-        attachment = Attachment(secrets.token_hex(8), name, uri, way, read_only, connections, "")
+        attachment = Attachment(
+            secrets.token_hex(8), name, uri, way, read_only, connections, "", lasting_uri=lasting_uri
+        )
         attachment.home.mkdir(mode=0o700)
         lock = _lock(attachment.home, wait=False)
         assert lock is not None  # nobody knows it yet

@@ -58,7 +58,7 @@ QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
-COME_BACK = 60.0  # seconds for which clients may come back to what was removed, where they went without a goodbye
+COME_BACK = 60.0  # seconds for which clients may come back to what was removed, where they cannot have meant to go
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
 DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
@@ -561,10 +561,10 @@ class LivePool:
         what = f"{former!r} is removed, and freed when those who use it have gone: {', '.join(holders)}"
         return events.DEFERRED, what, {"name": former, "called": name, "holders": holders}
 
-    def let_go(self, name: str, goodbye: bool) -> None:
-        """The last one of those who used `name` has gone; `goodbye`: and said so, it will not come back."""
+    def let_go(self, name: str, may_return: bool) -> None:
+        """One of those who used `name` has gone, perhaps to come back."""
         if is_deferred(name):
-            if not goodbye:
+            if may_return:
                 self._await_clients(name)
             self._free_removed_soon()
 

@@ -54,6 +54,7 @@ class ExportInfo:
     size: int
     read_only: bool
     description: str = ""
+    lasting: bool = False  # asked for by the name that is only its own: the client means to come back
 
 
 class Exports(Protocol):

@@ -53,6 +53,27 @@ def test_what_was_written_to_a_device_is_durable_when_it_is_detached(pool: nbdth
     devices.detach(device.path)
 
 
+def test_a_device_shows_what_it_did_though_that_is_removed_and_its_name_is_used_again(pool: nbdthin.Client) -> None:
+    pool.create("v", MiB)
+    old = devices.attach(pool, "v")
+    old.path.write_bytes(before := os.urandom(MiB))
+    pool.remove("v", deferred=True)
+    pool.create("v", 2 * MiB)
+    new = devices.attach(pool, "v")
+    new.path.write_bytes(after := os.urandom(2 * MiB))
+    with pytest.raises(InUse, match="attached already"):
+        devices.attach(pool, "v")
+    with pytest.raises(Invalid, match="attached more than once"):
+        devices.detach("v")
+    assert (old.path.read_bytes(), new.path.read_bytes()) == (before, after)
+    (row,) = pool.list(deferred=True)
+    assert row.open_count > 0
+    devices.detach(old.path)
+    wait_until(lambda: not pool.list(deferred=True), "it is freed")
+    assert new.path.read_bytes() == after
+    devices.detach("v")
+
+
 def test_a_snapshot_can_only_be_read(pool: nbdthin.Client) -> None:
     pool.create("v", MiB)
     pool.snapshot("v", "v@1")

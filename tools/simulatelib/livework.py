@@ -247,7 +247,7 @@ class LiveWork:
                     await self._flush()
         finally:
             self._live.users = others
-        self._live.let_go(hidden, goodbye=True)
+        self._live.let_go(hidden, may_return=False)
         await self._freed()
 
     async def _freed(self) -> None:
