@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdthin.pool.records import lasting_name
 from nbdthin.units import MiB
 from tests.clients import libnbd
 from tests.clients.daemon import Daemon, nbdthin_command, run, supervised
@@ -128,17 +129,34 @@ def test_a_mounted_busy_ext4_rides_through_restarts(connections: int, tmp_path: 
     assert console.count("a new one was taken") >= 6, console
 
 
+def verbs(daemon: Daemon) -> Callable[[str], None]:
+    """What the guest asks for: a signal's name restarts the daemon, all else is a verb of nbdthin."""
+
+    def answer(words: str) -> None:
+        if words.startswith("SIG"):
+            restart(daemon, words)
+        else:
+            run(*nbdthin_command("--socket", daemon.control, *words.split()))
+
+    return answer
+
+
+def test_a_device_stays_what_it_is_though_its_volume_is_removed_and_the_name_used_again(tmp_path: Path) -> None:
+    with supervised(tmp_path) as daemon:
+        daemon.start()
+        daemon.create("disk", "256 MiB")
+        with daemon.connect() as control:
+            lasting = lasting_name("disk", control.show("disk").created)
+        with answering(tmp_path, verbs(daemon)) as hook:
+            run_guest(daemon, HERE / "guest/removed.sh", hook, python=True, LASTING=lasting)
+        with daemon.connect() as control:
+            assert [(row.name, row.size, row.referenced) for row in control.list()] == [("disk", 512 * MiB, 0)]
+
+
 def test_attach_by_netlink_rides_through_restarts_and_growth_and_mends_what_died(tmp_path: Path) -> None:
     with supervised(tmp_path) as daemon:
         daemon.start()
         daemon.create("disk", "256 MiB")
-
-        def answer(words: str) -> None:
-            if words.startswith("SIG"):
-                restart(daemon, words)
-            else:
-                run(*nbdthin_command("--socket", daemon.control, *words.split()))
-
-        with answering(tmp_path, answer) as hook:
+        with answering(tmp_path, verbs(daemon)) as hook:
             console = run_guest(daemon, HERE / "guest/devices.sh", hook, python=True)
         assert "undone: disk" in console
