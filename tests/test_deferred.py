@@ -394,6 +394,21 @@ def test_who_uses_the_lasting_name_and_breaks_off_without_a_goodbye_may_come_bac
     freed(full)
 
 
+def test_of_two_that_had_the_name_the_one_that_is_left_is_come_back_to(full: Full) -> None:
+    with contextlib.ExitStack() as stack:
+        for text in (b"one!", b"two!"):
+            client = stack.enter_context(contextlib.closing(full.connect("web")))
+            client.write(0, text)
+            full.do(Remove("web", deferred=True), Create("web", SIZE))
+        full.do(Remove("web"))
+        full.stop()
+    with Full(full.path, full.socket, (), WAITING) as again:
+        refused(again, "web")
+        again.do(Remove(hidden(again)[0]))
+        with contextlib.closing(again.connect("web")) as back:
+            assert back.read(0, 4) == b"two!"
+
+
 def test_what_nobody_comes_back_to_is_freed_after_a_while(full: Full, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_module, "COME_BACK", 0.3)
     with contextlib.closing(full.connect("web")) as web:

@@ -573,7 +573,8 @@ class LivePool:
 
         None where it may mean several: none must find another one's data.
         """
-        found = [name for name in self._awaited if former_name(name) == former]
+        there = self.pool.state.deferred
+        found = [name for name in self._awaited if former_name(name) == former and name in there]
         return found[0] if len(found) == 1 else None
 
     def _await_clients(self, name: str) -> None:
@@ -594,7 +595,6 @@ class LivePool:
             self.disposal = self.spawn(self._free_removed())
 
     async def _free_removed(self) -> None:
-        await asyncio.sleep(0)
         try:
             while not self._closing and (names := self._unused()):
                 with contextlib.suppress(InUse):  # by one who has come back
