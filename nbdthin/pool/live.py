@@ -57,6 +57,7 @@ QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
+COMING = 0.1  # seconds that a command waits for the rest of large writes that have begun
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
 DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
@@ -80,6 +81,8 @@ MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so c
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
+
+Pieces = asyncio.Future[None]  # a large write that comes in piece by piece; done when it has ended
 
 
 class Pace:
@@ -125,6 +128,7 @@ class LiveVolume:
         # Blocks, first and last, of those who hold them or wait to, in the order in which they came.
         self._held: dict[asyncio.Future[None], tuple[int, int]] = {}
         self._gate: asyncio.Future[None] | None = None  # set while a command changes the volume
+        self._coming: set[Pieces] = set()
 
     # -- reading
 
@@ -171,10 +175,27 @@ class LiveVolume:
 
     # -- writing
 
-    def write_now(self, offset: int, payload: memoryview) -> bool:
+    def begin_pieces(self, length: int) -> Pieces | None:
+        """A write of `length` bytes will come in pieces (`write_now`), which find space for all of it; None: perhaps
+        not. To be ended by `end_pieces`. A command on the volume waits for it, but not for long.
+        """
+        pool = self._pool
+        if self._gate is not None or pool.journal_low:
+            return None
+        if not pool.allocator.has(self.volume.layer.number, (length >> self._shift) + 2):
+            return None
+        pieces: Pieces = asyncio.get_running_loop().create_future()
+        self._coming.add(pieces)
+        return pieces
+
+    def end_pieces(self, pieces: Pieces) -> None:
+        self._coming.discard(pieces)
+        pieces.set_result(None)
+
+    def write_now(self, offset: int, payload: memoryview, pieces: Pieces | None = None) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
         length = len(payload)
-        if length > INLINE_WRITE or self._blocked(offset, length):
+        if length > INLINE_WRITE or self._blocked(offset, length, pieces):
             return False
         volume = self.volume
         try:
@@ -323,11 +344,13 @@ class LiveVolume:
 
     # -- keeping writers apart
 
-    def _blocked(self, offset: int, length: int) -> bool:
+    def _blocked(self, offset: int, length: int, pieces: Pieces | None = None) -> bool:
         if self._gate is None and not self._held and self._pool.failed is None:  # as for most writes
             return False
         self._pool.check_writable()
-        return self._gate is not None or bool(self._earlier(*self._blocks(offset, length)))
+        if self._gate is not None and pieces not in self._coming:
+            return True
+        return bool(self._earlier(*self._blocks(offset, length)))
 
     def _blocks(self, offset: int, length: int) -> tuple[int, int]:
         return offset >> self._shift, max(offset, offset + length - 1) >> self._shift
@@ -380,6 +403,9 @@ class LiveVolume:
             await asyncio.shield(self._gate)
         gate = self._gate = asyncio.get_running_loop().create_future()
         try:
+            if self._coming:
+                await asyncio.wait(self._coming, timeout=COMING)
+                self._coming.clear()
             while self._held:
                 await asyncio.shield(next(iter(self._held)))
             yield
