@@ -413,7 +413,7 @@ class Connection(asyncio.BufferedProtocol):
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
         unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
-        plain_lengths = self._plain_lengths
+        plain_lengths, overwrite = self._plain_lengths, self._device.overwrite
         if self._skip:
             position = min(self._skip, end)
             self._skip -= position
@@ -436,6 +436,14 @@ class Connection(asyncio.BufferedProtocol):
             plain = not flags and 0 < length <= plain_lengths.get(command, 0) and offset + length <= volume.size
             error = 0 if plain else refuse(rules, command, flags, offset, length, volume.size)
             if command == _WRITE:
+                start, stop = position + _REQUEST_HEADER, position + _REQUEST_HEADER + length
+                if plain and stop <= end and length <= PIECE and overwrite(offset, view[start:stop]):
+                    self._writes += 1
+                    used = outbox.room(_SIMPLE_HEADER)
+                    _pack_simple_into(outbox.arena, used, _SIMPLE_MAGIC, 0, cookie)
+                    outbox.used = used + _SIMPLE_HEADER
+                    position = stop
+                    continue
                 position = self._take_write(position, flags, cookie, offset, length, error)
                 if position < 0:
                     break

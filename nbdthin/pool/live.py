@@ -35,7 +35,7 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.data import NOWAIT, is_device
 from nbdthin.pool.events import Event, Events, Levels, Listener
 from nbdthin.pool.journal import FULL_DISK
-from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer, Words
+from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer, Words
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.readers import Readers
@@ -43,7 +43,7 @@ from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.rows import Finding, Scrubbed
 from nbdthin.pool.scrub import Scrub
 from nbdthin.pool.threads import Ended, Threads
-from nbdthin.pool.volume import Volume
+from nbdthin.pool.volume import SUB_BITS, Volume
 from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
 
@@ -191,6 +191,33 @@ class LiveVolume:
     def end_pieces(self, pieces: Pieces) -> None:
         self._coming.discard(pieces)
         pieces.set_result(None)
+
+    def overwrite(self, offset: int, payload: memoryview) -> bool:
+        """`write_now` of what lies in one block and is all this volume's own already, in as few steps as there can be;
+        False: ask that.
+        """
+        if self._gate is not None or self._held or self._pool.failed is not None:
+            return False
+        shift, length = self._shift, len(payload)
+        block = offset >> shift
+        own = self.volume.layer.own.get(block >> LEAF_SHIFT)
+        if own is None:
+            return False
+        within = offset - (block << shift)
+        last = within + length - 1
+        sub_shift = shift - SUB_BITS
+        touched = (2 << (last >> sub_shift)) - (1 << (within >> sub_shift))
+        entry = own[block & LEAF_MASK]
+        if last >> shift or entry & touched != touched:
+            return False
+        data = self._pool.data
+        try:
+            if data.pwritev(data.fd, (payload,), (entry >> 32 << shift) + within) != length:
+                return False
+        except OSError:
+            return False
+        data.dirty += length
+        return True
 
     def write_now(self, offset: int, payload: memoryview, pieces: Pieces | None = None) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
