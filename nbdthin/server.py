@@ -22,11 +22,8 @@ from nbdthin.polling import Poller
 from nbdthin.pool.live import LivePool, LiveVolume
 from nbdthin.pool.records import former_name, is_deferred, lasting_name
 from nbdthin.pool.volume import Volume
-from nbdthin.units import MiB
 from nbdthin.wire.handshake import ExportInfo
 
-BUFFER = 1 * MiB  # bytes of the payload buffers that are kept: a new one costs as many page faults as copying does
-BUFFERS = 8  # that are kept
 KEEPALIVE = 60  # seconds of silence after which TCP asks whether the other machine still lives
 
 log = logging.getLogger("nbdthin.server")
@@ -59,7 +56,6 @@ class Server:
         # By the volume's identity: a name may change hands while it is in use (a removal that is deferred).
         self._users: dict[Volume, dict[Connection, None]] = {}
         self.arena = new_buffer(ARENA)  # in which all connections lay out small replies
-        self._buffers: list[memoryview] = []
         self.stopping = False
         self.poller = Poller(enabled=polling)
         self.speaker: Connection | None = None  # who sent last
@@ -177,15 +173,6 @@ class Server:
     @property
     def live(self) -> LivePool:
         return self._live
-
-    def take_buffer(self, length: int) -> memoryview:
-        """At least `length` bytes for a payload, with anything in them."""
-        return self._buffers.pop() if self._buffers and length <= BUFFER else new_buffer(max(length, BUFFER))
-
-    def give_buffer(self, buffer: memoryview) -> None:
-        """It is read by nobody any more."""
-        if len(buffer) == BUFFER and len(self._buffers) < BUFFERS:
-            self._buffers.append(buffer)
 
     async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""

@@ -7,7 +7,6 @@ import errno
 import os
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.units import KiB, MiB
-from tests.rawclient import READ, REFUSING, TRIM, Client, Serving
+from tests.rawclient import READ, REFUSING, TRIM, Client, Serving, until
 
 BLOCK = 64 * KiB
 
@@ -50,14 +49,6 @@ def ranges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Outbox, "put_range", put_range)
     return lengths
-
-
-def until(holds: Callable[[], bool]) -> None:
-    for _ in range(12000):
-        if holds():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it never came true")
 
 
 @dataclass

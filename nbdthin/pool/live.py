@@ -36,7 +36,7 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.data import NOWAIT, is_device
 from nbdthin.pool.events import Event, Events, Levels, Listener
 from nbdthin.pool.journal import FULL_DISK
-from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer, Words
+from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer, Words
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.readers import Readers
@@ -44,7 +44,7 @@ from nbdthin.pool.records import LEAF_BLOCKS, Name, former_name, is_deferred
 from nbdthin.pool.rows import Finding, Row, Scrubbed
 from nbdthin.pool.scrub import Scrub
 from nbdthin.pool.threads import Ended, Threads
-from nbdthin.pool.volume import Volume
+from nbdthin.pool.volume import SUB_BITS, Volume
 from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
 
@@ -59,6 +59,7 @@ LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
 COME_BACK = 60.0  # seconds for which clients may come back to what was removed, where they cannot have meant to go
+COMING = 0.1  # seconds that a command waits for the rest of large writes that have begun
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
 DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
@@ -83,6 +84,8 @@ log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
 Told = tuple[str, str, dict[str, object]]  # an event: kind, message, facts
+
+Pieces = asyncio.Future[None]  # a large write that comes in piece by piece; done when it has ended
 
 
 class Pace:
@@ -128,6 +131,7 @@ class LiveVolume:
         # Blocks, first and last, of those who hold them or wait to, in the order in which they came.
         self._held: dict[asyncio.Future[None], tuple[int, int]] = {}
         self._gate: asyncio.Future[None] | None = None  # set while a command changes the volume
+        self._coming: set[Pieces] = set()
 
     # -- reading
 
@@ -174,10 +178,54 @@ class LiveVolume:
 
     # -- writing
 
-    def write_now(self, offset: int, payload: memoryview) -> bool:
+    def begin_pieces(self, length: int) -> Pieces | None:
+        """A write of `length` bytes will come in pieces (`write_now`), which find space for all of it; None: perhaps
+        not. To be ended by `end_pieces`. A command on the volume waits for it, but not for long.
+        """
+        pool = self._pool
+        if self._gate is not None or pool.journal_low:
+            return None
+        if not pool.allocator.has(self.volume.layer.number, (length >> self._shift) + 2):
+            return None
+        pieces: Pieces = asyncio.get_running_loop().create_future()
+        self._coming.add(pieces)
+        return pieces
+
+    def end_pieces(self, pieces: Pieces) -> None:
+        self._coming.discard(pieces)
+        pieces.set_result(None)
+
+    def overwrite(self, offset: int, payload: memoryview) -> bool:
+        """`write_now` of what lies in one block and is all this volume's own already, in as few steps as there can be;
+        False: ask that.
+        """
+        if self._gate is not None or self._held or self._pool.failed is not None:
+            return False
+        shift, length = self._shift, len(payload)
+        block = offset >> shift
+        own = self.volume.layer.own.get(block >> LEAF_SHIFT)
+        if own is None:
+            return False
+        within = offset - (block << shift)
+        last = within + length - 1
+        sub_shift = shift - SUB_BITS
+        touched = (2 << (last >> sub_shift)) - (1 << (within >> sub_shift))
+        entry = own[block & LEAF_MASK]
+        if last >> shift or entry & touched != touched:
+            return False
+        data = self._pool.data
+        try:
+            if data.pwritev(data.fd, (payload,), (entry >> 32 << shift) + within) != length:
+                return False
+        except OSError:
+            return False
+        data.dirty += length
+        return True
+
+    def write_now(self, offset: int, payload: memoryview, pieces: Pieces | None = None) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
         length = len(payload)
-        if length > INLINE_WRITE or self._blocked(offset, length):
+        if length > INLINE_WRITE or self._blocked(offset, length, pieces):
             return False
         volume = self.volume
         try:
@@ -326,11 +374,13 @@ class LiveVolume:
 
     # -- keeping writers apart
 
-    def _blocked(self, offset: int, length: int) -> bool:
+    def _blocked(self, offset: int, length: int, pieces: Pieces | None = None) -> bool:
         if self._gate is None and not self._held and self._pool.failed is None:  # as for most writes
             return False
         self._pool.check_writable()
-        return self._gate is not None or bool(self._earlier(*self._blocks(offset, length)))
+        if self._gate is not None and pieces not in self._coming:
+            return True
+        return bool(self._earlier(*self._blocks(offset, length)))
 
     def _blocks(self, offset: int, length: int) -> tuple[int, int]:
         return offset >> self._shift, max(offset, offset + length - 1) >> self._shift
@@ -383,6 +433,9 @@ class LiveVolume:
             await asyncio.shield(self._gate)
         gate = self._gate = asyncio.get_running_loop().create_future()
         try:
+            if self._coming:
+                await asyncio.wait(self._coming, timeout=COMING)
+                self._coming.clear()
             while self._held:
                 await asyncio.shield(next(iter(self._held)))
             yield
