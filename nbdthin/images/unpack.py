@@ -28,16 +28,16 @@ import re
 import shutil
 import stat
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, NamedTuple, Self, cast
+from typing import NamedTuple, Self, cast
 
 from nbdthin.errors import Error, Invalid, NoSpace
-from nbdthin.units import KiB, MiB
+from nbdthin.images.tape import Headers, Tape
+from nbdthin.units import KiB
 
 PATH_LIMIT = 4096  # bytes of a name, as Linux has it
 MEMBERS = 4_000_000  # of one layer; each costs an inode
-_HEADERS = 4 * MiB  # bytes of all headers of one member: its names, attributes and map of holes
 _LINKS = 40  # followed for one name, as Linux does
 _DEPTH = 256  # directories in each other: each is a descriptor while a name is walked, and a process has 1024
 _OPEN = 256  # directories kept open between members
@@ -58,129 +58,20 @@ _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_S
 _DEVICES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO}
 
 
-class Unset(NamedTuple):
-    """What a layer says of a path, and only root could do."""
-
-    mode: int  # with the type
-    uid: int
-    gid: int
-    rdev: int
-    xattrs: dict[str, bytes]
-
-
 class Applied(NamedTuple):
     members: int
     data: int  # bytes of files, without holes that the layer has as such
 
 
-def apply(tar: Iterable[bytes], root: str | os.PathLike[str], unset: dict[bytes, Unset] | None = None) -> Applied:
+def apply(tar: Iterable[bytes], root: str | os.PathLike[str]) -> Applied:
     """Apply the layer whose uncompressed tar comes in pieces from `tar` to the directory `root`.
 
     All of `tar` is taken, and with the last piece it may still raise: then nothing of the layer is to be kept.
-    Without root nobody else's files can be made, nor devices, nor all attributes: `unset`, by path, then has what
-    was left out (a device is an empty file meanwhile), and goes from layer to layer; without it, owners and such
-    attributes are left out, and devices refused.
+    Who is not root becomes the owner of everything, without the attributes that only root can set; a device is refused.
     Raises Invalid and Error with the member's name, NoSpace, and OSError for a root that is none.
     """
-    with _Tree(root, unset) as tree:
-        return tree.apply(_Tape(tar))
-
-
-class _Tape:
-    """The tar as tarfile reads it: forward only, and headers of a bounded size."""
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self._chunks = iter(chunks)
-        self._chunk = b""
-        self._at = 0  # in the chunk
-        self._base = 0  # of the chunk, in the tar
-        self._budget = 0
-
-    def tell(self) -> int:
-        return self._base + self._at
-
-    def at_end(self) -> bool:
-        """Whether no member begins here: nothing, or a block of zeroes. Headers may be read then."""
-        self._budget = _HEADERS
-        self._fill(tarfile.BLOCKSIZE)
-        block = self._chunk[self._at : self._at + tarfile.BLOCKSIZE]
-        return not block or (block[0] == 0 and not any(block))
-
-    def read(self, size: int) -> bytes:
-        self._budget -= size
-        if self._budget < 0 or size < 0:
-            raise tarfile.ReadError("its headers are larger than any member needs")
-        self._fill(size)
-        data = self._chunk[self._at : self._at + size]
-        self._at += len(data)
-        return data
-
-    def _fill(self, size: int) -> None:
-        """Have `size` bytes in the chunk, or as many as there are."""
-        if len(self._chunk) - self._at >= size:
-            return
-        parts = [self._chunk[self._at :]]
-        have = len(parts[0])
-        while have < size and (chunk := next(self._chunks, b"")):
-            parts.append(chunk)
-            have += len(chunk)
-        self._base += self._at
-        self._chunk, self._at = b"".join(parts), 0
-
-    def seek(self, position: int) -> None:
-        """Forward to `position`."""
-        skip = position - self.tell()
-        if skip < 0:
-            raise tarfile.ReadError("its headers point back")
-        for _ in self.pieces(skip):
-            pass
-
-    def pieces(self, size: int) -> Iterator[tuple[bytes, int, int]]:
-        """The next `size` bytes, as parts of larger ones: each with its start and end. Fewer if the tar ends."""
-        while size:
-            start = self._at
-            end = min(start + size, len(self._chunk))
-            if start == end:
-                self._base += end
-                self._chunk, self._at = next(self._chunks, b""), 0
-                if not self._chunk:
-                    return
-                continue
-            self._at = end
-            size -= end - start
-            yield self._chunk, start, end
-
-    def drain(self) -> None:
-        """Take what is left: it counts for the digest."""
-        for _ in self._chunks:
-            pass
-
-
-class _Headers(tarfile.TarFile):
-    """A tar's members. TarFile's own `next` takes a damaged header for the end."""
-
-    fileobj: Any
-
-    def __init__(self, tape: _Tape) -> None:
-        super().__init__(fileobj=tape, mode="r", encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
-
-    def next(self) -> tarfile.TarInfo | None:
-        try:
-            self.fileobj.seek(self.offset)
-            if self.fileobj.at_end():
-                return None
-            member = tarfile.TarInfo.fromtarfile(self)
-        except (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:
-            raise Invalid(f"the layer's tar is damaged at byte {self.offset}: {error}") from None
-        if len(self.pax_headers) > 1000:  # they count for each member from here on
-            raise Invalid("the layer's tar has more global headers than any needs")
-        return member
-
-    def all(self) -> Iterator[tarfile.TarInfo]:
-        member = self.firstmember  # type: ignore[attr-defined]  # read by the constructor
-        while member is not None:
-            yield member
-            member = self.next()
+    with _Tree(root) as tree:
+        return tree.apply(Tape(tar))
 
 
 class _Refused(Exception):
@@ -198,13 +89,12 @@ class _Wanted(NamedTuple):
 class _Tree:
     """A root that one layer is being applied to. A path is relative to it, bytes, without links; the root is empty."""
 
-    def __init__(self, root: str | os.PathLike[str], unset: dict[bytes, Unset] | None) -> None:
+    def __init__(self, root: str | os.PathLike[str]) -> None:
         self._open = {b"": os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)}  # directories by path
         self._aliases: dict[bytes, bytes] = {}  # paths of directories by what members call them, through links
         self._directories: dict[bytes, _Wanted] = {}  # those that this layer lists or changes
         self._added = {b""}  # what this layer brings, and the directories that has it in them
         self._privileged = os.geteuid() == 0
-        self._unset = unset
         self._data = 0
 
     def __enter__(self) -> Self:
@@ -214,9 +104,9 @@ class _Tree:
         for fd in self._open.values():
             os.close(fd)
 
-    def apply(self, tape: _Tape) -> Applied:
+    def apply(self, tape: Tape) -> Applied:
         count = 0
-        for member in _Headers(tape).all():
+        for member in Headers(tape).all():
             count += 1
             if count > MEMBERS:
                 raise Invalid(f"a layer of more than {MEMBERS} members is refused")
@@ -230,7 +120,7 @@ class _Tree:
 
     # -- members
 
-    def _apply(self, name: bytes, member: tarfile.TarInfo, tape: _Tape) -> None:
+    def _apply(self, name: bytes, member: tarfile.TarInfo, tape: Tape) -> None:
         self._keep_few_open()
         parts = _parts(name)
         if not parts:
@@ -254,7 +144,7 @@ class _Tree:
         elif kind == tarfile.SYMTYPE:
             target = _text(member.linkname)
             self._new(path, parent, last, lambda fd: os.symlink(target, last, dir_fd=fd))
-            self._describe(path, parent, last, member, stat.S_IFLNK)
+            self._describe(parent, last, member)
         elif kind == tarfile.LNKTYPE:
             self._link(path, parent, last, _text(member.linkname))
         elif kind in _DEVICES:
@@ -264,7 +154,7 @@ class _Tree:
         if path not in self._added:
             self._bring(path, parent)
 
-    def _file(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo, tape: _Tape) -> None:
+    def _file(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo, tape: Tape) -> None:
         try:
             out = os.open(last, _NEW_FILE, 0o600, dir_fd=self._open[parent])
         except FileExistsError:
@@ -274,7 +164,7 @@ class _Tree:
             if member.size:
                 self._data += _copy(tape, out, member)
             mode = member.mode & 0o7777
-            self._own(out, path, member, stat.S_IFREG | mode)
+            self._own(out, member)
             os.fchmod(out, mode)
             mtime = _mtime(member)
             os.utime(out, ns=(mtime, mtime))
@@ -302,43 +192,34 @@ class _Tree:
             last,
             lambda fd: os.link(name, last, src_dir_fd=from_fd, dst_dir_fd=fd, follow_symlinks=False),
         )
-        if self._unset is not None and original in self._unset:
-            self._unset[path] = self._unset[original]
 
     def _device(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo) -> None:
         mode = member.mode & 0o7777
         kind = _DEVICES[member.type]
-        if self._privileged or kind == stat.S_IFIFO:
-            number = 0 if kind == stat.S_IFIFO else os.makedev(member.devmajor, member.devminor)
-            self._new(path, parent, last, lambda fd: os.mknod(last, kind | 0o600, number, dir_fd=fd))
-        elif self._unset is not None:
-            kind_here = stat.S_IFREG
-            self._new(path, parent, last, lambda fd: os.mknod(last, kind_here | 0o600, dir_fd=fd))
-        else:
+        if not self._privileged and kind != stat.S_IFIFO:
             raise _Refused("only root can make a device")
-        self._describe(path, parent, last, member, kind)
+        number = 0 if kind == stat.S_IFIFO else os.makedev(member.devmajor, member.devminor)
+        self._new(path, parent, last, lambda fd: os.mknod(last, kind | 0o600, number, dir_fd=fd))
+        self._describe(parent, last, member)
         os.chmod(last, mode, dir_fd=self._open[parent])
 
-    def _describe(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo, kind: int) -> None:
+    def _describe(self, parent: bytes, last: bytes, member: tarfile.TarInfo) -> None:
         """Owner, attributes and time of what cannot be opened: a link, a device."""
         fd = self._open[parent]
-        self._own(b"/proc/self/fd/%d/%b" % (fd, last), path, member, kind | (member.mode & 0o7777))
+        self._own(b"/proc/self/fd/%d/%b" % (fd, last), member)
         mtime = _mtime(member)
         os.utime(last, ns=(mtime, mtime), dir_fd=fd, follow_symlinks=False)
 
-    def _own(self, where: int | bytes, path: bytes, member: tarfile.TarInfo, mode: int) -> None:
+    def _own(self, where: int | bytes, member: tarfile.TarInfo) -> None:
         """Owner and attributes: in this order, as a new owner takes capabilities away; and before the mode."""
-        xattrs = _xattrs(member) if member.pax_headers else {}
         if self._privileged:
             if isinstance(where, int):
                 os.fchown(where, member.uid, member.gid)
             else:
                 os.chown(where, member.uid, member.gid, follow_symlinks=False)
-        elif self._unset is not None:
-            rdev = os.makedev(member.devmajor, member.devminor) if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
-            theirs = {name: value for name, value in xattrs.items() if not name.startswith("user.")}
-            self._unset[path] = Unset(mode, member.uid, member.gid, rdev, theirs)
-        for name, value in xattrs.items():
+        if not member.pax_headers:
+            return
+        for name, value in _xattrs(member).items():
             if self._privileged or name.startswith("user."):
                 try:
                     if isinstance(where, int):
@@ -358,7 +239,7 @@ class _Tree:
                 if name not in mine and not name.startswith(NOT_OURS):
                     with suppress(PermissionError):
                         os.removexattr(fd, name)
-            self._own(fd, path, wanted.member, stat.S_IFDIR | wanted.member.mode & 0o7777)
+            self._own(fd, wanted.member)
         if wanted.mode is not None:
             os.fchmod(fd, wanted.mode)
         os.utime(fd, ns=(wanted.mtime, wanted.mtime))
@@ -436,16 +317,13 @@ class _Tree:
             os.unlink(last, dir_fd=fd)
             if stat.S_ISLNK(mode):
                 self._aliases.clear()
-            if self._unset is not None:
-                self._unset.pop(path, None)
             return
         below = path + b"/"
         self._aliases.clear()
         for gone in [known for known in self._open if known == path or known.startswith(below)]:
             os.close(self._open.pop(gone))
-        for kept in (self._directories, self._unset or {}):
-            for gone in [known for known in kept if known == path or known.startswith(below)]:
-                del kept[gone]
+        for gone in [known for known in self._directories if known == path or known.startswith(below)]:
+            del self._directories[gone]
         shutil.rmtree(last, dir_fd=fd)
 
     # -- directories
@@ -608,7 +486,7 @@ def _xattrs(member: tarfile.TarInfo) -> dict[str, bytes]:
 # -- data
 
 
-def _copy(tape: _Tape, out: int, member: tarfile.TarInfo) -> int:
+def _copy(tape: Tape, out: int, member: tarfile.TarInfo) -> int:
     """A member's data to a new file; returns how many bytes the tar has of them."""
     if member.size < 0:
         raise _Refused("a negative size")
