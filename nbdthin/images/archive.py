@@ -17,6 +17,7 @@ Not read: manifests of version 1, layers that lie elsewhere (foreign, nondistrib
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import posixpath
 import queue
@@ -25,7 +26,7 @@ import tarfile
 import tempfile
 import threading
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +69,7 @@ _FULL_NAME = "io.containerd.image.name"  # what containerd and newer `docker sav
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_COMPRESSED = (_GZIP, _ZSTD)
 _ZSTD_WINDOW = 128 * MiB  # what `zstd --ultra --long=27` asks for; more is refused, as it is taken from memory
 
 
@@ -226,12 +228,17 @@ class Layer:
 
     def _verified(self, limit: int) -> Generator[bytes, None, None]:
         path, where = self._archive.path, self.name
-        packed, plain = hashlib.sha256(), hashlib.sha256()
+        plain = packed = hashlib.sha256()  # one is enough for what is not compressed
         file, size = self._archive.blobs.open(self._blob)
-        if size != self.size:
-            raise Corrupt(path, None, f"{where}: it has {size} bytes, and should have {self.size}")
         with file:
-            raw = _read_chunks(file, packed)
+            if size != self.size:
+                raise Corrupt(path, None, f"{where}: it has {size} bytes, and should have {self.size}")
+            raw = _read_chunks(file)
+            first = next(raw, b"")
+            raw = itertools.chain([first], raw)
+            if self._digest is not None and first.startswith(_COMPRESSED):
+                packed = hashlib.sha256()
+                raw = _hashed(raw, packed.update)
             total = 0
             try:
                 for chunk in decompressed(raw):
@@ -458,7 +465,7 @@ def open_archive(
             raise Invalid(f"{path}: neither a directory nor a regular file")
         magic = file.read(4)
         file.seek(0)
-        if magic.startswith((_GZIP, _ZSTD)):
+        if magic.startswith(_COMPRESSED):
             file = stack.enter_context(_spooled(path, file, scratch, limits.spool))
         archive = Archive(path, _Tar(path, file, limits), platform, limits)
         stack.pop_all()
@@ -492,10 +499,14 @@ class _BadStream(Exception):
     """What is compressed is damaged or ends early."""
 
 
-def _read_chunks(file: BinaryIO, hashed: Any = None) -> Iterator[bytes]:
+def _read_chunks(file: BinaryIO) -> Iterator[bytes]:
     while chunk := file.read(CHUNK):
-        if hashed is not None:
-            hashed.update(chunk)
+        yield chunk
+
+
+def _hashed(chunks: Iterator[bytes], update: Callable[[bytes], object]) -> Iterator[bytes]:
+    for chunk in chunks:
+        update(chunk)
         yield chunk
 
 
@@ -509,13 +520,7 @@ def decompressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
         return _gunzip(first, chunks)
     if first.startswith(_ZSTD):
         return _unzstd(first, chunks)
-    return _plain(first, chunks)
-
-
-def _plain(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    if first:
-        yield first
-    yield from chunks
+    return itertools.chain([first] if first else [], chunks)
 
 
 def _gunzip(data: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
