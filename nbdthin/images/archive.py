@@ -34,10 +34,10 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 from nbdthin.errors import Corrupt, Invalid, NotFound
 from nbdthin.images.config import Config, Platform, chain_ids, check_digest, digest_of, parse_json, parse_object
-from nbdthin.units import GiB, MiB, format_size
+from nbdthin.units import GiB, KiB, MiB, format_size
 
-CHUNK = 1 * MiB  # bytes of a layer that are handed on at once
-_AHEAD = 8  # chunks that are ready before anyone wants them
+CHUNK = 256 * KiB  # bytes of a layer that are handed on at once: they stay in a core's cache meanwhile
+_AHEAD = 32  # chunks that are ready before anyone wants them
 
 _INDEXES = (
     "application/vnd.oci.image.index.v1+json",

@@ -43,6 +43,10 @@ class Tape:
         self._budget -= size
         if self._budget < 0 or size < 0:
             raise tarfile.ReadError("its headers are larger than any member needs")
+        return self.take(size)
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes, or as many as there are, at once: for what is small."""
         self._fill(size)
         data = self._chunk[self._at : self._at + size]
         self._at += len(data)
@@ -62,10 +66,13 @@ class Tape:
 
     def seek(self, position: int) -> None:
         """Forward to `position`."""
-        skip = position - self.tell()
-        if skip < 0:
+        at = position - self._base
+        if at < self._at:
             raise tarfile.ReadError("its headers point back")
-        for _ in self.pieces(skip):
+        if at <= len(self._chunk):
+            self._at = at
+            return
+        for _ in self.pieces(at - self._at):
             pass
 
     def pieces(self, size: int) -> Iterator[tuple[bytes, int, int]]:

@@ -43,6 +43,7 @@ _DEPTH = 256  # directories in each other: each is a descriptor while a name is 
 _OPEN = 256  # directories kept open between members
 _HOLE = 4 * KiB  # zeroes of this size, aligned, are not written
 _ZEROES = bytes(_HOLE)
+_NOWHERE = (b"", b".", b"..")  # as a part of a name
 
 WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -91,7 +92,7 @@ class _Tree:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._open = {b"": os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)}  # directories by path
-        self._aliases: dict[bytes, bytes] = {}  # paths of directories by what members call them, through links
+        self._known: dict[bytes, bytes] = {}  # paths of directories that are open, by what members call them
         self._directories: dict[bytes, _Wanted] = {}  # those that this layer lists or changes
         self._added = {b""}  # what this layer brings, and the directories that has it in them
         self._privileged = os.geteuid() == 0
@@ -121,25 +122,33 @@ class _Tree:
     # -- members
 
     def _apply(self, name: bytes, member: tarfile.TarInfo, tape: Tape) -> None:
-        self._keep_few_open()
-        parts = _parts(name)
-        if not parts:
-            if member.type != tarfile.DIRTYPE:
-                raise _Refused("the root can only be a directory")
-            self._directories[b""] = _Wanted(_mtime(member), member.mode & 0o7777, member)
-            return
-        named, last = b"/".join(parts[:-1]), parts[-1]
-        if WHITEOUT in name and self._whiteout(parts, named, last):
-            return
-        parent = named if named in self._open else self._directory(named, create=True)
-        assert parent is not None
+        head, _, last = name.rpartition(b"/")
+        parent = self._known.get(head)
+        if parent is None or last in _NOWHERE or last.startswith(WHITEOUT):
+            self._keep_few_open()
+            parts = _parts(name)
+            if not parts:
+                if member.type != tarfile.DIRTYPE:
+                    raise _Refused("the root can only be a directory")
+                self._directories[b""] = _Wanted(_mtime(member), member.mode & 0o7777, member)
+                return
+            named, last = b"/".join(parts[:-1]), parts[-1]
+            if WHITEOUT in name and self._whiteout(parts, named, last):
+                return
+            parent = self._directory(named, create=True)
+            assert parent is not None
+            if name.endswith(last):
+                self._known[head] = parent
         path = parent + b"/" + last if parent else last
-        self._change(parent)
+        if parent not in self._directories:
+            self._change(parent)
         kind = member.type
         if kind in _FILES:
             self._file(path, parent, last, member, tape)
         elif kind == tarfile.DIRTYPE:
             self._new(path, parent, last, lambda fd: os.mkdir(last, 0o700, dir_fd=fd), directory=True)
+            if not self._privileged:
+                os.chmod(last, 0o700, dir_fd=self._open[parent])
             self._directories[path] = _Wanted(_mtime(member), member.mode & 0o7777, member)
         elif kind == tarfile.SYMTYPE:
             target = _text(member.linkname)
@@ -276,7 +285,7 @@ class _Tree:
         if last.startswith(_AUFS) and last != _OPAQUE:
             return True
         target = last[len(WHITEOUT) :]
-        if target in (b"", b".", b".."):
+        if target in _NOWHERE:
             raise _Refused("a whiteout of nothing")
         parent = self._directory(named, create=False)
         if parent is None:
@@ -316,10 +325,10 @@ class _Tree:
         if not stat.S_ISDIR(mode):
             os.unlink(last, dir_fd=fd)
             if stat.S_ISLNK(mode):
-                self._aliases.clear()
+                self._known.clear()
             return
         below = path + b"/"
-        self._aliases.clear()
+        self._known.clear()
         for gone in [known for known in self._open if known == path or known.startswith(below)]:
             os.close(self._open.pop(gone))
         for gone in [known for known in self._directories if known == path or known.startswith(below)]:
@@ -345,7 +354,7 @@ class _Tree:
             for fd in self._open.values():
                 os.close(fd)
             self._open = {b"": root}
-            self._aliases.clear()
+            self._known.clear()
 
     def _directory(self, named: bytes, *, create: bool) -> bytes | None:
         """The path of the directory that a member calls `named`, which is open then.
@@ -354,8 +363,8 @@ class _Tree:
         """
         if named in self._open:
             return named
-        if named in self._aliases:
-            return self._aliases[named]
+        if named in self._known:
+            return self._known[named]
         path = b""
         link = b""  # the last that was followed
         links = 0
@@ -391,7 +400,7 @@ class _Tree:
                 path = b""
             ahead += [(part, True) for part in reversed(target.split(b"/"))]
         if path != named:
-            self._aliases[named] = path
+            self._known[named] = path
         return path
 
     def _enter(self, path: bytes, below: bytes, part: bytes, *, create: bool) -> bool:
@@ -488,9 +497,16 @@ def _xattrs(member: tarfile.TarInfo) -> dict[str, bytes]:
 
 def _copy(tape: Tape, out: int, member: tarfile.TarInfo) -> int:
     """A member's data to a new file; returns how many bytes the tar has of them."""
-    if member.size < 0:
+    size = member.size
+    if size < 0:
         raise _Refused("a negative size")
-    runs = [(0, member.size)] if member.sparse is None else _runs(member)
+    if size < _HOLE and member.sparse is None:
+        data = tape.take(size)
+        _put(out, data, 0, len(data), 0)
+        if len(data) != size:
+            raise _Refused("the layer ends inside it")
+        return size
+    runs = [(0, size)] if member.sparse is None else _runs(member)
     end = 0  # of what is written
     for position, length in runs:
         at = position
@@ -499,8 +515,8 @@ def _copy(tape: Tape, out: int, member: tarfile.TarInfo) -> int:
             at += stop - start
         if at != position + length:
             raise _Refused("the layer ends inside it")
-    if end != member.size:
-        os.ftruncate(out, member.size)
+    if end != size:
+        os.ftruncate(out, size)
     return sum(length for _, length in runs)
 
 

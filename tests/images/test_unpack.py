@@ -376,6 +376,7 @@ def test_without_root_everything_belongs_to_the_user_and_devices_are_refused(tmp
             Member("fifo", type=tarfile.FIFOTYPE),
         ),
         "again": make_tar(Member("dir/more", b"y"), Member("dir/.wh.file")),
+        "listed": make_tar(directory("dir", 0o555), Member("dir/most", b"y")),
         "device": make_tar(Member("dev/null", type=tarfile.CHRTYPE, device=(1, 3))),
     }
     root = tmp_path / "root"
@@ -402,5 +403,7 @@ def test_without_root_everything_belongs_to_the_user_and_devices_are_refused(tmp
     assert (result.returncode, result.stderr) == (0, b"")
     assert set(tree(root)) == {".", "dir", "dir/more", "link", "fifo"}
     assert tree(root)["dir"].mode == stat.S_IFDIR | 0o555
+    result = run("listed")
+    assert (result.returncode, result.stderr) == (0, b"")
     result = run("device")
     assert (result.returncode, result.stderr) == (1, b"dev/null: only root can make a device\n")
