@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from nbdthin.errors import Error, Invalid
-from nbdthin.images.unpack import NOT_OURS, PATH_LIMIT, WHITEOUT, XATTR, shown
+from nbdthin.images.tape import shown
+from nbdthin.images.unpack import NOT_OURS, PATH_LIMIT, WHITEOUT, XATTR
 from nbdthin.units import GiB, MiB
 
 _CHUNK = 1 * MiB

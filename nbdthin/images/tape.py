@@ -1,4 +1,4 @@
-"""Reading a layer's tar: a stream of pieces, of which nobody knows what is in it.
+"""Reading tars that nobody vouches for: those of layers, as streams of pieces, and those of archives.
 
 Python's tarfile reads the headers, in all the forms that tars have; what it makes of names, links and data is not used.
 What it is too trusting in is here: headers are bounded in size, and a damaged one is an error and not the end.
@@ -6,14 +6,15 @@ What it is too trusting in is here: headers are bounded in size, and a damaged o
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from struct import Struct
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from nbdthin.errors import Invalid
-from nbdthin.units import MiB
+from nbdthin.units import KiB, MiB
 
 _HEADERS = 4 * MiB  # bytes of all headers of one member: its names, attributes and map of holes
 _GLOBAL_HEADERS = 1000  # that count for all members, and cost something with each
@@ -96,6 +97,21 @@ class Tape:
             pass
 
 
+class FileTape(Tape):
+    """A tar in a file: what is skipped is not read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(iter(lambda: file.read(64 * KiB), b""))
+        self._file = file
+
+    def seek(self, position: int) -> None:
+        if position <= self._base + len(self._chunk):
+            super().seek(position)
+        else:
+            self._file.seek(position)
+            self._base, self._chunk, self._at = position, b"", 0
+
+
 # name, mode, uid, gid, size, mtime, sum, type, link, prefix
 _USTAR = Struct("100s8s8s8s12s12s8sc100s88x155s12x")
 
@@ -138,11 +154,12 @@ def _octal(field: bytes) -> int:
 
 
 class Headers(tarfile.TarFile):
-    """A tar's members. TarFile's own `next` takes a damaged header for the end."""
+    """A tar's members; `what` it is, for messages. TarFile's own `next` takes a damaged header for the end."""
 
     fileobj: Any
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, what: str) -> None:
+        self._what = what
         super().__init__(fileobj=tape, mode="r", encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
 
     def next(self) -> tarfile.TarInfo | None:
@@ -152,9 +169,9 @@ class Headers(tarfile.TarFile):
                 return None
             member = _Member.fromtarfile(self)
         except (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:
-            raise Invalid(f"the layer's tar is damaged at byte {self.offset}: {error}") from None
+            raise Invalid(f"{self._what} is damaged at byte {self.offset}, or no tar at all: {error}") from None
         if len(self.pax_headers) > _GLOBAL_HEADERS:
-            raise Invalid("the layer's tar has more global headers than any needs")
+            raise Invalid(f"{self._what} has more global headers than any tar needs")
         return member
 
     def all(self) -> Iterator[tarfile.TarInfo]:
@@ -162,3 +179,10 @@ class Headers(tarfile.TarFile):
         while member is not None:
             yield member
             member = self.next()
+
+
+def shown(name: bytes | str) -> str:
+    """A name for a message: one line whatever it has in it, and not too long."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"

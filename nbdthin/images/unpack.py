@@ -33,7 +33,7 @@ from contextlib import suppress
 from typing import NamedTuple, Self, cast
 
 from nbdthin.errors import Error, Invalid, NoSpace
-from nbdthin.images.tape import Headers, Tape
+from nbdthin.images.tape import Headers, Tape, shown
 from nbdthin.units import KiB
 
 PATH_LIMIT = 4096  # bytes of a name, as Linux has it
@@ -94,9 +94,11 @@ class _Tree:
         self._open = {b"": os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)}  # directories by path
         self._known: dict[bytes, bytes] = {}  # paths of directories that are open, by what members call them
         self._directories: dict[bytes, _Wanted] = {}  # those that this layer lists or changes
+        self._bequeath: set[bytes] = set()  # directories that give what is made in them an access list
         self._added = {b""}  # what this layer brings, and the directories that has it in them
         self._privileged = os.geteuid() == 0
         self._data = 0
+        self._look_for_list(b"")
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +109,7 @@ class _Tree:
 
     def apply(self, tape: Tape) -> Applied:
         count = 0
-        for member in Headers(tape).all():
+        for member in Headers(tape, "the layer's tar").all():
             count += 1
             if count > MEMBERS:
                 raise Invalid(f"a layer of more than {MEMBERS} members is refused")
@@ -172,9 +174,8 @@ class _Tree:
         try:
             if member.size:
                 self._data += _copy(tape, out, member)
-            mode = member.mode & 0o7777
-            self._own(out, member)
-            os.fchmod(out, mode)
+            self._own(out, parent, member)
+            os.fchmod(out, member.mode & 0o7777)
             mtime = _mtime(member)
             os.utime(out, ns=(mtime, mtime))
         finally:
@@ -188,6 +189,8 @@ class _Tree:
         original = source + b"/" + parts[-1] if source else parts[-1]
         if original == path:
             return
+        if original.startswith(path + b"/"):
+            raise _Refused(f"it is a hard link to {shown(target)}, which it would replace")
         try:
             kind = os.stat(parts[-1], dir_fd=self._open[source], follow_symlinks=False).st_mode
         except FileNotFoundError:
@@ -203,40 +206,37 @@ class _Tree:
         )
 
     def _device(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo) -> None:
-        mode = member.mode & 0o7777
         kind = _DEVICES[member.type]
         if not self._privileged and kind != stat.S_IFIFO:
             raise _Refused("only root can make a device")
         number = 0 if kind == stat.S_IFIFO else os.makedev(member.devmajor, member.devminor)
         self._new(path, parent, last, lambda fd: os.mknod(last, kind | 0o600, number, dir_fd=fd))
         self._describe(parent, last, member)
-        os.chmod(last, mode, dir_fd=self._open[parent])
+        os.chmod(last, member.mode & 0o7777, dir_fd=self._open[parent])
 
     def _describe(self, parent: bytes, last: bytes, member: tarfile.TarInfo) -> None:
         """Owner, attributes and time of what cannot be opened: a link, a device."""
         fd = self._open[parent]
-        self._own(b"/proc/self/fd/%d/%b" % (fd, last), member)
+        self._own(b"/proc/self/fd/%d/%b" % (fd, last), parent, member)
         mtime = _mtime(member)
         os.utime(last, ns=(mtime, mtime), dir_fd=fd, follow_symlinks=False)
 
-    def _own(self, where: int | bytes, member: tarfile.TarInfo) -> None:
+    def _own(self, where: int | bytes, parent: bytes, member: tarfile.TarInfo) -> None:
         """Owner and attributes: in this order, as a new owner takes capabilities away; and before the mode."""
+        follow = isinstance(where, int)  # a descriptor, which leads nowhere else
         if self._privileged:
-            if isinstance(where, int):
-                os.fchown(where, member.uid, member.gid)
-            else:
-                os.chown(where, member.uid, member.gid, follow_symlinks=False)
+            os.chown(where, member.uid, member.gid, follow_symlinks=follow)
+        if parent in self._bequeath:
+            with suppress(OSError):
+                os.removexattr(where, "system.posix_acl_access", follow_symlinks=follow)
         if not member.pax_headers:
             return
         for name, value in _xattrs(member).items():
             if self._privileged or name.startswith("user."):
                 try:
-                    if isinstance(where, int):
-                        os.setxattr(where, name, value)
-                    else:
-                        os.setxattr(where, name, value, follow_symlinks=False)
+                    os.setxattr(where, name, value, follow_symlinks=follow)
                 except OSError as error:
-                    raise _Refused(f"its attribute {shown(name.encode())}: {error.strerror}") from None
+                    raise _Refused(f"its attribute {shown(name)}: {error.strerror}") from None
 
     def _finish(self, path: bytes, wanted: _Wanted) -> None:
         found = self._directory(path, create=False)
@@ -244,11 +244,11 @@ class _Tree:
         fd = self._open[path]
         if wanted.member is not None:
             mine = _xattrs(wanted.member) if wanted.member.pax_headers else {}
-            for name in os.listxattr(fd):
-                if name not in mine and not name.startswith(NOT_OURS):
-                    with suppress(PermissionError):
+            with suppress(OSError):  # not all file systems have any, and not all users may
+                for name in os.listxattr(fd):
+                    if name not in mine and not name.startswith(NOT_OURS):
                         os.removexattr(fd, name)
-            self._own(fd, wanted.member)
+            self._own(fd, path, wanted.member)
         if wanted.mode is not None:
             os.fchmod(fd, wanted.mode)
         os.utime(fd, ns=(wanted.mtime, wanted.mtime))
@@ -348,6 +348,12 @@ class _Tree:
                 os.fchmod(fd, mode | 0o700)
             self._directories[path] = _Wanted(status.st_mtime_ns, mode, None)
 
+    def _look_for_list(self, path: bytes) -> None:
+        """What is made in a directory with a default access list has that for a start, which no layer says."""
+        with suppress(OSError):
+            os.getxattr(self._open[path], "system.posix_acl_default")
+            self._bequeath.add(path)
+
     def _keep_few_open(self) -> None:
         if len(self._open) > _OPEN:
             root = self._open.pop(b"")
@@ -410,6 +416,7 @@ class _Tree:
         parent = self._open[path]
         try:
             self._open[below] = os.open(part, _DIRECTORY, dir_fd=parent)
+            self._look_for_list(below)
             return True
         except FileNotFoundError:
             if not create:
@@ -439,13 +446,6 @@ def _named(name: bytes, work: Callable[..., None], *args: object) -> None:
         raise kind(f"{shown(name)}: {error.strerror or error}") from error
     except (ValueError, OverflowError) as error:
         raise Invalid(f"{shown(name)}: {error}") from None
-
-
-def shown(name: bytes) -> str:
-    """A name for a message: one line whatever it has in it, and not too long."""
-    text = name.decode("utf-8", "backslashreplace")
-    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
 
 
 def _text(text: str) -> bytes:

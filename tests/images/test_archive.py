@@ -322,6 +322,10 @@ REFUSED: dict[str, tuple[Callable[[Layout], Path], str]] = {
         lambda layout: spoil_config(layout, lambda config: config["rootfs"].pop("diff_ids")),
         "no rootfs.diff_ids",
     ),
+    "a platform that is a screen's worth": (
+        lambda layout: spoil_config(layout, lambda config: config.update(os="linux\n\x1b[2J")),
+        "its platform is none: 'linux\\n\\x1b[2J'",
+    ),
     "a history that is none": (
         lambda layout: spoil_config(layout, lambda config: config.update(history=["x"])),
         "history",
@@ -443,9 +447,12 @@ def test_an_archive_that_is_a_bomb_stops_at_its_limit_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "not an image archive"),
-        (b"hello", "not an image archive"),
-        (b"x" * 5000, "not an image archive"),
+        (b"", "neither an OCI layout nor from docker save"),
+        (b"hello", "is damaged at byte 0, or no tar at all"),
+        (b"x" * 5000, "is damaged at byte 0, or no tar at all"),
+        (make_tar(Member("index.json", b"{}"))[:1024] + b"x" * 512, "is damaged at byte 1024"),
+        (make_tar(Member("big", pax=(("comment", "x" * 5_000_000),))), "larger than any member needs"),
+        (make_tar(Member("manifest.json", b'[{"Config": "two\\nlines"}]')), "two\\nlines is missing"),
         (gzip.compress(b"x" * 5000)[:-9], "gzip data end early"),
         (gzip.compress(b"x" * 5000)[:-4] + b"abcd", "gzip data are damaged"),
         (b"\x28\xb5\x2f\xfd" + b"x" * 100, "zstd data are damaged"),

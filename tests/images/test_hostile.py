@@ -49,6 +49,7 @@ HOSTILE: dict[str, tuple[str, list[Member]]] = {
     "a hard link to a directory": ("evil", [directory("a"), hardlink("evil", "a")]),
     "a hard link to nothing": ("evil", [hardlink("evil", "nothing")]),
     "a hard link to the root": ("evil", [hardlink("evil", ".")]),
+    "a hard link in the place of what has its file in it": ("a", [Member("a/file", b"x"), hardlink("a", "a/file")]),
     "a root that is a link": (".", [symlink(".", "../outside")]),
     "a root that is a file": (".", [Member("./", b"")._replace(name=".")]),
     "a whiteout of the parent": (".wh...", [Member(".wh...")]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -128,6 +129,26 @@ def test_the_setgid_bit_of_a_directory_below_changes_no_owner(tmp_path: Path) ->
     found = tree(tmp_path)
     assert {found[name].owner for name in ("dir/file", "dir/sub", "dir/link", "dir/new")} == {(0, 0)}
     assert found["dir/sub"].mode == found["dir/new"].mode == stat.S_IFDIR | 0o755
+
+
+def test_the_default_access_list_of_a_directory_below_changes_nothing(tmp_path: Path) -> None:
+    need_root()
+    entries = [(1, 7, -1), (2, 7, 1234), (4, 5, -1), (16, 7, -1), (32, 0, -1)]  # tag, rights, user
+    access_list = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    text = access_list.decode("utf-8", "surrogateescape")
+    apply([make_tar(directory("dir", pax=(("SCHILY.xattr.system.posix_acl_default", text),)))], tmp_path)
+    assert tree(tmp_path)["dir"].xattrs == (("system.posix_acl_default", access_list),)
+    members = [
+        Member("dir/file", mode=0o640),
+        directory("dir/sub"),
+        Member("dir/sub/file"),
+        Member("dir/fifo", type=tarfile.FIFOTYPE, mode=0o640),
+    ]
+    apply([make_tar(*members)], tmp_path)
+    found = tree(tmp_path)
+    for name in ("dir/file", "dir/sub", "dir/sub/file", "dir/fifo"):
+        assert found[name].xattrs == ()
+    assert stat.S_IMODE(found["dir/file"].mode) == stat.S_IMODE(found["dir/fifo"].mode) == 0o640
 
 
 # -- data
