@@ -422,7 +422,7 @@ def some_entries(rng: random.Random, first: int) -> list[int]:
 def test_a_leaf_joined_at_once_is_its_blocks_joined_one_by_one(seed: int) -> None:
     rng = random.Random(seed)
     upper, lower = some_entries(rng, 1), some_entries(rng, 1000)
-    joined, gone, done = merge._join(np.array(upper, dtype=np.uint64), np.array(lower, dtype=np.uint64))
+    joined, gone, done = merge.join(np.array(upper, dtype=np.uint64), np.array(lower, dtype=np.uint64))
     for index in range(512):
         expected = joined_one_by_one(upper[index], lower[index])
         assert bool(done[index]) == (expected is not None)
