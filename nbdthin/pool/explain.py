@@ -104,7 +104,7 @@ def has_checksum(pool: Pool, seen: Explanation) -> bool:
         return False
     records = pool.sums.read(np.array([seen.physical], dtype=np.uint64))
     (mask,) = sums.counting(pool, records, [seen.physical], [seen.block], pool.state.next_layer)
-    return records["owner"][0] == layer.number and bool(mask >> seen.subblock & 1)
+    return int(records["owner"][0]) == layer.number and bool(mask >> seen.subblock & 1)
 
 
 def _write(pool: Pool, name: str, offset: int, length: int) -> WritePlan:

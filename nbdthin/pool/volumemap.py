@@ -102,7 +102,8 @@ class _Survey:
             rows = [row for row, leaf in enumerate(leaves) if leaf in own and rest[row].any()]
             if not rows:
                 continue
-            entries = np.frombuffer(b"".join(own[leaves[row]] for row in rows), dtype=np.uint64).reshape(-1, LEAF_BLOCKS)
+            entries = np.frombuffer(b"".join(own[leaves[row]] for row in rows), dtype=np.uint64)
+            entries = entries.reshape(-1, LEAF_BLOCKS)
             data = entries & rest[rows]
             rest[rows] &= ~(entries | entries >> _SIXTEEN)
             shown[rows] |= data
@@ -145,11 +146,13 @@ class _Survey:
     def _by_cell(self, data: Words) -> Numbers:
         """Subblocks with data of each leaf's cells: a row a leaf."""
         if self._cell >= SUBBLOCKS:
-            counts = np.bitwise_count(data)
-            return counts.reshape(len(data), self._cells_of_leaf, -1).sum(axis=2, dtype=np.int64)
-        shifts = np.arange(0, SUBBLOCKS, self._cell, dtype=np.uint64)
-        parts = data[:, :, np.newaxis] >> shifts & np.uint64((1 << self._cell) - 1)
-        return np.bitwise_count(parts).reshape(len(data), -1).astype(np.int64)
+            parts = data.reshape(len(data), self._cells_of_leaf, -1)
+        else:
+            shifts = np.arange(0, SUBBLOCKS, self._cell, dtype=np.uint64)
+            parts = data[:, :, np.newaxis] >> shifts & np.uint64((1 << self._cell) - 1)
+            parts = parts.reshape(len(data), -1, 1)
+        counts: Numbers = np.bitwise_count(parts).sum(axis=2, dtype=np.int64)
+        return counts
 
     def _join(
         self, leaves: list[int], first: Numbers, last: Numbers, first_owner: Numbers, last_owner: Numbers
