@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from nbdthin.control.codec import printable
-from nbdthin.control.rows import DiskFacts, Export, Info, LoopFacts, Node, ProcessFacts
+from nbdthin.control.rows import Detail, DiskFacts, Export, Info, LoopFacts, Node, ProcessFacts
 from nbdthin.pool.events import Event
 from nbdthin.pool.rows import Extent, Finding, PoolInfo, Row, Scrubbed
 from nbdthin.pool.views import DiskUse
@@ -129,17 +129,20 @@ def _draw_table(columns: Sequence[str], numbers: Sequence[str], rows: Iterable[S
     console.print(table, soft_wrap=True)
 
 
-def show_export(export: Export) -> None:
-    _print_facts(_export_facts(export))
+def show_detail(detail: Detail) -> None:
+    _print_facts(_export_facts(detail))
 
 
-def _export_facts(export: Export) -> Facts:
+def _export_facts(export: Detail) -> Facts:
     yield "Name", export.name
     yield "Kind", export.kind
     yield "Size", _bytes(export.size)
     yield "Referenced", _bytes(export.referenced)
     yield "Exclusive", _bytes(export.exclusive)
     yield "Shared", _bytes(export.shared)
+    yield "Mapped", _bytes(export.mapped)
+    yield "Highest mapped", _bytes(export.highest)
+    yield "Runs", f"{export.runs} in the data file"
     if export.quota is not None or export.reservation is not None:
         yield "Quota", "none" if export.quota is None else _bytes(export.quota)
         yield "Reservation", "none" if export.reservation is None else _bytes(export.reservation)
@@ -219,13 +222,15 @@ def _pool_facts(pool: PoolInfo) -> Facts:
     yield "Data total", _bytes(pool.data_total)
     yield "Data available", _bytes(pool.data_available)
     yield "Data reserved", _bytes(pool.data_reserved)
+    yield "Minimum free", f"{_bytes(pool.min_free)}, for new volumes and clones"
     yield "Metadata used", _bytes(pool.metadata_used)
     yield "Metadata total", _bytes(pool.metadata_total)
     yield "Metadata available", _bytes(pool.metadata_available)
     yield "Mapping in memory", format_size(pool.memory_mapping)
     yield "Volumes", str(pool.volumes)
     yield "Snapshots", str(pool.snapshots)
-    yield "Layers", str(pool.layers)
+    merging = f", {pool.merging} of them to be merged" if pool.merging else ""
+    yield "Layers", f"{pool.layers}{merging}"
     yield "Virtual size", _bytes(pool.virtual_size)
     yield "Oversubscription", f"{pool.oversubscription:.2f}"
     yield "Journal", f"{format_size(pool.journal)} since the last checkpoint"

@@ -1052,6 +1052,7 @@ class Pool:
         metadata = self.journal.disk_bytes + (self.path / "superblock").stat().st_size
         room = _available(self.path)
         leaves = sum(len(layer.own) for layer in self.state.layers.values())
+        usage = self.usage()
         return PoolInfo(
             path=self.path.absolute(),
             uuid=self.superblock.uuid,
@@ -1059,8 +1060,9 @@ class Pool:
             data_path=self.data.path.absolute(),
             data_total=total,
             data_used=self.allocator.used * self.block_size,
-            data_available=self.usage().free,
+            data_available=usage.free,
             data_reserved=self.limits.kept() * self.block_size,
+            min_free=int(self.policy.min_free * usage.total),
             metadata_used=metadata,
             metadata_total=metadata + room,
             metadata_available=room,
@@ -1068,6 +1070,7 @@ class Pool:
             volumes=len(self.state.names) - self.state.snapshots,
             snapshots=self.state.snapshots,
             layers=len(self.state.layers),
+            merging=len(self.state.mergeable) + len(self.state.prunable),
             virtual_size=virtual,
             oversubscription=virtual / total,
             journal=self.journal.bytes_since_checkpoint,
