@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from nbdthin.errors import Invalid
-from nbdthin.pool.views import MOST_CELLS, DiskUse, Explanation, Map
+from nbdthin.pool.views import KINDS, MOST_CELLS, DiskUse, Explanation, Map
 
 if TYPE_CHECKING:
     from nbdthin.control.commands import Daemon
 
 TURN = 0.0005  # seconds that a query may take of a turn of the loop before it lets others have theirs
-KINDS = ("volume", "snapshot")
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """The way of one read and one write, step by step: what `Volume.segments` and `Volume.reserve` decide, in words.
 
-It changes nothing: no block is allocated and no cache filled. Only `has_checksum` does I/O.
+It changes nothing: no block is allocated; at most a leaf is composed, as a read does. Only `has_checksum` does I/O.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from nbdthin.errors import Invalid, OverQuota
 from nbdthin.pool import sums
 from nbdthin.pool.allocator import FULL as POOL_FULL
 from nbdthin.pool.allocator import KEPT
-from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer
+from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer
 from nbdthin.pool.limits import advised
-from nbdthin.pool.views import DATA, NOTHING, UNWRITTEN, ZERO, Explanation, Look, WritePlan
-from nbdthin.pool.volume import JOURNAL_LOW
+from nbdthin.pool.views import DATA, KINDS, NOTHING, UNWRITTEN, ZERO, Explanation, Look, WritePlan
+from nbdthin.pool.volume import JOURNAL_LOW, Volume
 from nbdthin.units import MiB, format_size
 
 if TYPE_CHECKING:
@@ -30,27 +30,26 @@ def explain(pool: Pool, name: str, offset: int, length: int | None = None) -> Ex
 
     `checksum` is left False: `has_checksum` says. Raises NotFound, or Invalid outside of the volume.
     """
-    row = pool.show(name)
-    if not 0 <= offset < row.size:
-        raise Invalid(f"{name!r} has {row.size} bytes, the last at {row.size - 1}: there is no byte {offset}")
-    layer = pool.state.layers[pool.state.names[name].layer]
+    volume = pool.volume(name)
+    layer, size = volume.layer, volume.size
+    if not 0 <= offset < size:
+        raise Invalid(f"{name!r} has {size} bytes, the last at {size - 1}: there is no byte {offset}")
     subblock_bytes = pool.block_size // SUBBLOCKS
     block, within = divmod(offset, pool.block_size)
     sub = within // subblock_bytes
     looks, owner = _way(layer, block, sub)
     state = looks[-1].says if owner is not None else UNWRITTEN
     physical = owner.entry(block) >> 32 if owner is not None and state == DATA else None
+    start = offset
     if length is None:
-        start = offset - offset % subblock_bytes
-        write = _write(pool, name, start, min(subblock_bytes, row.size - start))
-    else:
-        if length <= 0 or length > LONGEST or offset + length > row.size:
-            most = min(LONGEST, row.size - offset)
-            raise Invalid(f"a write there has 1 to {most} bytes, not {length}")
-        write = _write(pool, name, offset, length)
+        start -= offset % subblock_bytes
+        length = min(subblock_bytes, size - start)
+    most = min(LONGEST, size - start)
+    if not 0 < length <= most:
+        raise Invalid(f"a write there has 1 to {most} bytes, not {length}")
     return Explanation(
         name=name,
-        kind=row.kind,
+        kind=KINDS[volume.read_only],
         offset=offset,
         block=block,
         subblock=sub,
@@ -65,7 +64,7 @@ def explain(pool: Pool, name: str, offset: int, length: int | None = None) -> Ex
         position=None if physical is None else physical * pool.block_size + within,
         data_path=pool.data.path.absolute(),
         checksum=False,
-        write=write,
+        write=_write(volume, start, length),
     )
 
 
@@ -107,19 +106,19 @@ def has_checksum(pool: Pool, seen: Explanation) -> bool:
     return int(records["owner"][0]) == layer.number and bool(mask >> seen.subblock & 1)
 
 
-def _write(pool: Pool, name: str, offset: int, length: int) -> WritePlan:
+def _write(volume: Volume, offset: int, length: int) -> WritePlan:
     """As Volume.reserve decides it."""
-    volume = pool.volume(name)
-    size, sub_bytes = pool.block_size, pool.block_size // SUBBLOCKS
+    layer, size = volume.layer, volume.pool.block_size
+    sub_bytes = size // SUBBLOCKS
     end = offset + length
-    start = offset if _owns(volume.layer, offset, size) else offset - offset % sub_bytes
-    stop = end if _owns(volume.layer, end - 1, size) else -(-end // sub_bytes) * sub_bytes
+    start = offset if _owns(layer, offset, size) else offset - offset % sub_bytes
+    stop = end if _owns(layer, end - 1, size) else -(-end // sub_bytes) * sub_bytes
     edges = [*volume.segments(start, offset - start), *volume.segments(end, stop - end)]
     overwritten = filled = allocated = blocks = 0
     for block in range(start // size, (stop - 1) // size + 1):
         first = max(start - block * size, 0) // sub_bytes
         last = min(stop - block * size - 1, size - 1) // sub_bytes
-        entry, touched = volume.layer.entry(block), (2 << last) - (1 << first)
+        entry, touched = layer.entry(block), (2 << last) - (1 << first)
         fresh = (touched & ~entry).bit_count()
         overwritten += (touched & entry).bit_count()
         if entry >> 32:
@@ -127,35 +126,38 @@ def _write(pool: Pool, name: str, offset: int, length: int) -> WritePlan:
         else:
             allocated += fresh
             blocks += 1
-    action = "allocate" if blocks else "fill" if filled else "overwrite"
-    why = _refusal(pool, name, action, blocks)
+    why = _refusal(volume, bool(filled or blocks), blocks)
+    action = "refused" if why else "allocate" if blocks else "fill" if filled else "overwrite"
     read = sum(length for position, length in edges if position >= 0)
-    action = "refused" if why else action
     return WritePlan(offset, length, action, overwritten, filled, allocated, blocks, read, why)
 
 
 def _owns(layer: Layer, offset: int, size: int) -> bool:
     """The subblock at `offset` is the layer's own data."""
     block, within = divmod(offset, size)
-    return bool(layer.entry(block) & FULL) and bool(layer.entry(block) >> within // (size // SUBBLOCKS) & 1)
+    return bool(layer.entry(block) >> within // (size // SUBBLOCKS) & 1)
 
 
-def _refusal(pool: Pool, name: str, action: str, blocks: int) -> str | None:
-    """Why such a write would be refused, or would have to wait; None: it would not."""
-    if pool.state.names[name].snapshot:
+def _refusal(volume: Volume, changes: bool, blocks: int) -> str | None:
+    """Why a write would be refused, or would have to wait; None: it would not.
+
+    `changes`: it changes the mapping. `blocks`: how many it needs.
+    """
+    pool = volume.pool
+    if volume.read_only:
         return "it is a snapshot, which never changes: clone it"
     if pool.failed is not None:
         return f"the pool is read-only: {pool.failed}"
-    if action != "overwrite" and pool.journal_low:
+    if changes and pool.journal_low:
         return JOURNAL_LOW
     if not blocks:
         return None
     try:
-        quota, kept = pool.limits.left(pool.state.names[name].layer) or (blocks, 0)
+        quota, kept = pool.limits.left(volume.layer.number) or (blocks, 0)
     except OverQuota as error:
         return str(error)
     if quota < blocks:
-        return f"its quota leaves {format_size(quota * pool.block_size)} (nbdthin quota {name} SIZE)"
+        return f"its quota leaves {format_size(quota * pool.block_size)} (nbdthin quota {volume.name} SIZE)"
     may_grow = pool.policy.auto_extend and not pool.data.is_device
     if pool.allocator.free - kept < blocks and not may_grow:
         return advised(KEPT if kept else POOL_FULL, pool)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nbdthin.pool.rows import Row
 
+KINDS = ("volume", "snapshot")
 DATA = "data"
 ZERO = "zero"  # trimmed, or zeroed, over what the layers below hold
 NOTHING = "nothing"  # of a layer: it leaves the subblock to its parent
@@ -54,7 +55,7 @@ class Explanation:
     state: str  # DATA, ZERO or UNWRITTEN
     layer: int | None  # whose data or zero it is; None for what nobody wrote
     owner: str | None  # the name of that layer, if it has one
-    depth: int  # layers between it and the volume's own, which is 0; None of them counts for what nobody wrote
+    depth: int  # layers above the one that says so, 0 for the volume's own; where none does, all but the lowest
     chain: int  # layers from the volume's own to the lowest
     lookup: str  # "own leaf", "shared leaf" (composed once) or "walk" (once: subblocks of several layers)
     layers: tuple[Look, ...]  # from the volume's own down to the one that knows

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from nbdthin.errors import Invalid
 from nbdthin.pool.layers import FULL, SUBBLOCKS, Layer, Words
 from nbdthin.pool.records import LEAF_BLOCKS
-from nbdthin.pool.views import MOST_CELLS, Cell, Map, Owner
+from nbdthin.pool.views import KINDS, MOST_CELLS, Cell, Map, Owner
 
 if TYPE_CHECKING:
     from nbdthin.pool.pool import Pool
+    from nbdthin.pool.volume import Volume
 
 LEAVES = 16  # gone over at once: 0.1 to 0.2 ms for each layer that has them
 INDEXED = 2048  # leaves noted at once
@@ -34,32 +35,27 @@ Numbers = npt.NDArray[np.int64]
 
 def survey(pool: Pool, name: str, cells: int) -> Generator[None, None, Map]:
     """The map of a volume or snapshot in up to `cells` cells, step by step. Raises NotFound or Invalid."""
-    row = pool.show(name)
+    volume = pool.volume(name)
     if not 1 <= cells <= MOST_CELLS:
         raise Invalid(f"a map has 1 to {MOST_CELLS} cells, not {cells}")
-    return _survey(_Survey(pool, name, row.size, cells), row.kind)
-
-
-def _survey(survey: _Survey, kind: str) -> Generator[None, None, Map]:
-    yield from survey.index()
-    leaves = sorted(survey.found)
-    for start in range(0, len(leaves), LEAVES):
-        yield from survey.go_over(leaves[start : start + LEAVES])
-    return survey.result(kind)
+    return _Survey(volume, cells).steps()
 
 
 class _Survey:
-    def __init__(self, pool: Pool, name: str, size: int, cells: int) -> None:
-        self._name = name
-        self._size = size
-        self._subblock = pool.block_size // SUBBLOCKS
-        self._count = -(-size // self._subblock)  # subblocks
+    """One survey, of what the volume is now."""
+
+    def __init__(self, volume: Volume, cells: int) -> None:
+        self._name = volume.name
+        self._kind = KINDS[volume.read_only]
+        self._size = volume.size
+        self._subblock = volume.pool.block_size // SUBBLOCKS
+        self._count = -(-self._size // self._subblock)  # subblocks
         self._chain: list[tuple[Layer, dict[int, array[int]]]] = []
-        node: Layer | None = pool.state.layers[pool.state.names[name].layer]
+        node: Layer | None = volume.layer
         while node is not None:
             self._chain.append((node, node.own.copy()))
             node = node.parent
-        self.found: dict[int, list[int]] = {}  # leaf -> the layers that have it, by their place in the chain
+        self._found: dict[int, list[int]] = {}  # leaf -> the layers that have it, by their place in the chain
         self._cell = 1  # subblocks
         while -(-self._count // self._cell) > cells:
             self._cell *= 2
@@ -73,19 +69,26 @@ class _Survey:
         self._last = (-2, 0, 0)  # the leaf before, its last block's physical one and that one's layer
         self._highest = 0  # subblocks
 
-    def index(self) -> Generator[None, None, None]:
+    def steps(self) -> Generator[None, None, Map]:
+        yield from self._index()
+        leaves = sorted(self._found)
+        for start in range(0, len(leaves), LEAVES):
+            yield from self._go_over(leaves[start : start + LEAVES])
+        return self._result()
+
+    def _index(self) -> Generator[None, None, None]:
         """Which layers have which leaf: asking each layer for each leaf would take depth times as long."""
         last = (self._count - 1) // _LEAF_SUBBLOCKS
         noted = 0
         for place, (_, own) in enumerate(self._chain):
             for leaf in own:
                 if leaf <= last:
-                    self.found.setdefault(leaf, []).append(place)
+                    self._found.setdefault(leaf, []).append(place)
                 noted += 1
                 if noted % INDEXED == 0:
                     yield
 
-    def go_over(self, leaves: list[int]) -> Generator[None, None, None]:
+    def _go_over(self, leaves: list[int]) -> Generator[None, None, None]:
         """Some leaves, ascending."""
         shape = (len(leaves), LEAF_BLOCKS)
         rest = np.full(shape, FULL, dtype=np.uint64)
@@ -97,7 +100,7 @@ class _Survey:
         most = np.zeros((len(leaves), self._cells_of_leaf), dtype=np.int64)
         owners = np.full_like(most, -1)
         counts: list[tuple[int, int, int]] = []  # leaf, place, subblocks
-        for place in sorted({place for leaf in leaves for place in self.found[leaf]}):
+        for place in sorted({place for leaf in leaves for place in self._found[leaf]}):
             own = self._chain[place][1]
             rows = [row for row, leaf in enumerate(leaves) if leaf in own and rest[row].any()]
             if not rows:
@@ -199,7 +202,7 @@ class _Survey:
             self._filled[self._tallied] = total
         self._tally.clear()
 
-    def result(self, kind: str) -> Map:
+    def _result(self) -> Map:
         self._end_tally()
         data, filled = self._data * self._subblock, self._filled * self._subblock
         highest = self._highest * self._subblock
@@ -217,7 +220,7 @@ class _Survey:
         cells = zip(self._owners.tolist(), filled.tolist(), strict=True)
         return Map(
             name=self._name,
-            kind=kind,
+            kind=self._kind,
             size=self._size,
             data=int(data.sum()),
             highest=highest,

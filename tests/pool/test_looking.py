@@ -6,6 +6,7 @@ import itertools
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_what_a_write_would_do_is_what_it_does(
     assert sum(was_read) == read
 
 
-def _noting(pool: Pool, was_read: list[int]):  # type: ignore[no-untyped-def]
+def _noting(pool: Pool, was_read: list[int]) -> Callable[..., None]:
     real = pool.data.read_segments
 
     def read_segments(segments: list[tuple[int, int]], view: memoryview, flags: int = 0) -> None:
