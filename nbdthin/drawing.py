@@ -227,7 +227,12 @@ def svg(shown: Map) -> str:
         f"<style>{_STYLE}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>',
         _line(_MARGIN, _MARGIN + _LINE // 2, summary(shown)),
-        _line(_MARGIN, _MARGIN + 3 * _LINE // 2, f"each square is {format_size(shown.cell)}, darker: fuller", "quiet"),
+        _line(
+            _MARGIN,
+            _MARGIN + 3 * _LINE // 2,
+            f"each square is {format_size(shown.cell)}, the paler the less data",
+            "quiet",
+        ),
         *(line for row in range(rows) for line in _row(shown, row, ranks, top + row * _CELL)),
     ]
     for number, (place, rank) in enumerate(named):
