@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 LEAVES = 16  # gone over at once: 0.1 to 0.2 ms for each layer that has them
 INDEXED = 2048  # leaves noted at once
 _LEAF_SUBBLOCKS = LEAF_BLOCKS * SUBBLOCKS
-_SIXTEEN, _THIRTY_TWO = np.uint64(16), np.uint64(32)
+_ONE = np.uint16(1)
 
+Masks = npt.NDArray[np.uint16]  # a bit a subblock
 Numbers = npt.NDArray[np.int64]
 
 
@@ -39,6 +40,43 @@ def survey(pool: Pool, name: str, cells: int) -> Generator[None, None, Map]:
     if not 1 <= cells <= MOST_CELLS:
         raise Invalid(f"a map has 1 to {MOST_CELLS} cells, not {cells}")
     return _Survey(volume, cells).steps()
+
+
+class _Part:
+    """Some leaves, and what is known of their blocks after some layers of the chain."""
+
+    def __init__(self, leaves: list[int]) -> None:
+        shape = (len(leaves), LEAF_BLOCKS)
+        self.leaves = leaves
+        self.rest = np.full(shape, FULL, dtype=np.uint16)  # subblocks that no layer has said anything of
+        # Of each block, where its first and its last subblock are: the physical block, 0 for none, and whose it is.
+        self.first, self.last = np.zeros(shape, dtype=np.uint32), np.zeros(shape, dtype=np.uint32)
+        self.first_owner, self.last_owner = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
+        self._shown = np.zeros(shape, dtype=np.uint16)
+
+    def show(self, place: int, which: slice | list[int], entries: Words) -> Masks:
+        """The next layer of the chain, at `place`, has `entries` in some of the leaves: what it shows of them."""
+        fields = entries.view(np.uint16).reshape(-1, LEAF_BLOCKS, 4)  # data, zeroes, physical block
+        masks, rest = fields[:, :, 0], self.rest[which]
+        data: Masks = masks & rest
+        self.rest[which] = rest & ~(masks | fields[:, :, 1])
+        self._shown[which] |= data
+        physical = entries.view(np.uint32).reshape(-1, LEAF_BLOCKS, 2)[:, :, 1]
+        for at, owners, bit in ((self.first, self.first_owner, 1), (self.last, self.last_owner, 1 << SUBBLOCKS - 1)):
+            there = data & np.uint16(bit) != 0
+            at[which] = np.where(there, physical, at[which])
+            owners[which] = np.where(there, np.int32(place), owners[which])
+        return data
+
+    def highest(self) -> int | None:
+        """The number of the subblock behind the last one with data."""
+        for row in reversed(range(len(self.leaves))):
+            blocks = np.flatnonzero(self._shown[row])
+            if len(blocks):
+                block = int(blocks[-1])
+                mask = int(self._shown[row, block])
+                return self.leaves[row] * _LEAF_SUBBLOCKS + block * SUBBLOCKS + mask.bit_length()
+        return None
 
 
 class _Survey:
@@ -90,94 +128,72 @@ class _Survey:
 
     def _go_over(self, leaves: list[int]) -> Generator[None, None, None]:
         """Some leaves, ascending."""
-        shape = (len(leaves), LEAF_BLOCKS)
-        rest = np.full(shape, FULL, dtype=np.uint64)
-        self._cut(leaves, rest)
-        shown = np.zeros(shape, dtype=np.uint64)
-        # Of each block, where its first and its last subblock are: the physical block, 0 for none, and whose it is.
-        first, last = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        first_owner, last_owner = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        part = _Part(leaves)
+        self._cut(part)
         most = np.zeros((len(leaves), self._cells_of_leaf), dtype=np.int64)
-        owners = np.full_like(most, -1)
+        owners, filled = np.full_like(most, -1), np.zeros_like(most)
         counts: list[tuple[int, int, int]] = []  # leaf, place, subblocks
         for place in sorted({place for leaf in leaves for place in self._found[leaf]}):
             own = self._chain[place][1]
-            rows = [row for row, leaf in enumerate(leaves) if leaf in own and rest[row].any()]
-            if not rows:
-                continue
+            rows = [row for row, leaf in enumerate(leaves) if leaf in own]
             entries = np.frombuffer(b"".join(own[leaves[row]] for row in rows), dtype=np.uint64)
-            entries = entries.reshape(-1, LEAF_BLOCKS)
-            data = entries & rest[rows]
-            rest[rows] &= ~(entries | entries >> _SIXTEEN)
-            shown[rows] |= data
-            physical = (entries >> _THIRTY_TWO).astype(np.int64)
-            begins, ends = data & 1 != 0, data >> np.uint64(SUBBLOCKS - 1) != 0
-            first[rows] = np.where(begins, physical, first[rows])
-            last[rows] = np.where(ends, physical, last[rows])
-            first_owner[rows] = np.where(begins, place, first_owner[rows])
-            last_owner[rows] = np.where(ends, place, last_owner[rows])
-            self._data[place] += int(np.bitwise_count(data).sum())
-            self._runs[place] += int(np.bitwise_count(data & ~(data << np.uint64(1))).sum())
+            which = slice(None) if len(rows) == len(leaves) else rows
+            data = part.show(place, which, entries)
             inside = self._by_cell(data)
+            self._data[place] += int(inside.sum())
+            self._runs[place] += int(np.bitwise_count(data & ~(data << _ONE)).sum())
+            filled[which] += inside
             if self._cell > _LEAF_SUBBLOCKS:
                 counts += [(leaves[row], place, count) for row, count in zip(rows, inside[:, 0].tolist(), strict=True)]
             else:
-                more = inside > most[rows]
-                most[rows] = np.where(more, inside, most[rows])
-                owners[rows] = np.where(more, place, owners[rows])
+                more = inside > most[which]
+                most[which] = np.where(more, inside, most[which])
+                owners[which] = np.where(more, place, owners[which])
             yield
-        self._join(leaves, first, last, first_owner, last_owner)
-        self._note_highest(leaves, shown)
+        self._join(part)
+        if (highest := part.highest()) is not None:
+            self._highest = highest
         if self._cell > _LEAF_SUBBLOCKS:
             self._add_up(sorted(counts))
         else:
-            self._place_cells(leaves, owners, self._by_cell(shown))
-        yield
+            self._place_cells(leaves, owners, filled)
 
-    def _cut(self, leaves: list[int], rest: Words) -> None:
+    def _cut(self, part: _Part) -> None:
         """Nothing lies behind the end."""
-        base = leaves[-1] * _LEAF_SUBBLOCKS
+        base = part.leaves[-1] * _LEAF_SUBBLOCKS
         if base + _LEAF_SUBBLOCKS > self._count:
             block, sub = divmod(self._count - base, SUBBLOCKS)
-            rest[-1, block] = (1 << sub) - 1
-            rest[-1, block + 1 :] = 0
+            part.rest[-1, block] = (1 << sub) - 1
+            part.rest[-1, block + 1 :] = 0
 
     @property
     def _cells_of_leaf(self) -> int:
         return max(_LEAF_SUBBLOCKS // self._cell, 1)
 
-    def _by_cell(self, data: Words) -> Numbers:
+    def _by_cell(self, data: Masks) -> Numbers:
         """Subblocks with data of each leaf's cells: a row a leaf."""
         if self._cell >= SUBBLOCKS:
             parts = data.reshape(len(data), self._cells_of_leaf, -1)
         else:
-            shifts = np.arange(0, SUBBLOCKS, self._cell, dtype=np.uint64)
-            parts = data[:, :, np.newaxis] >> shifts & np.uint64((1 << self._cell) - 1)
+            shifts = np.arange(0, SUBBLOCKS, self._cell, dtype=np.uint16)
+            parts = data[:, :, np.newaxis] >> shifts & np.uint16((1 << self._cell) - 1)
             parts = parts.reshape(len(data), -1, 1)
         counts: Numbers = np.bitwise_count(parts).sum(axis=2, dtype=np.int64)
         return counts
 
-    def _join(
-        self, leaves: list[int], first: Numbers, last: Numbers, first_owner: Numbers, last_owner: Numbers
-    ) -> None:
+    def _join(self, part: _Part) -> None:
         """Runs that go on from one block to the next were counted in each."""
         leaf, physical, owner = self._last
-        ends = np.concatenate(([physical if leaf + 1 == leaves[0] else 0], last.ravel()[:-1]))
-        owners = np.concatenate(([owner], last_owner.ravel()[:-1]))
-        jumps = np.flatnonzero(np.diff(leaves) != 1) + 1
-        ends[jumps * LEAF_BLOCKS] = 0
-        goes_on = (ends != 0) & (first.ravel() == ends + 1)
-        same = goes_on & (owners == first_owner.ravel())
-        self._runs -= np.bincount(owners[same], minlength=len(self._runs))
-        self._joined += int(np.count_nonzero(goes_on & ~same))
-        self._last = (leaves[-1], int(last[-1, -1]), int(last_owner[-1, -1]))
-
-    def _note_highest(self, leaves: list[int], shown: Words) -> None:
-        places = np.flatnonzero(shown.ravel())
-        if len(places):
-            row, block = divmod(int(places[-1]), LEAF_BLOCKS)
-            mask = int(shown[row, block])
-            self._highest = leaves[row] * _LEAF_SUBBLOCKS + block * SUBBLOCKS + mask.bit_length()
+        first, last = part.first.ravel(), part.last.ravel()
+        goes_on = np.empty(len(first), dtype=np.bool_)
+        goes_on[1:] = (first[1:] == last[:-1] + 1) & (last[:-1] != 0)
+        goes_on[0] = leaf + 1 == part.leaves[0] and physical != 0 and first[0] == physical + 1
+        goes_on[(np.flatnonzero(np.diff(part.leaves) != 1) + 1) * LEAF_BLOCKS] = False
+        before = np.concatenate((np.array([owner], dtype=np.int32), part.last_owner.ravel()[:-1]))
+        same = goes_on & (before == part.first_owner.ravel())
+        self._runs -= np.bincount(before[same], minlength=len(self._runs))
+        self._joined += int(np.count_nonzero(goes_on)) - int(np.count_nonzero(same))
+        self._last = (part.leaves[-1], int(last[-1]), int(part.last_owner[-1, -1]))
 
     def _place_cells(self, leaves: list[int], owners: Numbers, filled: Numbers) -> None:
         for row, leaf in enumerate(leaves):

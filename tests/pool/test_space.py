@@ -90,6 +90,24 @@ def test_provisioned_blocks_count_for_who_owns_them(volume: Pool) -> None:
     assert blocks(volume, "v") == (5, 1, 4)
 
 
+def test_many_blocks_of_several_layers_count_once_for_each_layer_that_shows_some(pool: Pool) -> None:
+    pool.create("v", 8 * MiB)
+    pool.volume("v").write(0, pattern(40 * BLOCK))
+    for number, count in enumerate((30, 25, 20)):
+        pool.snapshot("v", f"s{number}")
+        for block in range(count):
+            pool.volume("v").write(block * BLOCK + number * SUB, pattern(SUB, block))
+    assert [blocks(pool, name)[0] for name in ("s0", "s1", "s2", "v")] == [40, 70, 95, 115]
+    for block in range(18):  # what the first of them wrote is hidden, with what the last wrote
+        pool.volume("v").trim(block * BLOCK, SUB)
+    assert blocks(pool, "v")[0] == 115 - 18
+    pool.snapshot("v", "s3")
+    pool.clone("s3", "c")
+    for block in range(17):
+        pool.volume("c").write(block * BLOCK, pattern(BLOCK))
+    assert blocks(pool, "c")[0] == 115 - 18 - 17 * 3 + 17
+
+
 def test_reading_changes_no_figure(volume: Pool) -> None:
     volume.snapshot("v", "s")
     volume.volume("v").write(0, pattern(SUB))
