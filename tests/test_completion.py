@@ -96,6 +96,7 @@ def test_options_are_those_of_the_verb_and_take_their_values() -> None:
 def test_the_daemon_that_is_named_on_the_line_is_asked(tmp_path: Path) -> None:
     assert words("--socket", str(tmp_path / "no"), "show", "") == []
     assert words("show", "--socket", str(tmp_path / "no"), "") == []
+    assert words("show", f"--socket={tmp_path}/no", "") == []
 
 
 def test_without_a_daemon_there_are_no_names_and_no_complaint(tmp_path: Path) -> None:

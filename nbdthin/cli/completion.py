@@ -112,6 +112,8 @@ def candidates(parser: ArgumentParser, words: Sequence[str]) -> list[Candidate]:
         if option is not None:
             path = word if option.dest == "socket" else path
             option = None
+        elif word.startswith("--socket="):
+            path = word.partition("=")[2]
         elif word.startswith("-"):
             found = parser._option_string_actions.get(word)
             option = found if found is not None and found.nargs != 0 else None

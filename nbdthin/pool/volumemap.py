@@ -134,6 +134,8 @@ class _Survey:
         owners, filled = np.full_like(most, -1), np.zeros_like(most)
         counts: list[tuple[int, int, int]] = []  # leaf, place, subblocks
         for place in sorted({place for leaf in leaves for place in self._found[leaf]}):
+            if not part.rest.any():  # the layers above hide the others
+                break
             own = self._chain[place][1]
             rows = [row for row, leaf in enumerate(leaves) if leaf in own]
             entries = np.frombuffer(b"".join(own[leaves[row]] for row in rows), dtype=np.uint64)
