@@ -20,17 +20,15 @@ from nbdthin.errors import Error
 PATIENCE = 1.0  # seconds for a daemon's answer
 FILES = "/"  # instead of words: the shell knows better
 
-# By metavar. Names that are not there yet nobody can complete.
+# By metavar: the kind of the names, None for both. Names that are not there yet nobody can complete.
 _NAMES = {
-    "NAME": None,
-    "OLD": None,
-    "VOLUME": "volume",
-    "SNAPSHOT": "snapshot",
-    "BEFORE": "snapshot",
-    "AFTER": "snapshot",
+    **dict.fromkeys(("NAME", "OLD", "NAME_OR_URI", "NAME_OR_PATH")),
+    **dict.fromkeys(("VOLUME", "CONTAINER"), "volume"),
+    **dict.fromkeys(("SNAPSHOT", "BEFORE", "AFTER"), "snapshot"),
 }
-_FILES = {"ARCHIVE", "DEVICE", "DIR", "FILE", "FILE_OR_DEVICE", "PATH", "POOL"}
-_MAKES = {"create", "snapshot", "clone"}  # the NAME of these is new
+_FILES = set("ARCHIVE DEVICE DIR DIR_OR_NAME FILE FILE_OR_DEVICE FILE_OR_DIR PATH POOL XML".split())
+_MAKES = {"create", "snapshot", "clone", "import", "receive", "base create", "container create"}  # their NAME is new
+_BENEATH = {"base": "base/", "container": "container/"}  # the names of these verbs' NAME, which leave that out
 
 BASH = r"""# bash: source <(nbdthin completion bash)
 _nbdthin() {
@@ -161,7 +159,9 @@ def _values(action: Action, verb: str, given: Sequence[str], path: str, current:
     elif metavar in _FILES:
         yield Candidate(FILES)
     elif metavar in _NAMES and not (metavar == "NAME" and verb in _MAKES) and not _verb(verb).offline:
-        yield from (Candidate(name) for name in _names(path, current, _NAMES[metavar]) if name not in given)
+        beneath = _BENEATH.get(metavar.lower() if metavar == "CONTAINER" else verb.partition(" ")[0], "")
+        names = (name.removeprefix(beneath) for name in _names(path, beneath + current, _NAMES[metavar]))
+        yield from (Candidate(name) for name in names if name not in given)
 
 
 def _verb(name: str) -> Verb:
