@@ -203,7 +203,8 @@ async def _remove_by_force(daemon: Daemon, names: Sequence[str], commands: Seque
 # -- queries
 
 
-def _list(daemon: Daemon, arguments: List) -> list[Export]:
+async def _list(daemon: Daemon, arguments: List) -> list[Export]:
+    await looking.prepare(daemon)
     wanted = arguments.labels.items()
     return [daemon.export(row) for row in daemon.live.pool.list() if wanted <= row.labels.items()]
 

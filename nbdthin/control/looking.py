@@ -68,6 +68,14 @@ async def disk_use(daemon: Daemon, arguments: DuArguments) -> DiskUse:
     return await _in_turns(du.disk_use(daemon.live.pool, arguments.names))
 
 
+async def prepare(daemon: Daemon) -> None:
+    """Have at hand what figures of all names need, so that they take little time at once."""
+    from nbdthin.pool import space
+
+    state = daemon.live.pool.state
+    await _in_turns(space.prepare([state.layers[row.layer] for row in state.names.values()]))
+
+
 def names(daemon: Daemon, arguments: NamesArguments) -> list[str]:
     """Without any figures: for who completes a name while it is typed."""
     if arguments.kind not in (None, *KINDS):

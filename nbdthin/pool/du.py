@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbdthin.errors import NotFound
-from nbdthin.pool import merge
+from nbdthin.pool import merge, space
 from nbdthin.pool.layers import FULL, MIXED, State, Words
 from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.views import DiskUse
@@ -44,6 +44,8 @@ def _disk_use(pool: Pool, names: list[str], every: bool) -> Generator[None, None
     removal, pending = None if every else _Draft(pool.state, names), _Draft(pool.state, ())
     rows = []
     for name in names:
+        if name in pool.state.names:
+            yield from space.prepare([pool.state.layers[pool.state.names[name].layer]])
         if name in pool.state.names:
             rows.append(pool.show(name))
         yield

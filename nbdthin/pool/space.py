@@ -7,7 +7,7 @@ without a name. Both are sums over leaves; what cannot have changed is remembere
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Generator, Iterable, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,22 @@ _WORTH_NUMPY = 16  # mixed blocks of a leaf from which on walking the layers for
 def referenced(layer: Layer) -> int:
     """Blocks that reads of `layer` touch, and blocks it owns without data."""
     return _visible(layer) + sum(_leaf(layer, leaf)[1] for leaf in layer.own)
+
+
+def prepare(layers: Iterable[Layer]) -> Generator[None, None, None]:
+    """Work out, in steps, what `referenced` remembers of each leaf: 0.4 s for a TiB that nobody asked about yet.
+
+    The mapping may change between any two.
+    """
+    for layer in layers:
+        node: Layer | None = layer
+        while node is not None and (node.head or _VISIBLE not in node.referenced):
+            for leaf in list(node.own):
+                if leaf in node.own and leaf not in node.referenced:
+                    _leaf(node, leaf)
+                    yield
+            node = node.parent
+        yield
 
 
 def _visible(layer: Layer) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdthin.pool import merge
+from nbdthin.pool import merge, space
 from nbdthin.pool.pool import Pool
 from nbdthin.units import MiB
 
@@ -177,3 +177,25 @@ def test_the_names_of_a_pool_need_all_of_its_blocks(volume: Pool) -> None:
         volume.remove(name)
         assert before - volume.info().data_used == promised, name
     assert volume.info().data_used == 0
+
+
+def test_figures_prepared_in_steps_are_right_whatever_happens_between_them(pools: Pools) -> None:
+    pool = over_leaves(pools.make(autocommit=False), 6, "s")
+    over = [pool.volume("v").layer, pool.volume("s").layer]
+    for leaf in range(6):
+        pool.volume("v").write(leaf * LEAF + BLOCK, pattern(BLOCK, leaf))
+    for number, _ in enumerate(space.prepare(over)):
+        match number:
+            case 1:
+                pool.volume("v").write(0, pattern(SUB))
+            case 2:
+                pool.volume("v").trim(3 * LEAF, LEAF)
+            case 4:
+                pool.snapshot("v", "s2")
+            case 6:
+                pool.remove("s")
+                pool.commit()
+                pool.merge_all()
+    assert [(row.name, row.referenced // BLOCK) for row in pool.list()] == [("s2", 10), ("v", 10)]
+    before = pool.list()
+    assert pools.reopen(pool).list() == before
