@@ -478,7 +478,10 @@ def test_the_command_shows_and_ends_what_is_deferred(daemon: Daemon) -> None:
         (row,) = json.loads(nbdthin_run("ls", "--deferred", "--json"))
         assert (row["open_count"], row["uri"], row["read_only"]) == (1, None, False)
         assert "Deferred: 1 removed and not yet freed, 64 KiB (65536 bytes)" in nbdthin_run("info")
-        assert nbdthin_run("tree") == ""
+        assert "web" not in nbdthin_run("tree")
+        assert row["name"] in nbdthin_run("du"), "it is part of what the pool holds"
+        with daemon.connect() as pool:
+            assert pool.names() == []
         assert "web~" in nbdthin_run("show", row["name"])
         assert nbdthin_run("rm", "--force", row["name"]) == ""
         assert client.closed()
