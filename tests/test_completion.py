@@ -102,7 +102,7 @@ def test_verbs_of_two_words_know_their_own_names_without_what_is_before_them(
 
 @pytest.mark.usefixtures("asked")
 def test_options_are_those_of_the_verb_and_take_their_values() -> None:
-    assert words("rm", "--") == ["--help", "--json", "--socket", "--force"]
+    assert words("rm", "--") == ["--help", "--json", "--socket", "--force", "--deferred", "--if-exists"]
     assert words("rm", "--force", "--f") == []
     assert words("ls", "--label", "a=b", "--l") == ["--label"], "it may be repeated"
     assert words("scrub", "--rate", "") == [] and words("scrub", "--rate", "1M", "gol") == ["golden/base"]
