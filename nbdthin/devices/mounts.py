@@ -21,9 +21,19 @@ _MAGIC: tuple[tuple[FileSystem, int, bytes], ...] = (
 )
 # Options that are flags of mount(2); all others are the file system's own.
 _FLAGS = {
-    **{"rw": 0, "defaults": 0, "ro": 1 << 0, "nosuid": 1 << 1, "nodev": 1 << 2, "noexec": 1 << 3, "sync": 1 << 4},
-    **{"dirsync": 1 << 7, "noatime": 1 << 10, "nodiratime": 1 << 11, "relatime": 1 << 21, "strictatime": 1 << 24},
-    **{"lazytime": 1 << 25},
+    "defaults": 0,
+    "rw": 0,
+    "ro": 1 << 0,
+    "nosuid": 1 << 1,
+    "nodev": 1 << 2,
+    "noexec": 1 << 3,
+    "sync": 1 << 4,
+    "dirsync": 1 << 7,
+    "noatime": 1 << 10,
+    "nodiratime": 1 << 11,
+    "relatime": 1 << 21,
+    "strictatime": 1 << 24,
+    "lazytime": 1 << 25,
 }
 _MNT_DETACH = 2
 

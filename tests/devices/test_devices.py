@@ -113,6 +113,27 @@ def test_where_no_server_is_nothing_is_left(pool: nbdthin.Client, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
+def test_a_device_that_was_detached_by_hand_is_forgotten_and_its_successor_left_alone(
+    pool: nbdthin.Client, tmp_path: Path
+) -> None:
+    pool.create("v", MiB)
+    device = devices.attach(pool, "v")
+    subprocess.run([need("losetup"), "-d", device.path], check=True)
+    (tmp_path / "another").write_bytes(bytes(MiB))
+    subprocess.run(["losetup", device.path, tmp_path / "another"], check=True)
+    with open(device.path, "rb") as other:
+        devices.detach("v")
+        assert other.read(512) == bytes(512)
+    subprocess.run(["losetup", "-d", device.path], check=True)
+
+
+@pytest.mark.parametrize("connections", [0, -1, 65])
+def test_a_device_has_a_number_of_connections(connections: int, pool: nbdthin.Client) -> None:
+    pool.create("v", MiB)
+    with pytest.raises(Invalid, match=f"1 to 64 connections, not {connections}"):
+        devices.attach(pool, "v", connections=connections)
+
+
 def test_loop_devices_do_not_cache_what_their_users_do(pool: nbdthin.Client) -> None:
     pool.create("v", MiB)
     device = devices.attach(pool, "v")
