@@ -48,7 +48,8 @@ def what_is_left() -> list[str]:
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):  # another's, which has just been detached
             lines.append(f"{backing}: {backing.read_text()}")
-    return [*(line for line in lines if str(run) in line), *(str(path) for path in run.glob("*/*")), *(f"process {pid}" for pid in nbdfuse_processes())]
+    lines += map(str, run.glob("*/*"))
+    return [*(line for line in lines if str(run) in line), *(f"process {pid}" for pid in nbdfuse_processes())]
 
 
 def nbdfuse_processes() -> list[int]:
