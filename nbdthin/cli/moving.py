@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -66,6 +67,20 @@ def _export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace FILE, or overwrite a device")
 
 
+def _send_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("snapshot", nargs="?", metavar="SNAPSHOT")
+    parser.add_argument("--from", dest="base", metavar="SNAPSHOT", help="send what differs from this one")
+    parser.add_argument("--resume", metavar="TOKEN", help="in place of SNAPSHOT: what an interrupted receive has not")
+    parser.add_argument("--output", metavar="FILE", type=path_argument, help="instead of stdout")
+    parser.add_argument("--level", type=int, default=1, metavar="N", help="of zstd, 1 to 19 (default: %(default)s)")
+
+
+def _receive_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--input", metavar="FILE", type=path_argument, help="instead of stdin")
+    parser.add_argument("--resume-token", action="store_true", help="print what `send --resume` is to go on with")
+
+
 def _stdin() -> io.BufferedIOBase:
     if sys.stdin is None:
         raise Invalid("stdin is closed: nothing can be read from it")
@@ -110,7 +125,57 @@ def _export(arguments: Namespace) -> dict[str, str] | None:
     return {"exported": arguments.file}
 
 
+def _send(arguments: Namespace) -> dict[str, int] | None:
+    from nbdthin.moving.files import about, replacing
+    from nbdthin.moving.sending import Sent, resume, send
+
+    if (arguments.snapshot is None) == (arguments.resume is None):
+        raise Invalid("say either which SNAPSHOT to send or what to --resume")
+    if arguments.resume is not None and arguments.base is not None:
+        raise Invalid("a token to --resume says itself what the stream is the difference to")
+    if not 1 <= arguments.level <= 19:
+        raise Invalid(f"not a level of zstd: {arguments.level} (1 to 19)")
+
+    def write(output: io.BufferedIOBase) -> Sent:
+        if arguments.resume is not None:
+            return resume(pool, arguments.resume, output, level=arguments.level, progress=bar)
+        return send(pool, arguments.snapshot, output, base=arguments.base, level=arguments.level, progress=bar)
+
+    with connect(arguments) as pool, Bar(f"send {arguments.snapshot or ''}", arguments) as bar:
+        if arguments.output is None:
+            write(_stdout())
+            return None
+        path = Path(arguments.output)
+        with replacing(path, force=False) as partial, open(partial, "xb") as file, about(path):
+            sent = write(file)
+            os.fsync(file.fileno())
+    return {"data": sent.data, "stream": sent.stream}
+
+
+def _receive(arguments: Namespace) -> Export | dict[str, str]:
+    from nbdthin.moving.receiving import receive, resume_token
+
+    name = arguments.name
+    with connect(arguments) as pool:
+        if arguments.resume_token:
+            return {"token": resume_token(pool, name)}
+        with Bar(f"receive {name}", arguments) as bar:
+            if arguments.input is None:
+                return receive(pool, name, _stdin(), where="stdin", progress=bar)
+            with open(arguments.input, "rb") as file:
+                return receive(pool, name, file, where=arguments.input, progress=bar)
+
+
+def _show_received(received: Export | dict[str, str]) -> None:
+    if isinstance(received, Export):
+        display.show_uri(received)
+    else:
+        print(received["token"])
+
+
 VERBS: dict[str, Verb] = {
     "import": Verb("a new volume from a file", _import_arguments, _import, display.show_uri),
     "export": Verb("a file from a volume or snapshot", _export_arguments, _export),
+    "send": Verb("a snapshot, or what it differs in from another, as a stream", _send_arguments, _send),
+    "receive": Verb("a snapshot from a stream", _receive_arguments, _receive, _show_received),
 }
