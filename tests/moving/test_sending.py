@@ -19,7 +19,7 @@ from nbdthin.moving import receiving
 from nbdthin.moving.identity import LABEL
 from nbdthin.moving.receiving import TOKEN, receive, resume_token
 from nbdthin.moving.sending import resume, send
-from nbdthin.units import GiB, KiB, MiB, TiB
+from nbdthin.units import KiB, MiB, TiB
 from tests.clients.daemon import Daemon, nbdthin_command, running
 
 from .conftest import content, disk, holes, names, refused, said
@@ -90,7 +90,7 @@ def test_differences_arrive_on_top_of_each_other(web: nbdthin.Client, other: nbd
 
 
 def test_a_difference_holds_what_differs_and_nothing_else(pool: nbdthin.Client, other: nbdthin.Client) -> None:
-    pool.create("disk", GiB)
+    pool.create("disk", 64 * MiB)
     with disk(pool, "disk") as each:
         each.write(0, random.Random(1).randbytes(8 * MiB))
         pool.snapshot("disk", "disk@1")
