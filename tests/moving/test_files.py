@@ -363,10 +363,23 @@ def test_a_full_file_system_below_an_export_is_one_line_and_leaves_nothing(
     run("mount", "-t", "tmpfs", "-o", "size=4m", "none", small)
     try:
         assert refused(served, "export", "disk", small / "out") == f"{small}/out: No space left on device"
-        assert "No space left" in refused(served, "export", "disk", small / "out", "--format", "qcow2")
+        image = refused(served, "export", "disk", small / "out", "--format", "qcow2")
+        assert image.startswith(f"no space is left to write '{small}/out'")
         assert list(small.iterdir()) == []
     finally:
         run("umount", small)
+
+
+def test_any_name_of_a_file_will_do(served: Daemon, pool: nbdthin.Client, tmp_path: Path) -> None:
+    expected = sparse(tmp_path / "in")
+    said(served, "import", tmp_path / "in", "disk")
+    for name in ("nbd:x", "a, b='c' %20?", "ä\n", os.fsdecode(b"\xff\xfe")):
+        path = tmp_path / name
+        said(served, "export", "disk", path, "--format", "qcow2")
+        said(served, "import", path, "again")
+        assert content(pool, "again") == expected
+        assert "exists already" in refused(served, "export", "disk", path)
+        pool.remove("again")
 
 
 def test_progress_counts_the_data(served: Daemon, pool: nbdthin.Client, tmp_path: Path) -> None:
