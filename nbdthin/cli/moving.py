@@ -86,6 +86,8 @@ def _receive_arguments(parser: ArgumentParser) -> None:
 def _stdin() -> io.BufferedIOBase:
     if sys.stdin is None:
         raise Invalid("stdin is closed: nothing can be read from it")
+    if sys.stdin.isatty():
+        raise Invalid("stdin is a terminal: name a file, or put a pipe before it")
     return cast(io.BufferedIOBase, sys.stdin.buffer)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ def export_file(
 
     A volume that changes meanwhile is no good copy: snapshot it. Raises Error, OSError.
     """
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(pool.info().pool.path)):
+        raise Invalid(f"{path} is inside the pool: an export goes elsewhere")
     with connected(pool, name) as disk:
         kind = stat.S_IFMT(path.stat().st_mode) if path.exists() else stat.S_IFREG
         if kind not in (stat.S_IFREG, stat.S_IFDIR) and format != "raw":

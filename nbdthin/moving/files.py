@@ -128,6 +128,8 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
         raise Invalid(f"{path} is a directory")
     if final.exists() and not force:
         raise Exists(f"{path} exists already (--force replaces it)")
+    if not final.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     partial = final.with_name(f".nbdthin-{secrets.token_hex(8)}")
     try:
         yield partial

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from nbdthin import nbd
 from nbdthin.addresses import UnixAddress
@@ -81,19 +81,24 @@ def opened(image: Image, *, writable: bool = False, name: str = "") -> Iterator[
         try:
             with _connected(process, UnixAddress(Path(path)).uri(name)) as disk:
                 yield disk
-            status = process.wait(PATIENCE)  # it ends with its last client
-        except Unreachable as error:
-            process.terminate()
-            process.wait()
-            said.seek(0)
-            raise Error(f"{name}: {_last_line(said.read()) or error}") from error
-        except BaseException:
-            process.terminate()
-            process.wait()
+            _check_end(process, said, name)  # it ends with its last client
+        except Unreachable:
+            _check_end(process, said, name)  # or is not what was lost
             raise
-        if status:
-            said.seek(0)
-            raise Error(f"{name}: {_last_line(said.read()) or f'qemu-nbd ended with status {status}'}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _check_end(process: subprocess.Popen[bytes], said: IO[bytes], name: str) -> None:
+    """Raises Error where qemu-nbd fails, with what it says of it."""
+    try:
+        status = process.wait(PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise Error(f"{name}: qemu-nbd has not finished it after {PATIENCE} s") from error
+    if status:
+        said.seek(0)
+        raise Error(f"{name}: {_last_line(said.read()) or f'qemu-nbd ended with status {status}'}")
 
 
 def _connected(process: subprocess.Popen[bytes], uri: str) -> nbd.Disk:

@@ -189,6 +189,7 @@ def test_a_device_is_read_and_overwritten(served: Daemon, pool: nbdthin.Client, 
         (("export", "nobody", "out"), "no volume or snapshot 'nobody'"),
         (("export", "taken", "."), "is a directory"),
         (("export", "taken", "no/where"), "No such file or directory"),
+        (("export", "taken", "no/where", "--format", "qcow2"), "no/where: No such file or directory"),
         (("export", "taken", "out", "--format", "wrong"), "wrong"),
         (("export", "taken", "-", "--format", "qcow2"), "raw"),
     ],
@@ -312,6 +313,23 @@ def test_two_imports_of_one_name_do_not_disturb_each_other(
         process.stdin.close()
         assert process.wait() == 0
     assert content(pool, "disk") == b"\1" * 4 * MiB
+
+
+def test_an_export_does_not_go_into_the_pool(served: Daemon, pool: nbdthin.Client) -> None:
+    pool.create("disk", MiB)
+    for path in (served.pool / "data", served.pool / "journal/x"):
+        assert "inside the pool" in refused(served, "export", "disk", path, "--force")
+    assert content(pool, "disk") == bytes(MiB)
+
+
+def test_without_qemu_raw_files_come_in_all_the_same(
+    served: Daemon, pool: nbdthin.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse(tmp_path / "in")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refused(served, "import", tmp_path / "in", "disk").startswith("qemu-img is missing (apt-get install")
+    said(served, "import", tmp_path / "in", "disk", "--format", "raw")
+    assert refused(served, "export", "disk", tmp_path / "out", "--format", "qcow2").startswith("qemu-img is missing")
 
 
 def test_a_full_pool_is_one_line_and_the_space_comes_back(tmp_path: Path) -> None:
