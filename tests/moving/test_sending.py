@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import nbdthin
-from nbdthin.errors import Corrupt, Error, Exists, InUse, Invalid, NoSpace, NotFound
+from nbdthin.errors import Corrupt, Error, Exists, InUse, Invalid, NoSpace, NotFound, PoolFailed
 from nbdthin.moving import receiving
 from nbdthin.moving.identity import LABEL
 from nbdthin.moving.receiving import TOKEN, receive, resume_token
@@ -368,14 +368,27 @@ def test_a_write_that_fails_is_not_counted_as_come(tmp_path: Path, large: nbdthi
             same(large, "large@1", pool, "copy")
 
 
-def test_a_pool_that_cannot_keep_an_identity_sends_all_the_same(web: nbdthin.Client, other: nbdthin.Client) -> None:
-    labels = {f"label{number}": "x" for number in range(64)}
-    web.label("web@1", {"number": None, **labels})
+def test_the_label_of_an_identity_needs_its_place(web: nbdthin.Client, other: nbdthin.Client) -> None:
+    web.label("web@1", {f"label{number}": "x" for number in range(63)})
     with pytest.raises(Invalid, match="too many labels"):
         sent(web, "web@1")
     web.label("web@1", {"label0": None})
     received(other, "copy", sent(web, "web@1"))
     same(web, "web@1", other, "copy")
+
+
+def test_a_pool_that_can_keep_nothing_any_more_sends_all_the_same(
+    web: nbdthin.Client, other: nbdthin.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PoolFailed("the disk refused a sync")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nbdthin.Client, "label", refuse)
+        data = sent(web, "web@1")
+    received(other, "copy", data)
+    assert content(other, "copy") == content(web, "web@1")
+    assert LABEL not in web.show("web@1").labels
 
 
 def test_how_far_it_has_come_is_kept_on_the_way(
