@@ -236,6 +236,17 @@ def test_what_cannot_be_mounted_is_one_line_and_nothing_is_left(pool: nbdthin.Cl
         devices.mount(pool, "v", directory / "none")
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_what_a_dead_tool_has_frozen_is_unmounted(kind: str, pool: nbdthin.Client, directory: Path) -> None:
+    make_file_system(pool, "v", kind)
+    devices.mount(pool, "v", directory)
+    subprocess.run([need("fsfreeze"), "--freeze", directory], check=True)
+    devices.unmount("v")
+    devices.mount(pool, "v", directory)
+    (directory / "file").touch()
+    devices.unmount("v")
+
+
 # -- a server that goes away
 
 
