@@ -27,7 +27,9 @@ def _mount_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME_OR_URI")
     parser.add_argument("directory", metavar="DIR", type=path_argument)
     parser.add_argument("--read-only", action="store_true", help="it cannot be written")
-    parser.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS", help="as of mount(8)")
+    parser.add_argument(
+        "-o", dest="options", action="append", default=[], metavar="OPTIONS", help="for the mount, with commas"
+    )
 
 
 def _attach(arguments: Namespace) -> Device | dict[str, list[str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Sequence
@@ -21,11 +23,22 @@ _MAGIC: tuple[tuple[FileSystem, int, bytes], ...] = (
 )
 # Options that are flags of mount(2); all others are the file system's own.
 _FLAGS = {
-    **{"rw": 0, "defaults": 0, "ro": 1 << 0, "nosuid": 1 << 1, "nodev": 1 << 2, "noexec": 1 << 3, "sync": 1 << 4},
-    **{"dirsync": 1 << 7, "noatime": 1 << 10, "nodiratime": 1 << 11, "relatime": 1 << 21, "strictatime": 1 << 24},
-    **{"lazytime": 1 << 25},
+    "defaults": 0,
+    "rw": 0,
+    "ro": 1 << 0,
+    "nosuid": 1 << 1,
+    "nodev": 1 << 2,
+    "noexec": 1 << 3,
+    "sync": 1 << 4,
+    "dirsync": 1 << 7,
+    "noatime": 1 << 10,
+    "nodiratime": 1 << 11,
+    "relatime": 1 << 21,
+    "strictatime": 1 << 24,
+    "lazytime": 1 << 25,
 }
 _MNT_DETACH = 2
+_FITHAW = 0xC0045878  # linux/fs.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -94,6 +107,7 @@ def _file_systems() -> list[str]:
 
 def unmount(path: Path, *, lazily: bool = False) -> None:
     """Raises InUse. `lazily`: also where it is in use, for a device that has died."""
+    _thaw(path)
     if _libc.umount2(os.fsencode(path), _MNT_DETACH if lazily else 0) == 0:
         return
     number = ctypes.get_errno()
@@ -101,6 +115,16 @@ def unmount(path: Path, *, lazily: bool = False) -> None:
         raise InUse(f"{path} is in use (fuser -vm {path} says by what)")
     if number != errno.EINVAL:  # no mount any more
         raise Error(f"cannot unmount {path}: {os.strerror(number)}")
+
+
+def _thaw(path: Path) -> None:
+    """A file system that a tool has frozen, and then died, would keep its device for good, mounted nowhere."""
+    with contextlib.suppress(OSError):  # it is not frozen, or nothing that could be
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(directory, _FITHAW, 0)
+        finally:
+            os.close(directory)
 
 
 def file_system(device: Path) -> FileSystem | None:

@@ -110,10 +110,11 @@ def load(identity: str) -> Attachment | None:
     """None where it is gone, or so new that it has made nothing."""
     path = run_directory() / identity / "state.json"
     try:
-        facts = json.loads(path.read_text())
+        text = path.read_text()
     except FileNotFoundError:
         return None
     try:
+        facts = json.loads(text)
         return Attachment(**{**facts, "phase": Phase(facts["phase"])})
     except (TypeError, KeyError, ValueError) as error:
         raise Error(f"{path} is not of this version of nbdthin ({error}): detach with the one that wrote it") from error

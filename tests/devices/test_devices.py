@@ -134,6 +134,27 @@ def test_where_no_server_is_nothing_is_left(pool: nbdthin.Client, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
+def test_a_device_that_was_detached_by_hand_is_forgotten_and_its_successor_left_alone(
+    pool: nbdthin.Client, tmp_path: Path
+) -> None:
+    pool.create("v", MiB)
+    device = devices.attach(pool, "v")
+    subprocess.run([need("losetup"), "-d", device.path], check=True)
+    (tmp_path / "another").write_bytes(bytes(MiB))
+    subprocess.run(["losetup", device.path, tmp_path / "another"], check=True)
+    with open(device.path, "rb") as other:
+        devices.detach("v")
+        assert other.read(512) == bytes(512)
+    subprocess.run(["losetup", "-d", device.path], check=True)
+
+
+@pytest.mark.parametrize("connections", [0, -1, 65])
+def test_a_device_has_a_number_of_connections(connections: int, pool: nbdthin.Client) -> None:
+    pool.create("v", MiB)
+    with pytest.raises(Invalid, match=f"1 to 64 connections, not {connections}"):
+        devices.attach(pool, "v", connections=connections)
+
+
 def test_loop_devices_do_not_cache_what_their_users_do(pool: nbdthin.Client) -> None:
     pool.create("v", MiB)
     device = devices.attach(pool, "v")
@@ -234,6 +255,17 @@ def test_what_cannot_be_mounted_is_one_line_and_nothing_is_left(pool: nbdthin.Cl
         devices.mount(pool, "formatted", directory, options=["noatime", "nonsense"])
     with pytest.raises(Invalid, match="no directory to mount on"):
         devices.mount(pool, "v", directory / "none")
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_what_a_dead_tool_has_frozen_is_unmounted(kind: str, pool: nbdthin.Client, directory: Path) -> None:
+    make_file_system(pool, "v", kind)
+    devices.mount(pool, "v", directory)
+    subprocess.run([need("fsfreeze"), "--freeze", directory], check=True)
+    devices.unmount("v")
+    devices.mount(pool, "v", directory)
+    (directory / "file").touch()
+    devices.unmount("v")
 
 
 # -- a server that goes away
