@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nbdthin.pool.policy import Policy
     from nbdthin.pool.pool import Pool
     from nbdthin.pool.rows import Extent, Finding, PoolInfo, Row, Scrubbed
+    from nbdthin.pool.views import DiskUse, Explanation, Map
 
 __version__ = "0.1.0"
 
@@ -42,9 +43,11 @@ __all__ = [
     "Client",
     "ConfigError",
     "Corrupt",
+    "DiskUse",
     "Error",
     "Event",
     "Exists",
+    "Explanation",
     "Export",
     "Extent",
     "Finding",
@@ -52,6 +55,7 @@ __all__ = [
     "Info",
     "Invalid",
     "Locked",
+    "Map",
     "NoSpace",
     "Node",
     "NotFound",
@@ -83,6 +87,9 @@ _LAZY = {
     "PoolInfo": "nbdthin.pool.rows",
     "Scrubbed": "nbdthin.pool.rows",
     "Row": "nbdthin.pool.rows",
+    "DiskUse": "nbdthin.pool.views",
+    "Explanation": "nbdthin.pool.views",
+    "Map": "nbdthin.pool.views",
 }
 
 

@@ -38,6 +38,7 @@ from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
 from nbdthin.outbox import HIGH, Outbox
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
+from nbdthin.pool.live import Pieces
 from nbdthin.pool.volume import ZERO
 from nbdthin.pool.waiting import GivenUp
 from nbdthin.units import KiB, MiB
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
 INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
 SEND_BUFFER = 4 * MiB  # bytes
-SIP = 4 * KiB  # bytes received behind a large write: if another one follows, its payload has a buffer of its own soon
-DIRECT = 64 * KiB  # bytes of a write from which on its payload is received into a buffer of its own
+UNIX_SEND_BUFFER = 1 * MiB  # and as many: what is in it is lent (lent.py), so that a peer may keep it from others
+PIECE = 64 * KiB  # bytes of a write beyond which it is written as it comes in, up to each multiple of that
 IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
 WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
@@ -116,12 +117,12 @@ class Connection(asyncio.BufferedProtocol):
         self.gone = False  # so it is, or soon will be: what waits for space need not
         self._view = new_buffer(SCRATCH)
         self._end = 0  # bytes in scratch
-        self._payload: memoryview | None = None  # of a large write, while it comes in
-        self._whole: memoryview | None = None  # the buffer that it is a part of
+        self._left = 0  # bytes to come of a large write that is written as it comes in
+        self._pieces: Pieces | None = None  # and what the pool knows of it
+        self._payload: memoryview | None = None  # of one that cannot be, while it comes in
         self._offered = 0  # bytes of the buffer that was handed out last
-        self._sipping = False  # another one will follow: of it, receive little before its own buffer is there
         self._filled = 0
-        self._payload_request = (0, 0, 0)  # flags, cookie, offset
+        self._payload_request = (0, 0, 0)  # flags, cookie, offset of what is to come
         self._skip = 0  # bytes of a refused payload still to come
         self._skipped = b""  # the reply to follow them
         self._writes = 0  # since the last flush
@@ -162,9 +163,6 @@ class Connection(asyncio.BufferedProtocol):
             return self._view
         if self._payload is not None:
             buffer = self._payload[self._filled :]
-        elif self._sipping:
-            self._sipping = False
-            buffer = self._view[self._end : self._end + SIP]
         else:
             buffer = self._view[self._end :]
         self._offered = len(buffer)
@@ -259,6 +257,7 @@ class Connection(asyncio.BufferedProtocol):
     def _give_up(self) -> None:
         if not self.gone:
             self.gone = True
+            self._end_pieces()
             if self._tasks:
                 self._live.space_came()
 
@@ -414,12 +413,16 @@ class Connection(asyncio.BufferedProtocol):
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
         unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
-        plain_lengths = self._plain_lengths
+        plain_lengths, overwrite = self._plain_lengths, self._device.overwrite
         if self._skip:
             position = min(self._skip, end)
             self._skip -= position
             if not self._skip:
                 self._put(self._skipped)
+        elif self._left and not self._closing:
+            position = self._take_pieces(0)
+            if position < 0:
+                end = position
         while end - position >= _REQUEST_HEADER and not self._closing:
             if outbox.slow or (self._in_flight >= IN_FLIGHT and self._stalled):
                 self._pause()
@@ -433,6 +436,14 @@ class Connection(asyncio.BufferedProtocol):
             plain = not flags and 0 < length <= plain_lengths.get(command, 0) and offset + length <= volume.size
             error = 0 if plain else refuse(rules, command, flags, offset, length, volume.size)
             if command == _WRITE:
+                start, stop = position + _REQUEST_HEADER, position + _REQUEST_HEADER + length
+                if plain and stop <= end and length <= PIECE and overwrite(offset, view[start:stop]):
+                    self._writes += 1
+                    used = outbox.room(_SIMPLE_HEADER)
+                    _pack_simple_into(outbox.arena, used, _SIMPLE_MAGIC, 0, cookie)
+                    outbox.used = used + _SIMPLE_HEADER
+                    position = stop
+                    continue
                 position = self._take_write(position, flags, cookie, offset, length, error)
                 if position < 0:
                     break
@@ -483,25 +494,80 @@ class Connection(asyncio.BufferedProtocol):
                 self.abort()
                 self._end = 0
                 return -1
-            # The reply follows the payload: libnbd, for one, forgets an error that overtakes it.
-            self._skip = max(length - have, 0)
-            self._skipped = _simple(error, cookie)
-            if not self._skip:
-                self._put(self._skipped)
-            return start + min(length, have)
+            return self._refuse(start, length, _simple(error, cookie))
+        if length > PIECE:
+            self._payload_request = (flags, cookie, offset)
+            self._left = length
+            self._pieces = self._device.begin_pieces(length)
+            return self._take_pieces(start) if self._pieces is not None else self._take_whole(start)
         if have >= length:
             self._write(flags, cookie, offset, self._view[start : start + length], False)
             return start + length
-        if length <= DIRECT:
-            self._keep_from(position)
-            return -1
-        self._whole = self._server.take_buffer(length)
-        payload = self._payload = self._whole[:length]
-        payload[:have] = self._view[start : start + have]
+        self._keep_from(position)
+        return -1
+
+    def _take_pieces(self, position: int) -> int:
+        """Write what is here, from `position` on, of a large write. Returns as `_take_write`.
+
+        While one piece goes into the page cache, the client fills the socket with the next. Each is a write by itself:
+        nothing is held between them, for as long as the client may take.
+        """
+        flags, cookie, offset = self._payload_request
+        left, pieces = self._left, self._pieces
+        view, end, write_now = self._view, self._end, self._device.write_now
+        while left:
+            count = min(left, PIECE - offset % PIECE)
+            if end - position < count:
+                self._keep_from(position)
+                break
+            try:
+                if not write_now(offset, view[position : position + count], pieces):
+                    self._payload_request, self._left = (flags, cookie, offset), left
+                    self._end_pieces()
+                    return self._take_whole(position)
+            except Exception as error:
+                self._left = 0
+                self._end_pieces()
+                return self._refuse(position, left, _simple(self._told(_WRITE, error), cookie))
+            position += count
+            offset += count
+            left -= count
+        else:
+            self._left = 0
+            self._end_pieces()
+            self._written(flags, cookie)
+            return position
+        self._payload_request, self._left = (flags, cookie, offset), left
+        return -1
+
+    def _end_pieces(self) -> None:
+        pieces, self._pieces = self._pieces, None
+        if pieces is not None:
+            self._device.end_pieces(pieces)
+
+    def _take_whole(self, position: int) -> int:
+        """The rest of a large write, from `position` on, when all of it is here. Returns as `_take_write`."""
+        left, self._left = self._left, 0
+        have = self._end - position
+        if have >= left:
+            self._write(*self._payload_request, self._view[position : position + left], False)
+            return position + left
+        payload = self._payload = new_buffer(left)
+        payload[:have] = self._view[position : self._end]
         self._filled = have
-        self._payload_request = (flags, cookie, offset)
         self._end = 0
         return -1
+
+    def _refuse(self, position: int, length: int, reply: bytes) -> int:
+        """Let `reply` follow a payload: libnbd, for one, forgets an error that overtakes it. Returns what is behind it,
+        or the end of what is here.
+        """
+        have = self._end - position
+        self._skip = max(length - have, 0)
+        self._skipped = reply
+        if not self._skip:
+            self._put(reply)
+        return position + min(length, have)
 
     def _keep_from(self, position: int) -> None:
         """What is in scratch from `position` on is for the next time."""
@@ -511,10 +577,8 @@ class Connection(asyncio.BufferedProtocol):
         self._end = left
 
     def _payload_complete(self, payload: memoryview) -> None:
-        whole, self._payload, self._whole = self._whole, None, None
-        self._sipping = True
-        if self._write(*self._payload_request, payload, True) and whole is not None:
-            self._server.give_buffer(whole)
+        self._payload = None
+        self._write(*self._payload_request, payload, True)
         self._flush()
 
     # -- commands
@@ -657,26 +721,30 @@ class Connection(asyncio.BufferedProtocol):
                 self._put(bytes(length))
             offset += length
 
-    def _write(self, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> bool:
-        """True: it needs `payload` no longer."""
+    def _write(self, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> None:
+        """`owned`: `payload` may be kept."""
         try:
             done = not payload or self._device.write_now(offset, payload)
         except Exception as error:
             self._fail(_WRITE, cookie, error)
-            return True
-        self._writes += 1
-        if done and not flags & _FUA:
-            outbox = self._outbox
-            start = outbox.room(_SIMPLE_HEADER)
-            _pack_simple_into(outbox.arena, start, _SIMPLE_MAGIC, 0, cookie)
-            outbox.used = start + _SIMPLE_HEADER
-        elif done:
-            self._answer_durable(_WRITE, cookie)
+            return
+        if done:
+            self._written(flags, cookie)
         else:
+            self._writes += 1
             if not owned:
                 payload = memoryview(bytes(payload))
             self._start(_WRITE, cookie, len(payload), self._write_slowly(flags, cookie, offset, payload))
-        return done
+
+    def _written(self, flags: int, cookie: int) -> None:
+        self._writes += 1
+        if flags & _FUA:
+            self._answer_durable(_WRITE, cookie)
+            return
+        outbox = self._outbox
+        start = outbox.room(_SIMPLE_HEADER)
+        _pack_simple_into(outbox.arena, start, _SIMPLE_MAGIC, 0, cookie)
+        outbox.used = start + _SIMPLE_HEADER
 
     async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
         await self._device.write(offset, payload, self)
@@ -808,11 +876,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def _fail(self, command: int, cookie: int, error: Exception) -> None:
         """The one place where an error of a request becomes a reply."""
-        if isinstance(error, GivenUp):
-            return  # it gets no answer, so that a client that comes back sends it again
+        if not isinstance(error, GivenUp):  # it gets no answer, so that a client that comes back sends it again
+            self._answer_error(command, cookie, self._told(command, error))
+
+    def _told(self, command: int, error: Exception) -> int:
+        """What the client is told."""
         if not isinstance(error, OSError | Error):
             log.error("%s: a request failed: %s", self.peer, Command(command).name, exc_info=error)
-        self._answer_error(command, cookie, _errno(error))
+        return _errno(error)
 
 
 def _errno(error: Exception) -> int:
@@ -826,10 +897,11 @@ def _errno(error: Exception) -> int:
 
 def _enlarge(sock: socket.socket) -> None:
     """Room for large replies: a unix socket's buffer does not grow by itself, and TCP's only after some of them."""
+    size = UNIX_SEND_BUFFER if sock.family == socket.AF_UNIX else SEND_BUFFER
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size)
     except OSError:  # not root: as much as everybody may have
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
 
 def new_buffer(length: int) -> memoryview:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from nbdthin.control.codec import printable
-from nbdthin.control.rows import DiskFacts, Export, Info, LoopFacts, Node, ProcessFacts
+from nbdthin.control.rows import Detail, DiskFacts, Export, Info, LoopFacts, Node, ProcessFacts
 from nbdthin.pool.events import Event
-from nbdthin.pool.rows import Extent, Finding, PoolInfo, Scrubbed
+from nbdthin.pool.rows import Extent, Finding, PoolInfo, Row, Scrubbed
+from nbdthin.pool.views import DiskUse
 from nbdthin.units import format_size
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ WIDEST = 100_000  # columns: rows are never cut, the terminal wraps them
 Facts = Iterable[tuple[str, str]]
 
 _COLUMNS = ("NAME", "KIND", "SIZE", "REFERENCED", "EXCLUSIVE", "SHARED", "PARENT", "CREATED", "USED BY", "LABELS")
+ROW_COLUMNS = _COLUMNS[:6]
 _NUMBERS = ("SIZE", "REFERENCED", "EXCLUSIVE", "SHARED")
 
 
@@ -81,27 +83,30 @@ def show_uri(export: Export) -> None:
 
 
 def show_exports(exports: Sequence[Export]) -> None:
-    rows = [_cells(export) for export in exports]
+    show_table(_COLUMNS, _NUMBERS, [_cells(export) for export in exports])
+
+
+def show_table(columns: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """`numbers` are the columns that stand to the right."""
     if sys.stdout.isatty():
-        _draw_table(rows)
+        _draw_table(columns, numbers, rows)
         return
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    for row in (_COLUMNS, *rows):
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
         padded = [
-            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
-            for name, cell, width in zip(_COLUMNS, row, widths, strict=True)
+            cell.rjust(width) if name in numbers else cell.ljust(width)
+            for name, cell, width in zip(columns, row, widths, strict=True)
         ]
         print("  ".join(padded).rstrip())
 
 
+def _row_cells(row: Row) -> tuple[str, ...]:
+    return row.name, row.kind, *map(format_size, (row.size, row.referenced, row.exclusive, row.shared))
+
+
 def _cells(export: Export) -> tuple[str, ...]:
     return (
-        export.name,
-        export.kind,
-        format_size(export.size),
-        format_size(export.referenced),
-        format_size(export.exclusive),
-        format_size(export.shared),
+        *_row_cells(export),
         export.parent or "-",
         _moment(export.created),
         printable(", ".join(export.connections)) or "-",
@@ -109,14 +114,14 @@ def _cells(export: Export) -> tuple[str, ...]:
     )
 
 
-def _draw_table(rows: Iterable[Sequence[str]]) -> None:
+def _draw_table(columns: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a label is no markup
     console = Console(highlight=False)
@@ -124,17 +129,20 @@ def _draw_table(rows: Iterable[Sequence[str]]) -> None:
     console.print(table, soft_wrap=True)
 
 
-def show_export(export: Export) -> None:
-    _print_facts(_export_facts(export))
+def show_detail(detail: Detail) -> None:
+    _print_facts(_export_facts(detail))
 
 
-def _export_facts(export: Export) -> Facts:
+def _export_facts(export: Detail) -> Facts:
     yield "Name", export.name
     yield "Kind", export.kind
     yield "Size", _bytes(export.size)
     yield "Referenced", _bytes(export.referenced)
     yield "Exclusive", _bytes(export.exclusive)
     yield "Shared", _bytes(export.shared)
+    yield "Mapped", _bytes(export.mapped)
+    yield "Highest mapped", _bytes(export.highest)
+    yield "Runs", f"{export.runs} in the data file"
     if export.quota is not None or export.reservation is not None:
         yield "Quota", "none" if export.quota is None else _bytes(export.quota)
         yield "Reservation", "none" if export.reservation is None else _bytes(export.reservation)
@@ -156,16 +164,22 @@ def show_event(event: Event) -> None:
 def show_tree(nodes: Sequence[Node]) -> None:
     """A line an export, drawn from the last to the first: only then is it known which lines go on."""
     open_at: set[int] = set()  # depths at which a sibling follows further down
-    lines = []
+    rows = []
     for node in reversed(nodes):
         stems = "".join("│   " if depth in open_at else "    " for depth in range(1, node.depth))
         branch = ("├── " if node.depth in open_at else "└── ") if node.depth else ""
         open_at = {depth for depth in open_at if depth < node.depth} | {node.depth}
-        export, own = node.export, format_size(node.export.exclusive)
-        lines.append(f"{stems}{branch}{export.name}  ({export.kind}, {format_size(export.size)}, {own} of its own)")
-    ascii_only = not _can_draw()
-    for line in reversed(lines):
-        print(line.translate(_ASCII) if ascii_only else line)
+        name, *others = _row_cells(node.export)
+        rows.append((f"{stems}{branch}{name}", *others))
+    if not _can_draw():
+        rows = [(name.translate(_ASCII), *others) for name, *others in rows]
+    show_table(ROW_COLUMNS, _NUMBERS, rows[::-1])
+
+
+def show_disk_use(use: DiskUse) -> None:
+    show_table(ROW_COLUMNS, _NUMBERS, [_row_cells(row) for row in use.rows])
+    what = "this" if len(use.rows) == 1 else "all of these"
+    print(f"removing {what} frees {_bytes(use.freed)} of {format_size(use.used)} in use")
 
 
 _ASCII = str.maketrans({"│": "|", "├": "|", "└": "`", "─": "-"})
@@ -208,13 +222,15 @@ def _pool_facts(pool: PoolInfo) -> Facts:
     yield "Data total", _bytes(pool.data_total)
     yield "Data available", _bytes(pool.data_available)
     yield "Data reserved", _bytes(pool.data_reserved)
+    yield "Minimum free", f"{_bytes(pool.min_free)}, for new volumes and clones"
     yield "Metadata used", _bytes(pool.metadata_used)
     yield "Metadata total", _bytes(pool.metadata_total)
     yield "Metadata available", _bytes(pool.metadata_available)
     yield "Mapping in memory", format_size(pool.memory_mapping)
     yield "Volumes", str(pool.volumes)
     yield "Snapshots", str(pool.snapshots)
-    yield "Layers", str(pool.layers)
+    merging = f", {pool.merging} of them to be merged" if pool.merging else ""
+    yield "Layers", f"{pool.layers}{merging}"
     yield "Virtual size", _bytes(pool.virtual_size)
     yield "Oversubscription", f"{pool.oversubscription:.2f}"
     yield "Journal", f"{format_size(pool.journal)} since the last checkpoint"

@@ -1,11 +1,10 @@
 """What a connection has still to send, in order: bytes, and ranges of the data file that are read when they are sent.
 
 It writes past the transport, which is only read from: a reply leaves with one system call in the turn that made it. A
-range is the file's memory map, which only the kernel looks into: the page cache is copied into the socket, once.
-
-Not `sendfile`, although it copies once less: the socket then points at pages of the data file until the peer has read
-them, and where such a page is part of a large folio, punching its block does not detach it but zeroes it in place (seen
-with ext4 on 6.18). A slow reader would see zeroes, or what somebody else wrote there later (tests/test_outbox.py).
+unix socket gets a range without a copy (`sendfile`): it points at the page cache until the peer has read it, and until
+then the pool keeps those blocks from being anybody else's (lent.py). Punching a hole would not do: where a page is part
+of a large folio, that zeroes it in place (seen with ext4 on 6.18). For any other socket a range is the file's memory
+map, which only the kernel looks into: the page cache is copied into the socket, once.
 
 What waits here, unsent, has entered the pool; of a peer that takes nothing for a while a copy waits instead.
 """
@@ -15,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 
+from nbdthin.lent import Lent
 from nbdthin.pool.live import LivePool
 from nbdthin.units import KiB, MiB
 
@@ -73,7 +74,12 @@ class Outbox:
         self._live = live
         self._data = live.pool.data
         self._loop = asyncio.get_running_loop()
-        self.fd = os.dup(fd)
+        self._socket = socket.socket(fileno=os.dup(fd))
+        self.fd = self._socket.fileno()
+        self._lent: Lent | None = None
+        if self._socket.family == socket.AF_UNIX:
+            self._lent = Lent(self._socket)
+            live.lenders.add(self._lent)
         self._changed = changed
         self._lost = lost
         self._new: list[Buffer | Range] = []  # put since the last flush
@@ -156,8 +162,13 @@ class Outbox:
             self._timer.cancel()
         if self.fd >= 0:
             self._unwatch()
-            os.close(self.fd)
             self.fd = -1
+            if self._lent is not None and self._lent.unread():
+                self._lent.abandon()
+            else:
+                if self._lent is not None:
+                    self._live.lenders.discard(self._lent)
+                self._socket.close()
 
     def _fail(self, error: OSError) -> None:
         self.close()
@@ -168,12 +179,17 @@ class Outbox:
     def _send(self) -> None:
         """As much as the socket takes."""
         while self._queue:
-            parts, wanted = self._next()
-            if not parts:  # a copy is coming
-                self._unwatch()
-                return
-            sent = self._write(parts)
+            head = self._queue[0]
+            if self._lent is not None and isinstance(head, Range):
+                wanted = self._lendable(head)
+                sent = self._lend(self._lent, head, wanted) if wanted else 0
+            else:
+                parts, wanted = self._next()
+                sent = self._write(parts) if parts else 0
             if self._closed:
+                return
+            if not wanted:  # a copy is coming
+                self._unwatch()
                 return
             self._drop(sent)
             if sent < wanted:
@@ -185,7 +201,10 @@ class Outbox:
         parts: list[Buffer] = []
         wanted = 0
         for each in self._queue:
-            part = self._mapped(each, PIECE - wanted) if isinstance(each, Range) else each
+            if not isinstance(each, Range):
+                part: Buffer | None = each
+            else:
+                part = self._mapped(each, PIECE - wanted) if self._lent is None else None
             if part is None:
                 break
             parts.append(part)
@@ -205,6 +224,34 @@ class Outbox:
                 return part
         self._take([each])
         return None
+
+    def _lendable(self, each: Range) -> int:
+        """How many of its next bytes can be lent; 0: they are not cached any more, and a copy is under way."""
+        if each.taken:
+            return 0
+        length = min(each.length, PIECE)
+        if each.epoch < 0 or self._data.is_cached(each.position, length):
+            return length
+        self._take([each])
+        return 0
+
+    def _lend(self, lent: Lent, each: Range, length: int) -> int:
+        """Bytes that the socket took of the next `length`."""
+        try:
+            sent = os.sendfile(self.fd, self._data.fd, each.position, length)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.ECONNRESET):
+                self._fail(error)
+                return 0
+            sent = 0
+        if sent:
+            lent.add(each.position, sent)
+            self.pending -= sent
+        else:  # the disk failed, the file is shorter than it should be, or is of no such kind: reading it tells
+            self._take([each])
+        return sent
 
     def _write(self, parts: list[Buffer]) -> int:
         """Bytes that the socket took. Where it refuses, all is over: nothing is pending any more."""

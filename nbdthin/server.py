@@ -19,11 +19,8 @@ from nbdthin.connection import Connection, new_buffer
 from nbdthin.outbox import ARENA
 from nbdthin.polling import Poller
 from nbdthin.pool.live import LivePool, LiveVolume
-from nbdthin.units import MiB
 from nbdthin.wire.handshake import ExportInfo
 
-BUFFER = 1 * MiB  # bytes of the payload buffers that are kept: a new one costs as many page faults as copying does
-BUFFERS = 8  # that are kept
 KEEPALIVE = 60  # seconds of silence after which TCP asks whether the other machine still lives
 
 log = logging.getLogger("nbdthin.server")
@@ -55,7 +52,6 @@ class Server:
         self._connections: dict[Connection, None] = {}
         self._users: dict[str, dict[Connection, None]] = {}
         self.arena = new_buffer(ARENA)  # in which all connections lay out small replies
-        self._buffers: list[memoryview] = []
         self.stopping = False
         self.poller = Poller(enabled=polling)
         self.speaker: Connection | None = None  # who sent last
@@ -145,15 +141,6 @@ class Server:
     @property
     def live(self) -> LivePool:
         return self._live
-
-    def take_buffer(self, length: int) -> memoryview:
-        """At least `length` bytes for a payload, with anything in them."""
-        return self._buffers.pop() if self._buffers and length <= BUFFER else new_buffer(max(length, BUFFER))
-
-    def give_buffer(self, buffer: memoryview) -> None:
-        """It is read by nobody any more."""
-        if len(buffer) == BUFFER and len(self._buffers) < BUFFERS:
-            self._buffers.append(buffer)
 
     async def shutdown(self, timeout: float) -> None:  # noqa: ASYNC109 - it does more than give up
         """Stop accepting, answer what was received, close. After `timeout` seconds what is left is cut off."""

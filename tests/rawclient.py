@@ -9,7 +9,8 @@ import asyncio
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
@@ -30,6 +31,15 @@ EPERM, EIO, EINVAL, ENOSPC = 1, 5, 22, 28
 REFUSING = Policy(no_space=ERROR, min_free=0, auto_extend=False)
 
 T = TypeVar("T")
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Look again and again, for a minute."""
+    for _ in range(12000):
+        if holds():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came true")
 
 
 class Chunk(NamedTuple):

@@ -116,11 +116,12 @@ def test_the_tree_shows_what_stands_on_what(daemon: Daemon) -> None:
     for command in ("create base 1M", "snapshot base base@1", "clone base@1 web", "snapshot web web@1", "create z 1M"):
         said(daemon, *command.split())
     assert said(daemon, "tree") == (
-        "base@1  (snapshot, 1 MiB, 0 B of its own)\n"
-        "├── base  (volume, 1 MiB, 0 B of its own)\n"
-        "└── web@1  (snapshot, 1 MiB, 0 B of its own)\n"
-        "    └── web  (volume, 1 MiB, 0 B of its own)\n"
-        "z  (volume, 1 MiB, 0 B of its own)\n"
+        "NAME         KIND       SIZE  REFERENCED  EXCLUSIVE  SHARED\n"
+        "base@1       snapshot  1 MiB         0 B        0 B     0 B\n"
+        "├── base     volume    1 MiB         0 B        0 B     0 B\n"
+        "└── web@1    snapshot  1 MiB         0 B        0 B     0 B\n"
+        "    └── web  volume    1 MiB         0 B        0 B     0 B\n"
+        "z            volume    1 MiB         0 B        0 B     0 B\n"
     )
 
 
@@ -294,6 +295,10 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
         "tree": [],
         "info": [],
         "diff": ["a@1", "a@1"],
+        "explain": ["c", "0x1000", "--length", "8K"],
+        "map": ["c"],
+        "du": ["c", "a"],
+        "completion": ["bash"],
         "rm": ["c"],
         "check": [tmp_path / "pool"],
         "repair": [tmp_path / "pool"],
@@ -613,6 +618,10 @@ def test_output_onto_a_full_disk_is_one_line_for_every_verb(daemon: Daemon, tmp_
         "tree": [],
         "info": [],
         "diff": ["a@1", "a@1"],
+        "explain": ["d", "0"],
+        "map": ["d"],
+        "du": [],
+        "completion": ["zsh"],
         "rm": ["d"],
         "events": [],
         "scrub": [],

@@ -17,6 +17,7 @@ from nbdthin.control.client import AsyncClient, Changes, Client
 from nbdthin.control.codec import MAX_FRAME, VERSION
 from nbdthin.control.commands import COMMANDS
 from nbdthin.pool import commands as pool_commands
+from nbdthin.pool import views
 
 TOP = Path(__file__).parent.parent
 CLI = (TOP / "docs/cli.md").read_text()
@@ -95,7 +96,9 @@ def test_every_method_is_documented(kind: type) -> None:
 def test_pools_and_daemons_have_the_same_verbs() -> None:
     changes = {name for name in vars(Changes) if not name.startswith("_")}
     assert {
-        name for name in changes | {"batch", "list", "show", "diff", "info"} if not hasattr(nbdthin.Pool, name)
+        name
+        for name in changes | {"batch", "list", "show", "diff", "explain", "map", "du", "info"}
+        if not hasattr(nbdthin.Pool, name)
     } == set()
 
 
@@ -103,6 +106,7 @@ def test_pools_and_daemons_have_the_same_verbs() -> None:
     "kind",
     [
         *(nbdthin.Row, nbdthin.Export, nbdthin.Node, nbdthin.Extent),
+        *(nbdthin.Explanation, views.Look, views.WritePlan, nbdthin.Map, views.Owner, views.Cell, nbdthin.DiskUse),
         *(nbdthin.Info, nbdthin.PoolInfo, rows.ProcessFacts, rows.LoopFacts, rows.DiskFacts),
     ],
 )

@@ -7,7 +7,6 @@ import errno
 import os
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -16,13 +15,16 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from nbdthin.lent import Lent
 from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.units import KiB, MiB
-from tests.rawclient import READ, REFUSING, TRIM, Client, Serving
+from tests.rawclient import READ, REFUSING, TRIM, Client, Serving, until
 
 BLOCK = 64 * KiB
+
+Pair = Callable[[], tuple[socket.socket, socket.socket]]
 
 
 @pytest.fixture
@@ -49,14 +51,6 @@ def ranges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
-def until(holds: Callable[[], bool]) -> None:
-    for _ in range(12000):
-        if holds():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it never came true")
-
-
 @dataclass
 class Boxed:
     """An outbox on one end of a socket pair, and what it has said."""
@@ -68,14 +62,23 @@ class Boxed:
     lost: list[OSError]
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        return listener.accept()[0], theirs
+
+
+PAIRS = pytest.mark.parametrize("pair", [socket.socketpair, tcp_pair])
+
+
 @asynccontextmanager
-async def boxed(path: Path) -> AsyncIterator[Boxed]:
+async def boxed(path: Path, pair: Pair = socket.socketpair) -> AsyncIterator[Boxed]:
     """On a new pool with a volume `v` of 8 MiB."""
     Pool.init(path, size=16 * MiB)
     with Pool.open(path) as pool:
         pool.create("v", 8 * MiB)
     live = LivePool(Pool.open(path, autocommit=False, policy=REFUSING))
-    ours, theirs = socket.socketpair()
+    ours, theirs = pair()
     ours.setblocking(False)
     changed: list[bool] = []
     lost: list[OSError] = []
@@ -121,11 +124,14 @@ def test_what_is_read_slowly_is_never_what_someone_else_has_written_there_since(
         slow.sock.sendall(b"".join(slow.request(READ, offset, MiB)[1] for offset in asked))
         until(lambda: any(each._outbox.slow for each in list(serving.server._connections)))
         assert remover.call(TRIM, 0, 8 * MiB) == 0
-        # More than was ever free: it takes the blocks of `mine`, the last of them once what waits has been copied.
-        for offset in range(0, 15 * MiB, MiB):
-            assert other.write(offset, b"\xee" * MiB) == 0
+        # More than was ever free: it takes the blocks of `mine` once what waits has been copied, but for those few of
+        # which the socket holds the pages.
+        refused = [offset for offset in range(0, 15 * MiB, MiB) if other.write(offset, b"\xee" * MiB)]
+        assert 1 <= len(refused) <= 3
         # What was asked for and not even begun when the blocks were freed reads as zeroes.
         got = [slow.reply() for _ in asked]
+        for offset in refused:
+            until(lambda at=offset: other.write(at, b"\xee" * MiB) == 0)  # type: ignore[misc]
     whole = [mine[:MiB], bytes(MiB)]
     assert [each.payload in whole for each in got] == [True] * len(asked)
     assert got[0].payload == mine[:MiB]
@@ -223,11 +229,12 @@ def test_a_peer_that_is_gone_is_told_of_once_and_holds_nothing(tmp_path: Path) -
     uvloop.run(main())
 
 
-def test_what_is_not_cached_any_more_when_it_is_sent_comes_from_the_disk(tmp_path: Path) -> None:
+@PAIRS
+def test_what_is_not_cached_any_more_when_it_is_sent_comes_from_the_disk(tmp_path: Path, pair: Pair) -> None:
     data = os.urandom(32 * BLOCK)
 
     async def main() -> None:
-        async with boxed(tmp_path / "pool") as it:
+        async with boxed(tmp_path / "pool", pair) as it:
             volume = it.live.open("v")
             for offset in range(0, len(data), BLOCK):
                 assert volume.write_now(offset, memoryview(data[offset : offset + BLOCK]))
@@ -236,7 +243,7 @@ def test_what_is_not_cached_any_more_when_it_is_sent_comes_from_the_disk(tmp_pat
             for position, length in volume.volume.segments(0, len(data)):
                 it.box.put_range(position, length)
             it.box.flush()
-            assert it.box.pending
+            assert it.box.pending or pair is tcp_pair
             os.posix_fadvise(it.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
             got = await asyncio.to_thread(_receive, it.theirs, len(data) + 1)
             assert got == b"|" + data
@@ -245,9 +252,12 @@ def test_what_is_not_cached_any_more_when_it_is_sent_comes_from_the_disk(tmp_pat
     uvloop.run(main())
 
 
-def test_a_disk_that_fails_while_a_range_is_sent_ends_the_connection_and_not_the_daemon(tmp_path: Path) -> None:
+@PAIRS
+def test_a_disk_that_fails_while_a_range_is_sent_ends_the_connection_and_not_the_daemon(
+    tmp_path: Path, pair: Pair
+) -> None:
     async def main() -> None:
-        async with boxed(tmp_path / "pool") as it:
+        async with boxed(tmp_path / "pool", pair) as it:
             assert it.live.open("v").write_now(0, memoryview(bytes(range(256)) * 256))
             ((position, _),) = it.live.open("v").volume.segments(0, BLOCK)
             assert it.live.pool.data.mapped(position, BLOCK) is not None
@@ -263,9 +273,10 @@ def test_a_disk_that_fails_while_a_range_is_sent_ends_the_connection_and_not_the
     uvloop.run(main())
 
 
-def test_after_a_failed_sync_nothing_that_the_disk_may_not_have_stays_mapped(tmp_path: Path) -> None:
+@PAIRS
+def test_after_a_failed_sync_nothing_that_the_disk_may_not_have_stays_mapped(tmp_path: Path, pair: Pair) -> None:
     async def main() -> None:
-        async with boxed(tmp_path / "pool") as it:
+        async with boxed(tmp_path / "pool", pair) as it:
             data = it.live.pool.data
             assert it.live.open("v").write_now(0, memoryview(bytes(range(256)) * 256))
             await it.live.commit()
@@ -289,6 +300,49 @@ def test_what_is_not_cached_is_read_in_a_thread(serving: Serving, ranges: list[i
         os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         assert client.read(0, MiB) == data
         assert ranges == []
+
+
+def test_a_peer_that_goes_without_reading_gives_back_what_it_was_lent(tmp_path: Path) -> None:
+    data = os.urandom(BLOCK)
+
+    async def main() -> None:
+        async with boxed(tmp_path / "pool") as it:
+            live = it.live
+            volume = live.open("v")
+            assert volume.write_now(0, memoryview(data))
+            await live.commit()
+            ((position, _),) = volume.volume.segments(0, BLOCK)
+            it.box.put_range(position, BLOCK)
+            it.box.flush()
+            used = live.pool.allocator.used
+            assert volume.trim_now(0, BLOCK)
+            await live.commit()
+            await asyncio.sleep(0.2)
+            assert (live.pool.allocator.used, live.pool.allocator.pending) == (used - 1, 1)
+            it.box.close()
+            await asyncio.sleep(0.2)
+            assert live.pool.allocator.pending == 1  # the peer can still read it
+            assert await asyncio.to_thread(it.theirs.recv, 100) == data[:100]
+            it.theirs.close()
+            await comes_true(lambda: not live.pool.allocator.pending)
+            await comes_true(lambda: not live.lenders)
+
+    uvloop.run(main())
+
+
+def test_what_has_been_read_is_lent_no_more_nor_what_more_than_the_buffer_has_followed() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        lent = Lent(ours)
+        ours.send(b"unread")
+        for number in range(100):
+            lent.add(number * MiB, MiB)
+        first = lent.unread()[0][0]
+        held = (100 - first // MiB) * MiB
+        assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < held < 3 * MiB
+        assert lent.unread()[-1] == (99 * MiB, MiB)
+        assert theirs.recv(100) == b"unread"
+        assert lent.unread() == []
 
 
 def _receive(sock: socket.socket, length: int) -> bytes:

@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ from tests.rawclient import (
     WRITE_ZEROES,
     Client,
     Serving,
+    until,
 )
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -516,8 +517,66 @@ def test_a_connection_that_has_written_keeps_no_payload(serving: Serving, client
     assert client.write(0, bytes(3 * MIB)) == 0
     assert client.write(0, bytes(MIB)) == 0
     (connection,) = serving.server._connections
-    assert connection._whole is None
-    assert [len(each) for each in serving.server._buffers] == [MIB]
+    assert connection._payload is None
+
+
+def test_a_large_write_is_written_as_it_comes_in(serving: Serving, client: Client) -> None:
+    """And what it replaces is read until its piece is there."""
+    data = os.urandom(MIB)
+    cookie, message = client.request(WRITE, 5, MIB, data)
+    client.sock.sendall(message[: 28 + MIB // 2])
+    other = Client(serving.socket, "web")
+    until(lambda: other.read(5, 256 * KIB) == data[: 256 * KIB])
+    assert other.read(5 + 3 * MIB // 4, 512) == bytes(512)
+    client.sock.sendall(message[28 + MIB // 2 :] + client.request(READ, 5, MIB)[1])
+    assert client.reply().cookie == cookie
+    assert client.reply().payload == data
+    other.close()
+
+
+def test_a_command_does_not_wait_for_a_client_that_stops_in_the_middle_of_a_large_write(
+    serving: Serving, client: Client
+) -> None:
+    """The snapshot has what had come by then, and nothing that comes later."""
+    data = os.urandom(MIB)
+    _, message = client.request(WRITE, 0, MIB, data)
+    client.sock.sendall(message[: 28 + MIB // 2])
+    other = Client(serving.socket, "web")
+    until(lambda: other.read(0, MIB // 2) == data[: MIB // 2])
+    serving.run(serving.live.execute([Snapshot("web", "web@middle")]))
+    client.sock.sendall(message[28 + MIB // 2 :])
+    assert client.reply().error == 0
+    assert client.read(0, MIB) == data
+    frozen = Client(serving.socket, "web@middle")
+    assert frozen.read(0, MIB) == data[: MIB // 2] + bytes(MIB // 2)
+    for each in (other, frozen):
+        each.close()
+
+
+def test_a_client_that_goes_in_the_middle_of_a_large_write_holds_nothing_up(serving: Serving, client: Client) -> None:
+    rude = Client(serving.socket, "web")
+    rude.sock.sendall(rude.request(WRITE, 0, MIB)[1] + bytes(MIB // 2))
+    until(lambda: bool(serving.live.open("web")._coming))
+    rude.close()
+    until(lambda: not serving.live.open("web")._coming)
+    assert client.write(0, bytes(MIB)) == 0
+
+
+def test_a_large_write_that_fails_in_the_middle_is_consumed_and_refused(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = serving.live.pool.data.pwritev
+
+    def pwritev(fd: int, buffers: Sequence[memoryview], position: int) -> int:
+        if bytes(buffers[0][:4]) == b"BAD!":
+            raise OSError(EIO, "no such luck")
+        return real(fd, buffers, position)
+
+    monkeypatch.setattr(serving.live.pool.data, "pwritev", pwritev)
+    data = bytes(MIB // 2) + b"BAD!" + bytes(MIB // 2 - 4)
+    assert client.write(0, data) == EIO
+    assert client.write(0, bytes(MIB)) == 0
+    assert client.read(0, MIB) == bytes(MIB)
 
 
 def test_shutting_down_answers_what_was_received_and_loses_nothing(serving: Serving, client: Client) -> None:

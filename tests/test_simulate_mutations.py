@@ -96,12 +96,12 @@ def fua_answered_before_its_commit(patch: Patch) -> None:
     async def succeed(self: Connection, flags: int, cookie: int) -> None:
         await real_succeed(self, 0, cookie)
 
-    def write(self: Connection, flags: int, cookie: int, offset: int, payload: memoryview, owned: bool) -> bool:
-        return real_write(self, 0, cookie, offset, payload, owned)
+    def written(self: Connection, flags: int, cookie: int) -> None:
+        real_written(self, 0, cookie)
 
-    real_succeed, real_write = Connection._succeed, Connection._write
+    real_succeed, real_written = Connection._succeed, Connection._written
     patch.setattr(Connection, "_succeed", succeed)
-    patch.setattr(Connection, "_write", write)
+    patch.setattr(Connection, "_written", written)
 
 
 def flush_answered_at_once(patch: Patch) -> None:

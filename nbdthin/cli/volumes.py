@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import fields
 
 from nbdthin import display
 from nbdthin.cli.verb import Verb, connect, names, no_arguments, wants_json
 from nbdthin.control.codec import plain
-from nbdthin.control.rows import Export, Info, Node
+from nbdthin.control.rows import Detail, Export, Info, Node
 from nbdthin.errors import Invalid, Unreachable
 from nbdthin.pool.rows import Extent, Finding, Scrubbed
 from nbdthin.units import format_size
@@ -174,9 +175,11 @@ def _scrub_failed(found: list[Finding]) -> str:
     return f"damaged data was found (places: {len(found)})" if found else ""
 
 
-def _show(arguments: Namespace) -> Export:
+def _show(arguments: Namespace) -> Detail:
     with connect(arguments) as pool:
-        return pool.show(arguments.name)
+        export, shown = pool.show(arguments.name), pool.map(arguments.name, 1)
+    known = {field.name: getattr(export, field.name) for field in fields(export)}
+    return Detail(**known, mapped=shown.data, highest=shown.highest, runs=shown.runs)
 
 
 def _tree(arguments: Namespace) -> list[Node]:
@@ -207,7 +210,7 @@ VERBS: dict[str, Verb] = {
     "reserve": Verb("keep space for a volume", _limit_arguments, _reserve),
     "extend": Verb("make the pool larger", names("SIZE"), _extend),
     "ls": Verb("every volume and snapshot", _ls_arguments, _ls, display.show_exports),
-    "show": Verb("one volume or snapshot", names("NAME"), _show, display.show_export),
+    "show": Verb("one volume or snapshot", names("NAME"), _show, display.show_detail),
     "tree": Verb("what stands on what", no_arguments, _tree, display.show_tree),
     "info": Verb("the pool, the daemon, the disk", no_arguments, _info, display.show_info),
     "events": Verb("what happens to the pool, from now on", no_arguments, _events),

@@ -23,6 +23,7 @@ from nbdthin.control.rows import Export, Info, Node, lineage
 from nbdthin.errors import Error, Invalid, Unreachable
 from nbdthin.pool.events import Event
 from nbdthin.pool.rows import Extent, Scrubbed
+from nbdthin.pool.views import MOST_CELLS, DiskUse, Explanation, Map
 from nbdthin.units import parse_size
 
 T = TypeVar("T")
@@ -101,6 +102,23 @@ def _show_call(name: str) -> _Call[Export]:
 
 def _diff_call(before: str, after: str) -> _Call[list[Extent]]:
     return _Call("diff", {"before": before, "after": after}, _rows(Extent))
+
+
+def _explain_call(name: str, offset: int | str, length: int | str | None) -> _Call[Explanation]:
+    arguments = {"name": name, "offset": parse_size(offset), "length": _limit(length)}
+    return _Call("explain", arguments, _row(Explanation))
+
+
+def _map_call(name: str, cells: int) -> _Call[Map]:
+    return _Call("map", {"name": name, "cells": cells}, _row(Map))
+
+
+def _du_call(names: tuple[str, ...]) -> _Call[DiskUse]:
+    return _Call("du", {"names": names}, _row(DiskUse))
+
+
+def _names_call(prefix: str, kind: str | None) -> _Call[list[str]]:
+    return _Call("names", {"prefix": prefix, "kind": kind}, _rows(str))
 
 
 def _info_call() -> _Call[Info]:
@@ -235,6 +253,25 @@ class Client(Changes[None]):
         """Where snapshot `after` may differ from `before`, ascending. Raises NotFound, or Invalid for a volume."""
         return self._call(_diff_call(before, after))
 
+    def explain(self, name: str, offset: int | str, length: int | str | None = None) -> Explanation:
+        """The way of a read of the byte at `offset`, and of a write of `length` there: by default of its subblock.
+
+        Raises NotFound, or Invalid outside of the volume.
+        """
+        return self._call(_explain_call(name, offset, length))
+
+    def map(self, name: str, cells: int = MOST_CELLS) -> Map:
+        """Which layers a volume's data comes from, in up to `cells` parts, and how scattered it is. Raises NotFound."""
+        return self._call(_map_call(name, cells))
+
+    def du(self, *names: str) -> DiskUse:
+        """What `names` take, and what removing them all at once frees; of everything without any. Raises NotFound."""
+        return self._call(_du_call(names))
+
+    def names(self, prefix: str = "", kind: str | None = None) -> builtins.list[str]:
+        """The names that begin so, of "volume"s, "snapshot"s or both, ascending: quick, as nothing is worked out."""
+        return self._call(_names_call(prefix, kind))
+
     def info(self) -> Info:
         """The pool, the daemon's process, the disk below the data."""
         return self._call(_info_call())
@@ -355,6 +392,22 @@ class AsyncClient(Changes[Coroutine[object, object, None]]):
     async def diff(self, before: str, after: str) -> builtins.list[Extent]:
         """As `Client.diff`."""
         return await self._call(_diff_call(before, after))
+
+    async def explain(self, name: str, offset: int | str, length: int | str | None = None) -> Explanation:
+        """As `Client.explain`."""
+        return await self._call(_explain_call(name, offset, length))
+
+    async def map(self, name: str, cells: int = MOST_CELLS) -> Map:
+        """As `Client.map`."""
+        return await self._call(_map_call(name, cells))
+
+    async def du(self, *names: str) -> DiskUse:
+        """As `Client.du`."""
+        return await self._call(_du_call(names))
+
+    async def names(self, prefix: str = "", kind: str | None = None) -> builtins.list[str]:
+        """As `Client.names`."""
+        return await self._call(_names_call(prefix, kind))
 
     async def info(self) -> Info:
         """As `Client.info`."""

@@ -10,14 +10,14 @@ To add a command: a dataclass, a row, a method of the client; the documentation'
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nbdthin import __version__, host
 from nbdthin.addresses import Address
-from nbdthin.control import codec
+from nbdthin.control import codec, looking
 from nbdthin.control.rows import Export, Info
 from nbdthin.errors import InUse, Invalid, NoSpace, OverQuota, Unreachable
 from nbdthin.lag import Lag
@@ -203,7 +203,8 @@ async def _remove_by_force(daemon: Daemon, names: Sequence[str], commands: Seque
 # -- queries
 
 
-def _list(daemon: Daemon, arguments: List) -> list[Export]:
+async def _list(daemon: Daemon, arguments: List) -> list[Export]:
+    await looking.prepare(daemon)
     wanted = arguments.labels.items()
     return [daemon.export(row) for row in daemon.live.pool.list() if wanted <= row.labels.items()]
 
@@ -289,6 +290,10 @@ COMMANDS: dict[str, Change | Query | Stream] = {
     "list": Query("every volume and snapshot, or those with some labels", List, _list),
     "show": Query("one volume or snapshot", Show, _show),
     "diff": Query("where two snapshots differ", Diff, _diff),
+    "explain": Query("the way of one read or write", looking.ExplainArguments, looking.explain),
+    "map": Query("where a volume's data comes from", looking.MapArguments, looking.volume_map),
+    "du": Query("what names take, and what removing them frees", looking.DuArguments, looking.disk_use),
+    "names": Query("names alone", looking.NamesArguments, looking.names),
     "info": Query("the pool, the process, the disk", Nothing, _info),
     "scrub": Stream("compare data with its checksums", Scrub, _scrub),
     "events": Stream("what happens to the pool, from now on", Nothing, _events),
@@ -321,7 +326,8 @@ async def run(daemon: Daemon, message: object) -> object:
     row = find(request.command)
     arguments = _arguments(request.command, row, request.arguments)
     if isinstance(row, Query):
-        return row.answer(daemon, arguments)
+        answer = row.answer(daemon, arguments)
+        return await answer if isinstance(answer, Awaitable) else answer
     if isinstance(row, Stream):
         return row.items(daemon, arguments)
     await _change(daemon, row, arguments)

@@ -22,6 +22,15 @@ class Export(Row):
 
 
 @dataclass(frozen=True, slots=True)
+class Detail(Export):
+    """What `nbdthin show` shows: the fields of `Export`, and these."""
+
+    mapped: int  # bytes of data that it has
+    highest: int  # where the last of them ends
+    runs: int  # pieces of the data file that they lie in
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """An export in the lineage: `depth` 0 stands on nothing that has a name, others on the node before them that is
     one less deep."""

@@ -157,6 +157,13 @@ class Allocator:
         """Blocks that are free now, or in runs."""
         return self.capacity - self.used - self.pending
 
+    def has(self, layer: int, count: int) -> bool:
+        """`layer` gets `count` blocks, one after the other, as far as nobody else is quicker. False: perhaps not."""
+        try:
+            return count <= self._at_hand and self.limits(layer) is None
+        except NoSpace:
+            return False
+
     def check(self, layer: int, count: int) -> None:
         """Raises NoSpace where `layer` cannot get `count` blocks now, one after the other."""
         while True:

@@ -23,6 +23,11 @@ from nbdthin.units import KiB
 NOWAIT = os.RWF_NOWAIT
 BLKGETSIZE64 = 0x80081272
 
+# Bytes of a system call that writes. The page cache keeps what was written at once in one large folio, up to 2 MiB, and
+# ext4 looks at every 4 KiB of it again for each write into it: 4 KiB onto what 1 MiB writes have left take 8.5 us, onto
+# this 3.2 us (kernel 6.18), for 16 calls instead of one where 1 MiB is written.
+FOLIO = 64 * KiB
+
 _LOOK = 128 * KiB  # what the kernel reads ahead at once
 _COLD = 1.0  # seconds after something was not cached in which nothing is believed to be
 _BYTE = bytearray(1)
@@ -142,7 +147,7 @@ class DataFile:
             return False
         last = position + length - 1
         try:
-            for each in (*range(position, last, _LOOK), last):
+            for each in (*range(position, last, _LOOK), last) if length > FOLIO else (last,):
                 if os.preadv(self.fd, (_BYTE,), each, NOWAIT) != 1:
                     return False
         except OSError:
@@ -180,11 +185,16 @@ class DataFile:
             except BufferError:  # a part of it is being sent, in another thread
                 time.sleep(0.0001)
 
-    def write(self, buffers: Sequence[bytes | bytearray | memoryview], position: int, length: int) -> None:
-        """Write `buffers`, `length` bytes together."""
-        count = self.pwritev(self.fd, buffers, position)
-        if count != length:
-            self.write_rest(memoryview(b"".join(buffers))[count:], position + count)
+    def write(self, payload: memoryview, position: int) -> None:
+        """Write `payload`, in pieces that end at multiples of FOLIO."""
+        length = len(payload)
+        done = 0
+        while done < length:
+            piece = payload if length <= FOLIO else payload[done : done + FOLIO - (position + done) % FOLIO]
+            count = self.pwritev(self.fd, (piece,), position + done)
+            if count != len(piece):
+                self.write_rest(piece[count:], position + done + count)
+            done += len(piece)
         self.dirty += length  # several threads at once may lose some of it, and never all
 
     def write_rest(self, rest: memoryview, position: int) -> None:

@@ -25,7 +25,9 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+import numpy as np
 
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
 from nbdthin.pool import commands, events, merge, sums
@@ -33,7 +35,7 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.data import NOWAIT, is_device
 from nbdthin.pool.events import Event, Events, Levels, Listener
 from nbdthin.pool.journal import FULL_DISK
-from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer
+from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer, Words
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.readers import Readers
@@ -41,7 +43,7 @@ from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.rows import Finding, Scrubbed
 from nbdthin.pool.scrub import Scrub
 from nbdthin.pool.threads import Ended, Threads
-from nbdthin.pool.volume import Volume
+from nbdthin.pool.volume import SUB_BITS, Volume
 from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
 
@@ -55,11 +57,13 @@ QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
+COMING = 0.1  # seconds that a command waits for the rest of large writes that have begun
 PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
 DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
 SWEEP = 64 * MiB  # bytes of data file whose free blocks are out of reach while their space is given back
 CHECKPOINT_PAUSE = 0.002  # seconds after each frame of 16 KiB: so few reads meet one that their p99 does not show it
+LENT_AGAIN = 0.05  # seconds until blocks that clients had still to read are looked at again
 PUNCH_PAUSE = 0.0003  # seconds after each hole, which takes 30 us
 MERGE_PAUSES = 50  # times as long as it took is the pause after each step of a merge
 MERGE_PAUSE = 0.05  # seconds; at most so long, on disks where copying takes its time
@@ -77,6 +81,8 @@ MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so c
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
+
+Pieces = asyncio.Future[None]  # a large write that comes in piece by piece; done when it has ended
 
 
 class Pace:
@@ -96,6 +102,21 @@ class Pace:
                 await asyncio.wait_for(self._stopped.wait(), self._free_at - now)
 
 
+class Lender(Protocol):
+    """Somebody who looks at blocks without having entered (nbdthin.lent)."""
+
+    @property
+    def abandoned(self) -> bool:
+        """Nothing is lent any more: once all is read, it is to be closed."""
+        ...
+
+    def unread(self) -> list[tuple[int, int]]:
+        """(position, length) of what it may still look at."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class LiveVolume:
     """A volume or snapshot as all connections to it share it."""
 
@@ -107,6 +128,7 @@ class LiveVolume:
         # Blocks, first and last, of those who hold them or wait to, in the order in which they came.
         self._held: dict[asyncio.Future[None], tuple[int, int]] = {}
         self._gate: asyncio.Future[None] | None = None  # set while a command changes the volume
+        self._coming: set[Pieces] = set()
 
     # -- reading
 
@@ -153,10 +175,54 @@ class LiveVolume:
 
     # -- writing
 
-    def write_now(self, offset: int, payload: memoryview) -> bool:
+    def begin_pieces(self, length: int) -> Pieces | None:
+        """A write of `length` bytes will come in pieces (`write_now`), which find space for all of it; None: perhaps
+        not. To be ended by `end_pieces`. A command on the volume waits for it, but not for long.
+        """
+        pool = self._pool
+        if self._gate is not None or pool.journal_low:
+            return None
+        if not pool.allocator.has(self.volume.layer.number, (length >> self._shift) + 2):
+            return None
+        pieces: Pieces = asyncio.get_running_loop().create_future()
+        self._coming.add(pieces)
+        return pieces
+
+    def end_pieces(self, pieces: Pieces) -> None:
+        self._coming.discard(pieces)
+        pieces.set_result(None)
+
+    def overwrite(self, offset: int, payload: memoryview) -> bool:
+        """`write_now` of what lies in one block and is all this volume's own already, in as few steps as there can be;
+        False: ask that.
+        """
+        if self._gate is not None or self._held or self._pool.failed is not None:
+            return False
+        shift, length = self._shift, len(payload)
+        block = offset >> shift
+        own = self.volume.layer.own.get(block >> LEAF_SHIFT)
+        if own is None:
+            return False
+        within = offset - (block << shift)
+        last = within + length - 1
+        sub_shift = shift - SUB_BITS
+        touched = (2 << (last >> sub_shift)) - (1 << (within >> sub_shift))
+        entry = own[block & LEAF_MASK]
+        if last >> shift or entry & touched != touched:
+            return False
+        data = self._pool.data
+        try:
+            if data.pwritev(data.fd, (payload,), (entry >> 32 << shift) + within) != length:
+                return False
+        except OSError:
+            return False
+        data.dirty += length
+        return True
+
+    def write_now(self, offset: int, payload: memoryview, pieces: Pieces | None = None) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
         length = len(payload)
-        if length > INLINE_WRITE or self._blocked(offset, length):
+        if length > INLINE_WRITE or self._blocked(offset, length, pieces):
             return False
         volume = self.volume
         try:
@@ -305,11 +371,13 @@ class LiveVolume:
 
     # -- keeping writers apart
 
-    def _blocked(self, offset: int, length: int) -> bool:
+    def _blocked(self, offset: int, length: int, pieces: Pieces | None = None) -> bool:
         if self._gate is None and not self._held and self._pool.failed is None:  # as for most writes
             return False
         self._pool.check_writable()
-        return self._gate is not None or bool(self._earlier(*self._blocks(offset, length)))
+        if self._gate is not None and pieces not in self._coming:
+            return True
+        return bool(self._earlier(*self._blocks(offset, length)))
 
     def _blocks(self, offset: int, length: int) -> tuple[int, int]:
         return offset >> self._shift, max(offset, offset + length - 1) >> self._shift
@@ -362,6 +430,9 @@ class LiveVolume:
             await asyncio.shield(self._gate)
         gate = self._gate = asyncio.get_running_loop().create_future()
         try:
+            if self._coming:
+                await asyncio.wait(self._coming, timeout=COMING)
+                self._coming.clear()
             while self._held:
                 await asyncio.shield(next(iter(self._held)))
             yield
@@ -429,6 +500,8 @@ class LivePool:
         self._committing: asyncio.Task[None] | None = None
         self._sync_took = QUICK_SYNC  # seconds, the last time
         self._reclaiming: asyncio.Task[None] | None = None
+        self.lenders: set[Lender] = set()
+        self._held_back: list[Words] = []  # blocks that could be reclaimed, were they not lent
         self._tasks: set[asyncio.Task[None]] = set()
         self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
         self._merges = Waiting()  # commands, for a layer that is merged
@@ -681,6 +754,7 @@ class LivePool:
             self._prepare_soon(now=self.pool.journal.may_fit)
         self.pool.arm_growth()
         self._watch()
+        self._drop_lenders()
         # Small frames where the journal is short: one that is larger than what is left keeps all behind it waiting.
         self._timer = self._loop.call_later(POLL if starved else COMMIT_INTERVAL, self._tick)
 
@@ -706,7 +780,8 @@ class LivePool:
             raise error
         waits = self._loop.time() < deadline
         # Space is coming, whatever the policy says; on a full disk perhaps not enough: then not for ever.
-        if self.pool.allocator.pending and (first or waits or not isinstance(error, _DiskFull)):
+        held_back = sum(map(len, self._held_back))
+        if self.pool.allocator.pending > held_back and (first or waits or not isinstance(error, _DiskFull)):
             await self._freed_space()
             return deadline
         self._tell_no_space(name, error, waits)
@@ -835,14 +910,43 @@ class LivePool:
     async def _reclaim(self) -> None:
         await asyncio.sleep(0)  # who waited for the commit is answered first: starting the thread may take milliseconds
         while (blocks := self.pool.take_reclaimable()) is not None:
-            await self._upkeep.run(partial(self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)))
-            self.pool.allocator.release(blocks)
-            self.space_came()
+            if len(blocks := self._without_lent(blocks)):
+                await self._upkeep.run(partial(self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)))
+                self.pool.allocator.release(blocks)
+                self.space_came()
         self._reclaiming = None
+        self._drop_lenders()
         if self.pool.journal.starved:
             self._prepare_soon(now=self.pool.journal.may_fit)
         if self.pool.allocator.used != self._watched or self._free_when_full is not None:
             self._watch()
+
+    def _without_lent(self, blocks: Words) -> Words:
+        """`blocks` but for those that clients have still to read; these are looked at again later."""
+        size = self.pool.block_size
+        lent: set[int] = set()
+        for lender in list(self.lenders):
+            for position, length in lender.unread():
+                lent.update(range(position // size, (position + length - 1) // size + 1))
+        if not lent:
+            return blocks
+        held = np.isin(blocks, np.fromiter(lent, dtype=blocks.dtype, count=len(lent)))
+        if held.any():
+            if not self._held_back:
+                self._loop.call_later(LENT_AGAIN, self._try_held_back)
+            self._held_back.append(blocks[held])
+        return blocks[~held]
+
+    def _try_held_back(self) -> None:
+        if not self._closing:
+            self.pool.reclaim_again(np.concatenate(self._held_back))
+            self._held_back.clear()
+            self._reclaim_soon()
+
+    def _drop_lenders(self) -> None:
+        for lender in [each for each in self.lenders if each.abandoned and not each.unread()]:
+            lender.close()
+            self.lenders.discard(lender)
 
     async def _sweep(self) -> None:
         """Give back what a crash left in free blocks: of writes that no commit followed, of frees that none punched."""
@@ -1043,6 +1147,8 @@ class LivePool:
             self.readers.close()
             for threads in (self._sync, self._io, self._upkeep):
                 threads.end()
+            for lender in self.lenders:
+                lender.close()
             try:
                 self.pool.close()
             except NoSpace as error:

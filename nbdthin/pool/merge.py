@@ -117,7 +117,7 @@ class Step:
         for origin, goal, length in self._copies:
             buffer = memoryview(bytearray(length))
             self._pool.data.read_into(buffer, origin)
-            self._pool.data.write((buffer,), goal, length)
+            self._pool.data.write(buffer, goal)
             block, first = divmod(origin, self._pool.block_size)
             if block in records:
                 self._compare(buffer, block, first, records[block])
@@ -152,7 +152,7 @@ class Step:
         if over is None:
             moved, kept = lower >> _THIRTY_TWO, lower & FULL
         else:
-            joined, _, done = _join(words(over), lower)
+            joined, _, done = join(words(over), lower)
             moved = np.where(done & (joined & MIXED == lower & MIXED), lower >> _THIRTY_TWO, np.uint64(0))
             kept = joined & FULL
         pool.sums.reown(before, after, moved[moved != 0], kept[moved != 0])
@@ -193,7 +193,7 @@ class Step:
         if over is None:
             moved, remains = lower[:], None  # a copy: a checkpoint may be holding the sealed parent's
         else:
-            joined, gone, done = _join(words(over), words(lower))
+            joined, gone, done = join(words(over), words(lower))
             for index, (entry, physical) in self._joined.get(leaf, {}).items():
                 joined[index], gone[index], done[index] = entry, physical, True
             pool.discard_blocks(gone[gone != 0])
@@ -208,7 +208,7 @@ class Step:
         return not left
 
 
-def _join(upper: Words, lower: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
+def join(upper: Words, lower: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
     """For each block of a leaf: the entry that stands for both, the block that it makes free or 0, and whether it does.
 
     It does not where both hold data that shows: that takes a copy. All at once, not one by one: the event loop waits.
@@ -255,10 +255,17 @@ def prune(pool: Pool, layer: Layer) -> Iterator[None]:
         unneeded = (own >> np.uint64(32) != 0) & (shown == 0)
         if unneeded.any():
             pool.discard_blocks(own[unneeded] >> np.uint64(32))
-            kept = np.where(unneeded, own & (FULL << 16), own)
-            pool.put_leaf(layer, leaf, array("Q", kept.tobytes()))
+            pool.put_leaf(layer, leaf, array("Q", pruned(own, unneeded).tobytes()))
             _forget_below(layer, leaf)
         yield
+
+
+def pruned(own: Words, unneeded: npt.NDArray[np.bool_]) -> Words:
+    """The entries of a leaf without the blocks that are not needed.
+
+    They go on to hide what the layers below have there, as zeroes: else that would seem to be needed.
+    """
+    return np.where(unneeded, (own | own << _SIXTEEN) & (FULL << 16), own)
 
 
 def child_of(pool: Pool, parent: Layer) -> Layer | None:
@@ -278,6 +285,8 @@ def unlink(pool: Pool, parent: Layer, child: Layer) -> None:
     """Every leaf has been merged: `child` takes its parent's place."""
     assert not parent.own
     pool.apply([LayerRecord(child.number, parent.parent.number if parent.parent is not None else 0)])
+    if child.name is None and len(child.children) > 1:  # its children may show nothing of what it has got
+        pool.state.prunable[child.number] = None
 
 
 def steps(pool: Pool, parent: Layer, leaves: int = LEAVES) -> Iterator[Step]:

@@ -27,15 +27,16 @@ import uuid
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar, cast
 
 import numpy as np
 
 from nbdthin.errors import Corrupt, Exists, Invalid, Locked, NoSpace, NotFound, PoolFailed
-from nbdthin.pool import commands, events, extents, merge, space
+from nbdthin.pool import commands, du, events, explain, extents, merge, space, volumemap
 from nbdthin.pool.allocator import HEADER_BLOCKS, NEVER, Allocator
 from nbdthin.pool.commands import Command, Draft
 from nbdthin.pool.data import DataFile, device_size, is_device
@@ -63,10 +64,13 @@ from nbdthin.pool.rows import Extent, PoolInfo, Row, Usage
 from nbdthin.pool.sums import Sums
 from nbdthin.pool.superblock import DATA_HEADER, Superblock, read_superblock
 from nbdthin.pool.unsynced import Unsynced
+from nbdthin.pool.views import MOST_CELLS, DiskUse, Explanation, Map
 from nbdthin.pool.volume import JOURNAL_LOW, Shrink, Volume
 from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
 
 log = logging.getLogger("nbdthin.pool")
+
+T = TypeVar("T")
 
 DEFAULT_SIZE = 100 * GiB  # what docker's loop pool had; sparse, so it costs nothing
 REPAIRED = "repaired"  # in the pool: a repair has lost something, and a dump may still name what is in free blocks
@@ -910,6 +914,11 @@ class Pool:
         """Freed blocks that are durable so and that no read can still be using: to `punch`, then to release."""
         return np.concatenate(self._limbo.popleft()[1]) if self.can_reclaim else None
 
+    def reclaim_again(self, blocks: Words) -> None:
+        """What `take_reclaimable` returned, and was not released."""
+        self._limbo.append((self._epoch, [blocks]))
+        self._epoch += 1
+
     def sweep(self, start: int, end: int) -> None:
         """Have the free blocks between two bytes of the data file reclaimed as if they had just been freed."""
         blocks = self.allocator.hold_free(start // self.block_size, -(-end // self.block_size))
@@ -1021,6 +1030,25 @@ class Pool:
             rows.append(row)
         return extents.diff(layers[0], rows[0].size, layers[1], rows[1].size, self.block_size // 16)
 
+    def explain(self, name: str, offset: int | str, length: int | str | None = None) -> Explanation:
+        """The way of a read of the byte at `offset`, and of a write of `length` there: by default of its subblock.
+
+        Raises NotFound, or Invalid outside of the volume.
+        """
+        seen = explain.explain(self, name, parse_size(offset), None if length is None else parse_size(length))
+        return replace(seen, checksum=explain.has_checksum(self, seen))
+
+    def map(self, name: str, cells: int = MOST_CELLS) -> Map:
+        """Which layers a volume's data comes from, in up to `cells` parts, and how scattered it is.
+
+        Raises NotFound or Invalid.
+        """
+        return _finished(volumemap.survey(self, name, cells))
+
+    def du(self, *names: str) -> DiskUse:
+        """What `names` take, and what removing them all at once frees; of everything without any. Raises NotFound."""
+        return _finished(du.disk_use(self, names))
+
     def info(self) -> PoolInfo:
         """Facts about the whole pool."""
         rows = self.state.names.values()
@@ -1029,6 +1057,7 @@ class Pool:
         metadata = self.journal.disk_bytes + (self.path / "superblock").stat().st_size
         room = _available(self.path)
         leaves = sum(len(layer.own) for layer in self.state.layers.values())
+        usage = self.usage()
         return PoolInfo(
             path=self.path.absolute(),
             uuid=self.superblock.uuid,
@@ -1036,8 +1065,9 @@ class Pool:
             data_path=self.data.path.absolute(),
             data_total=total,
             data_used=self.allocator.used * self.block_size,
-            data_available=self.usage().free,
+            data_available=usage.free,
             data_reserved=self.limits.kept() * self.block_size,
+            min_free=int(self.policy.min_free * usage.total),
             metadata_used=metadata,
             metadata_total=metadata + room,
             metadata_available=room,
@@ -1045,6 +1075,7 @@ class Pool:
             volumes=len(self.state.names) - self.state.snapshots,
             snapshots=self.state.snapshots,
             layers=len(self.state.layers),
+            merging=len(self.state.mergeable) + len(self.state.prunable),
             virtual_size=virtual,
             oversubscription=virtual / total,
             journal=self.journal.bytes_since_checkpoint,
@@ -1052,6 +1083,15 @@ class Pool:
             sequence=self.journal.sequence,
             failed=self.failed,
         )
+
+
+def _finished(steps: Generator[None, None, T]) -> T:
+    """All the steps at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(T, end.value)
 
 
 def _available(path: Path) -> int:

@@ -59,6 +59,7 @@ class PoolInfo:
     data_used: int
     data_available: int  # what the pool has left, or the file system under it where that is less
     data_reserved: int  # of what is available: kept for volumes with a reservation
+    min_free: int  # with less than this available, no volumes or clones are made
     metadata_used: int  # bytes of the journal directory
     metadata_total: int  # used and what the file system under it has left
     metadata_available: int
@@ -66,6 +67,7 @@ class PoolInfo:
     volumes: int
     snapshots: int
     layers: int
+    merging: int  # of these, without a name and to be merged or pruned, which gives space back
     virtual_size: int
     oversubscription: float
     journal: int  # bytes written to the journal since the last checkpoint

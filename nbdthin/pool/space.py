@@ -7,19 +7,37 @@ without a name. Both are sums over leaves; what cannot have changed is remembere
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Set
 
 import numpy as np
+import numpy.typing as npt
 
 from nbdthin.pool.layers import FULL, LEAF_SHIFT, MIXED, ZERO_LEAF, Layer, Words, words
 
 _VISIBLE = -1  # the key in Layer.referenced of the sum over all leaves, kept for sealed layers
 _PHYSICAL = np.uint64(32)
+_WORTH_NUMPY = 16  # mixed blocks of a leaf from which on walking the layers for all at once is faster
 
 
 def referenced(layer: Layer) -> int:
     """Blocks that reads of `layer` touch, and blocks it owns without data."""
     return _visible(layer) + sum(_leaf(layer, leaf)[1] for leaf in layer.own)
+
+
+def prepare(layers: Iterable[Layer]) -> Generator[None, None, None]:
+    """Work out, in steps, what `referenced` remembers of each leaf: 0.4 s for a TiB that nobody asked about yet.
+
+    The mapping may change between any two.
+    """
+    for layer in layers:
+        node: Layer | None = layer
+        while node is not None and (node.head or _VISIBLE not in node.referenced):
+            for leaf in list(node.own):
+                if leaf in node.own and leaf not in node.referenced:
+                    _leaf(node, leaf)
+                    yield
+            node = node.parent
+        yield
 
 
 def _visible(layer: Layer) -> int:
@@ -58,9 +76,25 @@ def _count(layer: Layer, leaf: int) -> int:
     if effective is ZERO_LEAF:
         return 0
     entries = words(effective)
-    mixed = np.flatnonzero(entries >= MIXED).tolist()
-    shown = sum(len(set(layer.resolve((leaf << LEAF_SHIFT) + index)) - {0}) for index in mixed)
-    return int(np.count_nonzero(entries & FULL)) + shown
+    mixed = np.flatnonzero(entries >= MIXED)
+    return int(np.count_nonzero(entries & FULL)) + (_count_mixed(layer, leaf, mixed) if len(mixed) else 0)
+
+
+def _count_mixed(layer: Layer, leaf: int, mixed: npt.NDArray[np.intp]) -> int:
+    """Blocks that some mixed entries of a leaf lead to: each layer that shows data in one has its own."""
+    if len(mixed) < _WORTH_NUMPY:
+        return sum(len(set(layer.resolve((leaf << LEAF_SHIFT) + index)) - {0}) for index in mixed.tolist())
+    shown = 0
+    rest = np.full(len(mixed), FULL, dtype=np.uint64)
+    node: Layer | None = layer
+    while node is not None and rest.any():
+        own = node.own.get(leaf)
+        if own is not None:
+            entries = words(own)[mixed]
+            shown += int(np.count_nonzero(entries & rest))
+            rest &= ~(entries | entries >> np.uint64(16))
+        node = node.parent
+    return shown
 
 
 def exclusive(layer: Layer) -> int:
@@ -82,7 +116,10 @@ def exclusive(layer: Layer) -> int:
 def _freed(layer: Layer, children: Iterable[Layer]) -> int:
     """Blocks of `layer` that come free when it has no name and these children: merged into one, or pruned."""
     children = list(children)
-    return sum(_freed_leaf(layer, leaf, children) for leaf in layer.own)
+    leaves: Set[int] = layer.own.keys()
+    for child in children:  # one without the leaf shows all of it
+        leaves = leaves & child.own.keys()
+    return sum(_freed_leaf(layer, leaf, children) for leaf in leaves)
 
 
 def _freed_leaf(layer: Layer, leaf: int, children: list[Layer]) -> int:
@@ -91,10 +128,7 @@ def _freed_leaf(layer: Layer, leaf: int, children: list[Layer]) -> int:
     if len(children) > 1:
         shown = shown_by(children, leaf, (own & FULL).astype(np.uint64))
         return 0 if shown is None else int(np.count_nonzero(owned & (shown == 0)))
-    over = children[0].own.get(leaf)
-    if over is None:
-        return 0
-    entries = words(over)
+    entries = words(children[0].own[leaf])
     covered = (entries | entries >> np.uint64(16)) & FULL
     # merge.Step: of two blocks one stays; a block alone stays where something of it shows, or nothing covers it.
     both = owned & (entries >> _PHYSICAL != 0)

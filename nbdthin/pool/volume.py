@@ -16,6 +16,7 @@ import numpy as np
 
 from nbdthin.errors import Invalid, NoSpace, ReadOnly
 from nbdthin.pool import sums
+from nbdthin.pool.data import FOLIO
 from nbdthin.pool.extents import data_masks
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, words
 from nbdthin.pool.records import LEAF_BLOCKS
@@ -81,7 +82,7 @@ class Write:
             buffers = view
         done = 0
         for position, length in self._runs:
-            data.write((buffers[done : done + length],), position, length)
+            data.write(buffers[done : done + length], position)
             done += length
 
     def _read_edge(self, offset: int, segments: list[tuple[int, int]], view: memoryview, flags: int) -> None:
@@ -272,14 +273,17 @@ class Volume:
                 fresh = physical = self.pool.allocator.allocate(layer.number, block, self._near(block))
         data = self._data
         try:
-            count = data.pwritev(data.fd, (payload,), (physical << self._shift) + within)
-            if count != length:
-                data.write_rest(payload[count:], (physical << self._shift) + within + count)
+            if length <= FOLIO:
+                count = data.pwritev(data.fd, (payload,), (physical << self._shift) + within)
+                if count != length:
+                    data.write_rest(payload[count:], (physical << self._shift) + within + count)
+                data.dirty += length
+            else:
+                data.write(payload, (physical << self._shift) + within)
         except BaseException:
             if fresh is not None:
                 self.pool.give_back([fresh])
             raise
-        data.dirty += length
         if entry & touched != touched:
             self.pool.put(layer, block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched)
         return True
@@ -387,8 +391,8 @@ class Volume:
                     within = other << self._sub_shift
                     buffer = memoryview(bytearray(self._subblock))
                     self.pool.data.read_into(buffer, (old << self._shift) + within)
-                    self.pool.data.write((buffer,), (physical << self._shift) + within, self._subblock)
-            self.pool.data.write((kept,), (physical << self._shift) + (sub << self._sub_shift), self._subblock)
+                    self.pool.data.write(buffer, (physical << self._shift) + within)
+            self.pool.data.write(memoryview(kept), (physical << self._shift) + (sub << self._sub_shift))
         except BaseException:
             if physical != old:
                 self.pool.give_back([physical])

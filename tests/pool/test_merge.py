@@ -13,7 +13,7 @@ from nbdthin.pool.check import check
 from nbdthin.pool.pool import Pool
 from nbdthin.units import MiB
 
-from .conftest import BLOCK, LEAF, SUB, Faults, Pools, Writes, contents, over_leaves, pattern
+from .conftest import BLOCK, LEAF, SUB, Faults, Pools, Writes, contents, over_leaves, pattern, used
 
 
 def unname(pool: Pool, name: str) -> int:
@@ -422,7 +422,7 @@ def some_entries(rng: random.Random, first: int) -> list[int]:
 def test_a_leaf_joined_at_once_is_its_blocks_joined_one_by_one(seed: int) -> None:
     rng = random.Random(seed)
     upper, lower = some_entries(rng, 1), some_entries(rng, 1000)
-    joined, gone, done = merge._join(np.array(upper, dtype=np.uint64), np.array(lower, dtype=np.uint64))
+    joined, gone, done = merge.join(np.array(upper, dtype=np.uint64), np.array(lower, dtype=np.uint64))
     for index in range(512):
         expected = joined_one_by_one(upper[index], lower[index])
         assert bool(done[index]) == (expected is not None)
@@ -430,6 +430,41 @@ def test_a_leaf_joined_at_once_is_its_blocks_joined_one_by_one(seed: int) -> Non
             assert (int(joined[index]), int(gone[index])) == expected
         else:
             assert (int(joined[index]), int(gone[index])) == (upper[index], 0)
+
+
+def written_over_by_two(pool: Pool, volume: str, snapshot: str, clone: str) -> None:
+    """A snapshot of a volume, and a clone of that; both hide what the snapshot has in the first block."""
+    pool.volume(volume).write(0, pattern(BLOCK, 1))
+    pool.snapshot(volume, snapshot)
+    pool.clone(snapshot, clone)
+    for name in (volume, clone):
+        pool.volume(name).write(0, pattern(BLOCK, 2))
+
+
+def test_what_a_layer_takes_over_and_all_its_children_hide_is_freed(pool: Pool) -> None:
+    pool.create("v", MiB)
+    pool.volume("v").write(0, pattern(BLOCK))
+    pool.snapshot("v", "low")
+    pool.volume("v").write(BLOCK, pattern(BLOCK))
+    pool.snapshot("v", "high")
+    pool.clone("high", "c")
+    for name in "vc":
+        pool.volume(name).write(0, pattern(BLOCK, 2))
+    pool.remove("low", "high")
+    assert used(pool) == 1 + 2
+
+
+@pytest.mark.parametrize("order", [("low", "high"), ("high", "low")])
+def test_what_a_pruned_layer_hid_stays_hidden(pool: Pool, order: tuple[str, str]) -> None:
+    pool.create("v", MiB)
+    written_over_by_two(pool, "v", "low", "b")
+    written_over_by_two(pool, "v", "high", "c")
+    pool.remove(*order)
+    assert used(pool) == 3
+    pool.volume("c").trim(0, BLOCK)
+    assert pool.volume("c").read(0, BLOCK) == bytes(BLOCK)
+    pool.remove("v")
+    assert pool.volume("c").read(0, BLOCK) == bytes(BLOCK)
 
 
 def test_a_leaf_of_which_much_must_be_copied_takes_several_steps(quiet: Pool) -> None:

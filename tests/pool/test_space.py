@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdthin.pool import merge
+from nbdthin.pool import merge, space
 from nbdthin.pool.pool import Pool
 from nbdthin.units import MiB
 
@@ -90,6 +90,24 @@ def test_provisioned_blocks_count_for_who_owns_them(volume: Pool) -> None:
     assert blocks(volume, "v") == (5, 1, 4)
 
 
+def test_many_blocks_of_several_layers_count_once_for_each_layer_that_shows_some(pool: Pool) -> None:
+    pool.create("v", 8 * MiB)
+    pool.volume("v").write(0, pattern(40 * BLOCK))
+    for number, count in enumerate((30, 25, 20)):
+        pool.snapshot("v", f"s{number}")
+        for block in range(count):
+            pool.volume("v").write(block * BLOCK + number * SUB, pattern(SUB, block))
+    assert [blocks(pool, name)[0] for name in ("s0", "s1", "s2", "v")] == [40, 70, 95, 115]
+    for block in range(18):  # what the first of them wrote is hidden, with what the last wrote
+        pool.volume("v").trim(block * BLOCK, SUB)
+    assert blocks(pool, "v")[0] == 115 - 18
+    pool.snapshot("v", "s3")
+    pool.clone("s3", "c")
+    for block in range(17):
+        pool.volume("c").write(block * BLOCK, pattern(BLOCK))
+    assert blocks(pool, "c")[0] == 115 - 18 - 17 * 3 + 17
+
+
 def test_reading_changes_no_figure(volume: Pool) -> None:
     volume.snapshot("v", "s")
     volume.volume("v").write(0, pattern(SUB))
@@ -159,3 +177,25 @@ def test_the_names_of_a_pool_need_all_of_its_blocks(volume: Pool) -> None:
         volume.remove(name)
         assert before - volume.info().data_used == promised, name
     assert volume.info().data_used == 0
+
+
+def test_figures_prepared_in_steps_are_right_whatever_happens_between_them(pools: Pools) -> None:
+    pool = over_leaves(pools.make(autocommit=False), 6, "s")
+    over = [pool.volume("v").layer, pool.volume("s").layer]
+    for leaf in range(6):
+        pool.volume("v").write(leaf * LEAF + BLOCK, pattern(BLOCK, leaf))
+    for number, _ in enumerate(space.prepare(over)):
+        match number:
+            case 1:
+                pool.volume("v").write(0, pattern(SUB))
+            case 2:
+                pool.volume("v").trim(3 * LEAF, LEAF)
+            case 4:
+                pool.snapshot("v", "s2")
+            case 6:
+                pool.remove("s")
+                pool.commit()
+                pool.merge_all()
+    assert [(row.name, row.referenced // BLOCK) for row in pool.list()] == [("s2", 10), ("v", 10)]
+    before = pool.list()
+    assert pools.reopen(pool).list() == before

@@ -469,7 +469,7 @@ def test_data_is_written_before_the_entry_says_so(pool: Pool, volume: Volume, mo
     calls.watch(pool, "put", "put")
     volume.write(0, pattern(2 * BLOCK))
     volume.write_block(3 * BLOCK, memoryview(pattern(SUB)))
-    assert calls.seen == ["write", "put", "put", "write", "put"]
+    assert calls.seen == ["write", "write", "put", "put", "write", "put"]
 
 
 # -- a volume whose name goes
