@@ -47,7 +47,7 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=total)
+            self._progress.update(self._task, completed=done, total=total or None)
 
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
@@ -116,7 +116,7 @@ def _import(arguments: Namespace) -> Export:
         raise Invalid("what comes on stdin is raw (put an image into a file first)")
     with connect(arguments) as pool, Bar(f"import {name}", arguments) as bar:
         if arguments.file == "-":
-            return import_pipe(pool, _stdin(), name, size=arguments.size)
+            return import_pipe(pool, _stdin(), name, size=arguments.size, progress=bar)
         if arguments.chain:
             return import_chain(pool, path, name, format=arguments.format, progress=bar)
         return import_file(pool, path, name, size=arguments.size, format=arguments.format, progress=bar)

@@ -18,7 +18,7 @@ from nbdthin.units import KiB
 BLOCK = 4 * KiB  # bytes: zeroes are looked for in whole ones, as a pool keeps them apart
 
 Progress = Callable[[int, int], None]
-"""Called with how many bytes are done, and of how many."""
+"""Called with how many bytes are done, and of how many: 0 where nobody knows."""
 
 
 class Source(Protocol):

@@ -50,7 +50,14 @@ def import_file(
     return pool.show(name)
 
 
-def import_pipe(pool: Client, pipe: io.BufferedIOBase, name: str, *, size: int | str | None = None) -> Export:
+def import_pipe(
+    pool: Client,
+    pipe: io.BufferedIOBase,
+    name: str,
+    *,
+    size: int | str | None = None,
+    progress: Progress = unseen,
+) -> Export:
     """The same with all that comes through a pipe, which is raw."""
     most = UNKNOWN_SIZE if size is None else parse_size(size)
     came = 0
@@ -63,6 +70,7 @@ def import_pipe(pool: Client, pipe: io.BufferedIOBase, name: str, *, size: int |
                         raise Invalid(f"more than {most} bytes came through the pipe")
                     for start, stop in data_runs(data):
                         disk.write(offset + start, data[start:stop])
+                    progress(came, 0)
             disk.flush()
         if size is None:
             pool.resize(hidden, _volume_size(Path("-"), came, None))

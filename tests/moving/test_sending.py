@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import nbdthin
-from nbdthin.errors import Corrupt, Error, Exists, InUse, Invalid, NoSpace, NotFound, PoolFailed
+from nbdthin.errors import Corrupt, Error, Exists, InUse, Invalid, NoSpace, NotFound, PoolFailed, Unreachable
 from nbdthin.moving import receiving
 from nbdthin.moving.identity import LABEL
 from nbdthin.moving.receiving import TOKEN, receive, resume_token
@@ -452,6 +452,33 @@ def test_a_receiver_that_is_killed_is_gone_on_with(
     assert len(rest) < len(whole)
     said(there, "receive", "copy", stdin=rest)
     same(large, "large@1", other, "copy")
+
+
+def test_a_daemon_that_is_killed_has_what_it_said_it_has(
+    large: nbdthin.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "SAVED_EVERY", 0)
+    whole = sent(large, "large@1")
+    with running(tmp_path) as daemon:
+
+        class Killing(io.BytesIO):
+            def read(self, size: int | None = -1, /) -> bytes:
+                if self.tell() > 13 * MiB and not self.killed:
+                    self.killed = True
+                    daemon.kill()
+                return super().read(size)
+
+            killed = False
+
+        with daemon.connect() as pool, pytest.raises(Unreachable, match="was lost"):
+            receive(pool, "copy", Killing(whole))
+        daemon.start()
+        with daemon.connect() as pool:
+            output = io.BytesIO()
+            resume(large, resume_token(pool, "copy"), output)
+            assert len(output.getvalue()) < 18 * MiB
+            received(pool, "copy", output.getvalue())
+            same(large, "large@1", pool, "copy")
 
 
 def test_files_in_place_of_pipes(
