@@ -81,7 +81,9 @@ class _Reader:
         except expat.ExpatError as error:
             what = expat.errors.messages[error.code]
             cut = ", so the file is cut short" if what in _CUT else ""
-            raise Corrupt(self._name, max(self._parser.ErrorByteIndex, 0), f"no XML of thin_dump ({what}{cut})") from error
+            raise Corrupt(
+                self._name, max(self._parser.ErrorByteIndex, 0), f"no XML of thin_dump ({what}{cut})"
+            ) from error
         except _Refused as error:
             raise Corrupt(self._name, self._parser.CurrentByteIndex, str(error)) from error
         return ThinMetadata(self._block_size, [ThinDevice(*item) for item in self._devices.items()])

@@ -1,4 +1,4 @@
-"""A dm-thin pool in memory: what its metadata become in a history of commands. Only mappings, no data."""
+"""A dm-thin pool in memory: what its metadata become in a history of commands, and as thin_dump writes them."""
 
 from __future__ import annotations
 
@@ -43,6 +43,23 @@ class ThinPool:
     def runs(self) -> list[Runs]:
         """As thin_dump tells them: runs of blocks that go on on both sides, of one time."""
         return [runs_of(device) for device in self.devices.values()]
+
+    def xml(self, block_size: int, blocks: int) -> str:
+        """What thin_restore takes. `block_size` is bytes, `blocks` the pool's."""
+        superblock = f'uuid="" time="{self.time}" transaction="1" flags="0" version="2"'
+        lines = [f'<superblock {superblock} data_block_size="{block_size // 512}" nr_data_blocks="{blocks}">']
+        for number, runs in zip(self.devices, self.runs(), strict=True):
+            times = f'creation_time="{self.created[number]}" snap_time="{self.snapped[number]}"'
+            mapped = len(self.devices[number])
+            lines.append(f'<device dev_id="{number}" mapped_blocks="{mapped}" transaction="0" {times}>')
+            for logical, physical, length, time in zip(*(column.tolist() for column in runs), strict=True):
+                if length == 1:
+                    lines.append(f'<single_mapping origin_block="{logical}" data_block="{physical}" time="{time}"/>')
+                else:
+                    place = f'origin_begin="{logical}" data_begin="{physical}" length="{length}"'
+                    lines.append(f'<range_mapping {place} time="{time}"/>')
+            lines.append("</device>")
+        return "\n".join([*lines, "</superblock>\n"])
 
 
 def runs_of(device: Device) -> Runs:

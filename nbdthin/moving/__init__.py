@@ -1,0 +1,1 @@
+"""Moving data in and out: files, streams, old pools. Works through a daemon, as any client does."""

@@ -1,0 +1,462 @@
+"""All devices of a dm-thin pool, brought over with what they share: of Docker's devicemapper driver, or of LVM.
+
+`survey` reads the metadata (thin_xml.py), finds out names and sizes and plans the layers (thin_plan.py); it writes
+nothing. `Survey.bring` carries the plan out, through a daemon as any client does: layer by layer, parents first, each
+is a volume that is written over NBD and, where others stand on it, sealed by a snapshot. All of it has names below
+`importing/` meanwhile. At the end one batch gives the devices their names and takes all others away; layers that
+several stand on stay. A failure takes away everything.
+
+dm-thin keeps no sizes. A device's is what it is told, or what Docker's metadata say, or what the file system or
+partition table in its first block says, but at least as far as its mappings reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+from typing import BinaryIO, Self
+
+from nbdthin import nbd
+from nbdthin.control.client import Client
+from nbdthin.errors import Corrupt, Error, Exists, InUse, Invalid, NotFound, Unreachable
+from nbdthin.moving import thin_xml
+from nbdthin.moving.thin_plan import Plan, Runs, plan
+from nbdthin.pool.commands import MAX_VOLUME, SECTOR, check_name, check_size
+from nbdthin.units import KiB, MiB
+
+PREFIX = "thin/"
+BUILDING = "importing/"
+READ = MiB  # bytes of the data at a time
+HOLE = 64 * KiB  # bytes: zeroes are looked for in units of this or of the pool's blocks, where those are smaller
+PATIENCE = 10  # seconds that the daemon may take to see that a connection has ended
+
+Progress = Callable[[int, int], None]  # bytes done, of bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """What becomes of one thin device. Sizes are bytes."""
+
+    device: int  # dm-thin's id
+    name: str
+    size: int
+    mapped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Bytes of data blocks."""
+
+    mapped: int  # by all devices, what they share counted for each
+    distinct: int  # in the thin pool
+    stored: int  # to be written here; less is stored where they hold zeroes
+    unshared: int  # of these: more than distinct, as no tree of layers can share them
+
+
+class Survey:
+    """A dm-thin pool that can be brought over. A context manager: it holds its data open."""
+
+    def __init__(self, data: _Data, block_size: int, volumes: Sequence[Volume], layers: Plan) -> None:
+        self.volumes = volumes
+        self.block_size = block_size
+        self.totals = Totals(
+            *(layers.mapped * block_size, layers.distinct * block_size, layers.stored * block_size),
+            (layers.stored - layers.distinct) * block_size,
+        )
+        self._data = data
+        self._plan = layers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._data.close()
+
+    def bring(self, connect: Callable[[], Client], progress: Progress = lambda done, total: None) -> None:
+        """Make the volumes. `connect` is asked for the daemon, and once more where a failure is to be undone.
+
+        Raises Exists, NoSpace, Unreachable, Error; there is then nothing of it, unless the daemon is gone: what it
+        has below `importing/` is then named.
+        """
+        building = f"{BUILDING}{secrets.token_hex(4)}/"
+        try:
+            with connect() as pool:
+                self._check_free(pool)
+                _Bringing(pool, self._data, self._plan, self.volumes, building, self.block_size, progress).run()
+        except BaseException as error:
+            try:
+                _remove(connect, building)
+            except Error as failure:
+                why = f"{error}; " if isinstance(error, Error) else ""
+                raise Unreachable(f"{why}what is below {building} may be left ({failure})") from error
+            raise
+
+    def _check_free(self, pool: Client) -> None:
+        """At once, not when everything has been copied."""
+        taken = {row.name for row in pool.list()} & {volume.name for volume in self.volumes}
+        if taken:
+            others = f", and {len(taken) - 1} other names" if len(taken) > 1 else ""
+            raise Exists(f"{min(taken)!r} exists already{others} (--prefix and --name give others)")
+
+
+def survey(
+    metadata: str,
+    data: str,
+    *,
+    names: Mapping[int, str] | None = None,
+    sizes: Mapping[int, int] | None = None,
+    prefix: str = PREFIX,
+    docker: str | None = None,
+) -> Survey:
+    """Read the XML file `metadata` (`-`: stdin) of the pool whose data device, or a copy of it, is `data`.
+
+    `names` and `sizes` (bytes) are by dm-thin's device id and come before what Docker's metadata directory `docker`
+    says; other devices are called by their id. All names but `names` begin with `prefix`. Raises Corrupt, Invalid,
+    NotFound, Error.
+    """
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(_Data(data))
+        with _opened(metadata) as (file, called):
+            found = thin_xml.read(file, called)
+        known = _read_docker(Path(docker)) if docker is not None else {}
+        devices = [device for device in found.devices if not (device.number in known and known[device.number].deleted)]
+        wanted = dict(names or {}), dict(sizes or {})
+        for number in {*wanted[0], *wanted[1]} - {device.number for device in devices}:
+            raise Invalid(f"the pool has no device {number} (it has: {_some(device.number for device in devices)})")
+        volumes, all_runs = [], []
+        for device in devices:
+            source.check(device, found.block_size)
+            of_docker = known.get(device.number)
+            name = wanted[0].get(device.number)
+            if name is None:
+                name = prefix + (of_docker.name if of_docker is not None else str(device.number))
+            size = wanted[1].get(device.number, of_docker.size if of_docker is not None else None)
+            if size is None:
+                size = _size_of(device.runs, source, found.block_size)
+            runs = _cut(device.runs, -(-check_size(size) // found.block_size))
+            all_runs.append(runs)
+            mapped = int(runs.blocks.sum()) * found.block_size
+            volumes.append(Volume(device.number, check_name(name), size, mapped))
+        _check_distinct(volumes)
+        result = Survey(source, found.block_size, volumes, plan(all_runs))
+        stack.pop_all()
+        return result
+
+
+def _some(numbers: Iterator[int], most: int = 10) -> str:
+    texts = [str(number) for number in numbers]
+    return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "") or "none"
+
+
+def _check_distinct(volumes: Sequence[Volume]) -> None:
+    of: dict[str, int] = {}
+    for volume in volumes:
+        if volume.name in of:
+            raise Invalid(f"devices {of[volume.name]} and {volume.device} would both be {volume.name!r}")
+        of[volume.name] = volume.device
+
+
+@contextlib.contextmanager
+def _opened(metadata: str) -> Iterator[tuple[BinaryIO, str]]:
+    with _readable(metadata):
+        if metadata == "-":
+            with open(0, "rb", closefd=False) as file:
+                yield file, "standard input"
+        else:
+            with open(metadata, "rb") as file:
+                yield file, metadata
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no {path}") from error
+    except OSError as error:
+        raise Error(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class _Data:
+    """The pool's data device, or a file that is a copy of it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with _readable(path):
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._size = os.lseek(self._fd, 0, os.SEEK_END)
+                # What was cached before dm-thin wrote it, past the cache, is not what is there now.
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            except BaseException:
+                os.close(self._fd)
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def check(self, device: thin_xml.ThinDevice, block_size: int) -> None:
+        runs = device.runs
+        beyond = runs.physical + runs.blocks > self._size // block_size
+        if beyond.any():
+            block = int((runs.physical + runs.blocks)[beyond][0]) - 1
+            raise Invalid(
+                f"device {device.number} has a block at byte {block * block_size} of the data, and {self._path} has "
+                f"{self._size} bytes: it is not the data of these metadata"
+            )
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        while view:
+            with _readable(self._path):
+                length = os.preadv(self._fd, (view,), offset)
+            if not length:
+                raise Error(f"{self._path} ends at byte {offset}: it has become shorter")
+            view, offset = view[length:], offset + length
+
+
+# Sizes ----------------------------------------------------------------------------------------------------
+
+_EXT4 = Struct("<4xI16xI28xH")  # of its superblock at 1024: blocks, log2 of their KiB, magic number
+_EXT4_MAGIC = 0xEF53
+_EXT4_FEATURES, _EXT4_64BIT, _EXT4_BLOCKS_HIGH = 0x60, 0x80, 0x150
+_XFS = Struct(">4sIQ")  # magic number, block size, blocks
+_GPT = Struct("<8s24xQ")  # of its header in sector 1: magic number, sector of the last one, a copy of this
+
+
+def _size_of(runs: Runs, data: _Data, block_size: int) -> int:
+    """Bytes: up to what is mapped, and at least what the device's content claims."""
+    if not len(runs.logical):
+        return block_size
+    mapped = int(runs.logical[-1] + runs.blocks[-1]) * block_size
+    if runs.logical[0] != 0:
+        return mapped
+    first = bytearray(HOLE)
+    data.read_into(memoryview(first), int(runs.physical[0]) * block_size)
+    claimed = _claimed(first)
+    return max(mapped, claimed) if claimed <= MAX_VOLUME and claimed % SECTOR == 0 else mapped
+
+
+def _claimed(first: bytearray) -> int:
+    """Bytes of the file system or the partition table that begins so; 0 where there is none that we know."""
+    blocks, shift, magic = _EXT4.unpack_from(first, 1024)
+    if magic == _EXT4_MAGIC and shift <= 6:
+        superblock = memoryview(first)[1024:]
+        if int.from_bytes(superblock[_EXT4_FEATURES:][:4], "little") & _EXT4_64BIT:
+            blocks |= int.from_bytes(superblock[_EXT4_BLOCKS_HIGH:][:4], "little") << 32
+        return int(blocks * KiB << shift)
+    mark, size, blocks = _XFS.unpack_from(first)
+    if mark == b"XFSB" and 512 <= size <= 64 * KiB:
+        return int(size) * int(blocks)
+    for sector in (512, 4096):
+        mark, last = _GPT.unpack_from(first, sector)
+        if mark == b"EFI PART":
+            return (int(last) + 1) * sector
+    return 0
+
+
+def _cut(runs: Runs, blocks: int) -> Runs:
+    """What lies before block number `blocks`."""
+    runs = runs.select(runs.logical < blocks)
+    return runs._replace(blocks=(runs.logical + runs.blocks).clip(max=blocks) - runs.logical)
+
+
+# Docker ---------------------------------------------------------------------------------------------------
+
+_NO_DEVICES = ("deviceset-metadata", "transaction-metadata")
+
+
+@dataclass(frozen=True, slots=True)
+class _OfDocker:
+    name: str
+    size: int
+    deleted: bool  # only waiting for its last user
+
+
+def _read_docker(directory: Path) -> dict[int, _OfDocker]:
+    """Docker's devicemapper/metadata: a file for each device, by whose name it is known to Docker."""
+    result: dict[int, _OfDocker] = {}
+    with _readable(str(directory)):
+        paths = sorted(path for path in directory.iterdir() if path.name not in _NO_DEVICES and path.is_file())
+        for path in paths:
+            try:
+                row = json.loads(path.read_bytes())
+                number, size, deleted = row["device_id"], row["size"], row.get("deleted", False)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise Corrupt(path, None, "not Docker's metadata of a device") from error
+            if not (type(number) is int and type(size) is int and type(deleted) is bool):
+                raise Corrupt(path, None, "not Docker's metadata of a device")
+            result[number] = _OfDocker(path.name, size, deleted)
+    return result
+
+
+# Bringing -------------------------------------------------------------------------------------------------
+
+
+class _Bringing:
+    """A plan that is carried out. Volumes under construction are called by their layer's index."""
+
+    def __init__(
+        self,
+        pool: Client,
+        data: _Data,
+        layers: Plan,
+        volumes: Sequence[Volume],
+        building: str,
+        block_size: int,
+        progress: Progress,
+    ) -> None:
+        self._pool = pool
+        self._data = data
+        self._layers = layers.layers
+        self._volumes = volumes
+        self._building = building
+        self._block_size = block_size
+        self._progress = progress
+        self._done, self._total = 0, layers.stored * block_size
+        self._hole = min(HOLE, pool.info().pool.block_size)
+        self._zeroes = bytes(self._hole)
+        self._buffer = bytearray(READ)
+        self._sizes = self._layer_sizes()
+        self._parents = {layer.parent for layer in self._layers}
+
+    def run(self) -> None:
+        inner = [index for index, layer in enumerate(self._layers) if layer.device is None]
+        devices = [index for index, layer in enumerate(self._layers) if layer.device is not None]
+        self._progress(0, self._total)
+        for index in inner:
+            with self._pool.batch():
+                self._make(index)
+            self._fill(index)
+            self._pool.snapshot(self._name(index), self._sealed(index))
+        with self._pool.batch():
+            for index in devices:
+                self._make(index)
+        for index in devices:
+            self._fill(index)
+            self._shrink(index)
+        self._finish(inner, devices)
+
+    def _name(self, index: int) -> str:
+        return f"{self._building}{index}"
+
+    def _sealed(self, index: int) -> str:
+        return f"{self._building}{index}@"
+
+    def _layer_sizes(self) -> list[int]:
+        """Bytes. A clone is not smaller than its snapshot, so what several stand on is no larger than its content."""
+        largest = [0] * len(self._layers)  # of the devices above each
+        for index in reversed(range(len(self._layers))):
+            layer = self._layers[index]
+            if layer.device is not None:
+                largest[index] = self._volumes[layer.device].size
+            if layer.parent is not None:
+                largest[layer.parent] = max(largest[layer.parent], largest[index])
+        sizes: list[int] = []
+        for index, layer in enumerate(self._layers):
+            below = sizes[layer.parent] if layer.parent is not None else 0
+            end = int((layer.stored.logical + layer.stored.blocks).max(initial=0)) * self._block_size
+            own = largest[index] if layer.device is not None else min(end, largest[index])
+            sizes.append(max(own, below))
+        return sizes
+
+    def _make(self, index: int) -> None:
+        parent = self._layers[index].parent
+        if parent is None:
+            self._pool.create(self._name(index), self._sizes[index])
+        else:
+            self._pool.clone(self._sealed(parent), self._name(index), size=self._sizes[index])
+
+    def _fill(self, index: int) -> None:
+        layer = self._layers[index]
+        if not (len(layer.stored.logical) or len(layer.holes[0])):
+            return
+        uri = self._pool.show(self._name(index)).uri
+        if uri is None:
+            raise Unreachable("the daemon listens for NBD nowhere ([server] listen in exports.toml)")
+        with nbd.connect(uri) as disk:
+            with disk.pipelined():
+                for logical, blocks in zip(*(column.tolist() for column in layer.holes), strict=True):
+                    disk.zero(*self._range(logical, blocks, disk.size))
+                for logical, physical, blocks, over in zip(*(column.tolist() for column in layer.stored), strict=True):
+                    offset, length = self._range(logical, blocks, disk.size)
+                    self._copy(disk, physical * self._block_size, offset, length, over)
+            disk.flush()
+
+    def _range(self, logical: int, blocks: int, size: int) -> tuple[int, int]:
+        """Offset and length in bytes; the last block of a device may be cut."""
+        offset = logical * self._block_size
+        return offset, min(blocks * self._block_size, size - offset)
+
+    def _copy(self, disk: nbd.Disk, position: int, offset: int, length: int, over: bool) -> None:
+        for at in range(0, length, READ):
+            part = memoryview(self._buffer)[: min(READ, length - at)]
+            self._data.read_into(part, position + at)
+            for start, end, is_data in self._runs(len(part)):
+                if is_data:
+                    disk.write(offset + at + start, part[start:end])
+                elif over:
+                    disk.zero(offset + at + start, end - start)
+            self._done += len(part)
+            self._progress(self._done, self._total)
+
+    def _runs(self, length: int) -> Iterator[tuple[int, int, bool]]:
+        """Start, end and whether there is data, of the first `length` bytes of the buffer."""
+        first, was_data = 0, True
+        for start in range(0, length, self._hole):
+            is_data = not self._buffer.startswith(self._zeroes[: length - start], start)
+            if is_data is not was_data:
+                if start > first:
+                    yield first, start, was_data
+                first, was_data = start, is_data
+        yield first, length, was_data
+
+    def _shrink(self, index: int) -> None:
+        """Of a device that is smaller than where its siblings have data: that was never seen through it."""
+        device = self._layers[index].device
+        assert device is not None
+        if self._volumes[device].size < self._sizes[index]:
+            self._when_closed(lambda: self._pool.resize(self._name(index), self._volumes[device].size))
+
+    def _finish(self, inner: Sequence[int], devices: Sequence[int]) -> None:
+        def finish() -> None:
+            with self._pool.batch():
+                for index in devices:
+                    device = self._layers[index].device
+                    assert device is not None
+                    self._pool.rename(self._name(index), self._volumes[device].name)
+                if inner:
+                    self._pool.remove(*(name for index in inner for name in (self._name(index), self._sealed(index))))
+
+        self._when_closed(finish)
+
+    def _when_closed(self, change: Callable[[], None]) -> None:
+        """The daemon may not have seen yet that our connection has ended."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return change()
+            except InUse:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+
+def _remove(connect: Callable[[], Client], building: str) -> None:
+    """What was built, as far as it has come. Raises Error where the daemon does not do it."""
+    with connect() as pool:
+        names = [row.name for row in pool.list() if row.name.startswith(building)]
+        if names:
+            pool.remove(*names, force=True)
