@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,9 @@ PROGRAMS = ("qemu-system-x86_64", "busybox", "gcc", "nbd-client", "cpio", "modpr
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 
-def run_guest(daemon: Daemon, script: Path, hook: list[str] | None = None, **variables: str | int) -> str:
+def run_guest(
+    daemon: Daemon, script: Path, hook: list[str] | None = None, disks: Sequence[Path] = (), **variables: str | int
+) -> str:
     """Run a guest script against a daemon; its `host WORDS` are words for `hook`, or verbs of nbdthin.
 
     Returns the console.
@@ -36,6 +38,7 @@ def run_guest(daemon: Daemon, script: Path, hook: list[str] | None = None, **var
         need(program)
     hook = hook or nbdthin_command("--socket", daemon.control)
     options = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
+    options += [part for disk in disks for part in ("--disk", str(disk))]
     command = [str(RUN), "--hook", shlex.join(hook), *options, str(daemon.port), str(script)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as guest:
         try:
