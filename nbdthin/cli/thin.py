@@ -105,7 +105,5 @@ def _show(result: _Result) -> None:
 
 
 VERBS: dict[str, Verb] = {
-    "import-thin": Verb(
-        "bring over all devices of a dm-thin pool", _arguments, _import_thin, _show
-    )
+    "import-thin": Verb("bring over all devices of a dm-thin pool", _arguments, _import_thin, _show)
 }

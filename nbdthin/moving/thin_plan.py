@@ -73,7 +73,8 @@ class Plan:
 def plan(devices: Sequence[Runs]) -> Plan:
     """The layers of `devices`. Raises Invalid where there are more pieces than there is memory for."""
     layers: list[Layer] = []
-    for group in _groups(devices):
+    by_physical = _by_physical(devices)
+    for group in _groups(len(devices), *by_physical):
         if len(group) == 1:
             runs = devices[group[0]]
             stored = Stored(runs.logical, runs.physical, runs.blocks, np.zeros(len(runs.logical), dtype=bool))
@@ -84,7 +85,7 @@ def plan(devices: Sequence[Runs]) -> Plan:
                 parent = None if layer.parent is None else first + layer.parent
                 layers.append(Layer(parent, layer.device, layer.stored, layer.holes))
     mapped = sum(int(runs.blocks.sum()) for runs in devices)
-    return Plan(layers, mapped, _distinct(devices), sum(int(layer.stored.blocks.sum()) for layer in layers))
+    return Plan(layers, mapped, _distinct(*by_physical[1:]), sum(int(layer.stored.blocks.sum()) for layer in layers))
 
 
 def _no_holes() -> tuple[Numbers, Numbers]:
@@ -102,25 +103,23 @@ def _by_physical(devices: Sequence[Runs]) -> tuple[Numbers, Numbers, Numbers]:
     return of[order], start[order], np.maximum.accumulate(end[order])
 
 
-def _distinct(devices: Sequence[Runs]) -> int:
-    _, start, end = _by_physical(devices)
+def _distinct(start: Numbers, end: Numbers) -> int:
     if not len(start):
         return 0
     before = np.concatenate((start[:1], end[:-1]))
     return int((end - np.maximum(start, before)).clip(0).sum())
 
 
-def _groups(devices: Sequence[Runs]) -> list[list[int]]:
+def _groups(devices: int, of: Numbers, start: Numbers, end: Numbers) -> list[list[int]]:
     """Devices that share physical blocks, with others between them or not, each group and all groups ascending."""
-    of, start, end = _by_physical(devices)
-    joined = _Joined(len(devices))
+    joined = _Joined(devices)
     if len(start):
         begins = np.flatnonzero(np.concatenate(([True], start[1:] >= end[:-1])))
         first = np.repeat(of[begins], np.diff(begins, append=len(start)))
-        for pair in np.unique(first * len(devices) + of).tolist():
-            joined.join(*divmod(pair, len(devices)))
+        for pair in np.unique(first * devices + of).tolist():
+            joined.join(*divmod(pair, devices))
     groups: dict[int, list[int]] = {}
-    for index in range(len(devices)):
+    for index in range(devices):
         groups.setdefault(joined.find(index), []).append(index)
     return list(groups.values())
 
@@ -163,7 +162,7 @@ class _Sharing:
         run = np.repeat(np.arange(len(logical)), pieces)
         place = np.arange(total) - np.repeat(np.cumsum(pieces) - pieces - first, pieces)
         where = physical[run] + self._cuts[place] - logical[run]
-        order = np.lexsort((of[run], where, place))
+        order = np.lexsort((where, place))  # stable: devices stay ascending
         place, where, run = place[order], where[order], run[order]
         self._device, self._time = of[run], time[run]
         self._new = np.concatenate(([True], (place[1:] != place[:-1]) | (where[1:] != where[:-1])))
