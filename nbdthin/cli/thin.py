@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbdthin.cli.verb import Verb, connect, path_argument, wants_json
+from nbdthin.cli.moving import Bar
+from nbdthin.cli.verb import Verb, connect, path_argument
 from nbdthin.errors import Invalid
 from nbdthin.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from nbdthin.moving.thin import Progress, Totals, Volume
+    from nbdthin.moving.thin import Totals, Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +69,9 @@ def _import_thin(arguments: Namespace) -> _Result:
         docker=arguments.docker,
     ) as found:
         if not arguments.dry_run:
-            with _progress(quiet=wants_json(arguments)) as progress:
-                found.bring(lambda: connect(arguments), progress)
+            with Bar("import", arguments) as bar:
+                found.bring(lambda: connect(arguments), bar)
         return _Result(found.volumes, found.totals, arguments.dry_run)
-
-
-@contextlib.contextmanager
-def _progress(*, quiet: bool) -> Iterator[Progress]:
-    """A bar on a terminal."""
-    if quiet or not sys.stdout.isatty():
-        yield lambda done, total: None
-        return
-    from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    with Progress(
-        *Progress.get_default_columns()[:2],
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    ) as bar:
-        task = bar.add_task("import", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _show(result: _Result) -> None:

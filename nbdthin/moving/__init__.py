@@ -1,1 +1,1 @@
-"""Moving data in and out: files, streams, old pools. Works through a daemon, as any client does."""
+"""Data into a pool, out of it, and from one pool to another. All of it asks a daemon, and works from Python as well."""

@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +23,18 @@ from typing import BinaryIO, Self
 
 from nbdthin import nbd
 from nbdthin.control.client import Client
-from nbdthin.errors import Corrupt, Error, Exists, InUse, Invalid, NotFound, Unreachable
+from nbdthin.errors import Corrupt, Error, Exists, Invalid, NotFound, Unreachable
 from nbdthin.moving import thin_xml
+from nbdthin.moving.copying import Progress, data_runs, unseen
+from nbdthin.moving.importing import HIDDEN
+from nbdthin.moving.reaching import connected
 from nbdthin.moving.thin_plan import Plan, Runs, plan
 from nbdthin.pool.commands import MAX_VOLUME, SECTOR, check_name, check_size
 from nbdthin.units import KiB, MiB
 
 PREFIX = "thin/"
-BUILDING = "importing/"
 READ = MiB  # bytes of the data at a time
-HOLE = 64 * KiB  # bytes: zeroes are looked for in units of this or of the pool's blocks, where those are smaller
-PATIENCE = 10  # seconds that the daemon may take to see that a connection has ended
-
-Progress = Callable[[int, int], None]  # bytes done, of bytes
+FIRST = 64 * KiB  # bytes of a device that say how large it is; dm-thin's blocks are not smaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +76,25 @@ class Survey:
     def __exit__(self, *_: object) -> None:
         self._data.close()
 
-    def bring(self, connect: Callable[[], Client], progress: Progress = lambda done, total: None) -> None:
+    def bring(self, connect: Callable[[], Client], progress: Progress = unseen) -> None:
         """Make the volumes. `connect` is asked for the daemon, and once more where a failure is to be undone.
 
-        Raises Exists, NoSpace, Unreachable, Error; there is then nothing of it, unless the daemon is gone: what it
-        has below `importing/` is then named.
+        What an earlier try has left is removed first. Raises Exists, InUse, NoSpace, Unreachable, Error; there is then
+        nothing of it, unless the daemon is gone: the error then says what may be left.
         """
-        building = f"{BUILDING}{secrets.token_hex(4)}/"
+        if not self.volumes:
+            return
+        building = f"{HIDDEN}{self.volumes[0].name}/"
+        with connect() as pool:
+            self._check_free(pool)
+            _remove(pool, building)
         try:
             with connect() as pool:
-                self._check_free(pool)
                 _Bringing(pool, self._data, self._plan, self.volumes, building, self.block_size, progress).run()
         except BaseException as error:
             try:
-                _remove(connect, building)
+                with connect() as pool:
+                    _remove(pool, building, force=True)
             except Error as failure:
                 why = f"{error}; " if isinstance(error, Error) else ""
                 raise Unreachable(f"{why}what is below {building} may be left ({failure})") from error
@@ -243,7 +245,7 @@ def _size_of(runs: Runs, data: _Data, block_size: int) -> int:
     mapped = int(runs.logical[-1] + runs.blocks[-1]) * block_size
     if runs.logical[0] != 0:
         return mapped
-    first = bytearray(HOLE)
+    first = bytearray(FIRST)
     data.read_into(memoryview(first), int(runs.physical[0]) * block_size)
     claimed = _claimed(first)
     return max(mapped, claimed) if claimed <= MAX_VOLUME and claimed % SECTOR == 0 else mapped
@@ -326,15 +328,14 @@ class _Bringing:
         self._block_size = block_size
         self._progress = progress
         self._done, self._total = 0, layers.stored * block_size
-        self._hole = min(HOLE, pool.info().pool.block_size)
-        self._zeroes = bytes(self._hole)
         self._buffer = bytearray(READ)
         self._sizes = self._layer_sizes()
-        self._parents = {layer.parent for layer in self._layers}
 
     def run(self) -> None:
         inner = [index for index, layer in enumerate(self._layers) if layer.device is None]
-        devices = [index for index, layer in enumerate(self._layers) if layer.device is not None]
+        devices = {
+            index: self._volumes[layer.device] for index, layer in enumerate(self._layers) if layer.device is not None
+        }
         self._progress(0, self._total)
         for index in inner:
             with self._pool.batch():
@@ -346,7 +347,6 @@ class _Bringing:
                 self._make(index)
         for index in devices:
             self._fill(index)
-            self._shrink(index)
         self._finish(inner, devices)
 
     def _name(self, index: int) -> str:
@@ -383,10 +383,7 @@ class _Bringing:
         layer = self._layers[index]
         if not (len(layer.stored.logical) or len(layer.holes[0])):
             return
-        uri = self._pool.show(self._name(index)).uri
-        if uri is None:
-            raise Unreachable("the daemon listens for NBD nowhere ([server] listen in exports.toml)")
-        with nbd.connect(uri) as disk:
+        with connected(self._pool, self._name(index)) as disk:
             with disk.pipelined():
                 for logical, blocks in zip(*(column.tolist() for column in layer.holes), strict=True):
                     disk.zero(*self._range(logical, blocks, disk.size))
@@ -404,59 +401,29 @@ class _Bringing:
         for at in range(0, length, READ):
             part = memoryview(self._buffer)[: min(READ, length - at)]
             self._data.read_into(part, position + at)
-            for start, end, is_data in self._runs(len(part)):
-                if is_data:
+            zeroes = 0  # where they begin, if they do
+            for start, end in [*data_runs(part), (len(part), len(part))]:
+                if over and start > zeroes:
+                    disk.zero(offset + at + zeroes, start - zeroes)
+                if end > start:
                     disk.write(offset + at + start, part[start:end])
-                elif over:
-                    disk.zero(offset + at + start, end - start)
+                zeroes = end
             self._done += len(part)
             self._progress(self._done, self._total)
 
-    def _runs(self, length: int) -> Iterator[tuple[int, int, bool]]:
-        """Start, end and whether there is data, of the first `length` bytes of the buffer."""
-        first, was_data = 0, True
-        for start in range(0, length, self._hole):
-            is_data = not self._buffer.startswith(self._zeroes[: length - start], start)
-            if is_data is not was_data:
-                if start > first:
-                    yield first, start, was_data
-                first, was_data = start, is_data
-        yield first, length, was_data
-
-    def _shrink(self, index: int) -> None:
-        """Of a device that is smaller than where its siblings have data: that was never seen through it."""
-        device = self._layers[index].device
-        assert device is not None
-        if self._volumes[device].size < self._sizes[index]:
-            self._when_closed(lambda: self._pool.resize(self._name(index), self._volumes[device].size))
-
-    def _finish(self, inner: Sequence[int], devices: Sequence[int]) -> None:
-        def finish() -> None:
-            with self._pool.batch():
-                for index in devices:
-                    device = self._layers[index].device
-                    assert device is not None
-                    self._pool.rename(self._name(index), self._volumes[device].name)
-                if inner:
-                    self._pool.remove(*(name for index in inner for name in (self._name(index), self._sealed(index))))
-
-        self._when_closed(finish)
-
-    def _when_closed(self, change: Callable[[], None]) -> None:
-        """The daemon may not have seen yet that our connection has ended."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return change()
-            except InUse:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+    def _finish(self, inner: Sequence[int], devices: Mapping[int, Volume]) -> None:
+        for index, volume in devices.items():
+            if volume.size < self._sizes[index]:  # its siblings have data behind its end
+                self._pool.resize(self._name(index), volume.size)
+        with self._pool.batch():
+            for index, volume in devices.items():
+                self._pool.rename(self._name(index), volume.name)
+            if inner:
+                self._pool.remove(*(name for index in inner for name in (self._name(index), self._sealed(index))))
 
 
-def _remove(connect: Callable[[], Client], building: str) -> None:
-    """What was built, as far as it has come. Raises Error where the daemon does not do it."""
-    with connect() as pool:
-        names = [row.name for row in pool.list() if row.name.startswith(building)]
-        if names:
-            pool.remove(*names, force=True)
+def _remove(pool: Client, building: str, *, force: bool = False) -> None:
+    """What was built, as far as it has come."""
+    names = [row.name for row in pool.list() if row.name.startswith(building)]
+    if names:
+        pool.remove(*names, force=force)
