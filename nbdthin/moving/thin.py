@@ -14,26 +14,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
-from typing import BinaryIO, Self
+from typing import Self
 
 from nbdthin import nbd
 from nbdthin.control.client import Client
-from nbdthin.errors import Corrupt, Error, Exists, Invalid, NotFound, Unreachable
+from nbdthin.errors import Corrupt, Error, Exists, Invalid, Unreachable
 from nbdthin.moving import thin_xml
 from nbdthin.moving.copying import Progress, data_runs, unseen
+from nbdthin.moving.files import RawSource, about
 from nbdthin.moving.importing import HIDDEN
 from nbdthin.moving.reaching import connected
-from nbdthin.moving.thin_plan import Plan, Runs, plan
+from nbdthin.moving.thin_plan import Layer, Plan, Runs, plan
+from nbdthin.moving.thin_xml import ThinDevice, ThinMetadata
 from nbdthin.pool.commands import MAX_VOLUME, SECTOR, check_name, check_size
-from nbdthin.units import KiB, MiB
+from nbdthin.units import KiB
 
 PREFIX = "thin/"
-READ = MiB  # bytes of the data at a time
 FIRST = 64 * KiB  # bytes of a device that say how large it is; dm-thin's blocks are not smaller
 
 
@@ -60,7 +60,7 @@ class Totals:
 class Survey:
     """A dm-thin pool that can be brought over. A context manager: it holds its data open."""
 
-    def __init__(self, data: _Data, block_size: int, volumes: Sequence[Volume], layers: Plan) -> None:
+    def __init__(self, data: RawSource, block_size: int, volumes: Sequence[Volume], layers: Plan) -> None:
         self.volumes = volumes
         self.block_size = block_size
         self.totals = Totals(
@@ -74,7 +74,7 @@ class Survey:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._data.close()
+        self._data.__exit__()
 
     def bring(self, connect: Callable[[], Client], progress: Progress = unseen) -> None:
         """Make the volumes. `connect` is asked for the daemon, and once more where a failure is to be undone.
@@ -121,12 +121,11 @@ def survey(
 
     `names` and `sizes` (bytes) are by dm-thin's device id and come before what Docker's metadata directory `docker`
     says; other devices are called by their id. All names but `names` begin with `prefix`. Raises Corrupt, Invalid,
-    NotFound, Error.
+    Error, or OSError.
     """
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_Data(data))
-        with _opened(metadata) as (file, called):
-            found = thin_xml.read(file, called)
+        source = stack.enter_context(RawSource(Path(data)))
+        found = _read_metadata(metadata)
         known = _read_docker(Path(docker)) if docker is not None else {}
         devices = [device for device in found.devices if not (device.number in known and known[device.number].deleted)]
         wanted = dict(names or {}), dict(sizes or {})
@@ -134,7 +133,7 @@ def survey(
             raise Invalid(f"the pool has no device {number} (it has: {_some(device.number for device in devices)})")
         volumes, all_runs = [], []
         for device in devices:
-            source.check(device, found.block_size)
+            _check_reach(device, found.block_size, source, Path(data))
             of_docker = known.get(device.number)
             name = wanted[0].get(device.number)
             if name is None:
@@ -165,68 +164,21 @@ def _check_distinct(volumes: Sequence[Volume]) -> None:
         of[volume.name] = volume.device
 
 
-@contextlib.contextmanager
-def _opened(metadata: str) -> Iterator[tuple[BinaryIO, str]]:
-    with _readable(metadata):
-        if metadata == "-":
-            with open(0, "rb", closefd=False) as file:
-                yield file, "standard input"
-        else:
-            with open(metadata, "rb") as file:
-                yield file, metadata
+def _read_metadata(path: str) -> ThinMetadata:
+    if path == "-":
+        with open(0, "rb", closefd=False) as file:
+            return thin_xml.read(file, "standard input")
+    with open(path, "rb") as file, about(path):
+        return thin_xml.read(file, path)
 
 
-@contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no {path}") from error
-    except OSError as error:
-        raise Error(f"cannot read {path}: {error.strerror or error}") from error
-
-
-class _Data:
-    """The pool's data device, or a file that is a copy of it."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        with _readable(path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                self._size = os.lseek(self._fd, 0, os.SEEK_END)
-                # What was cached before dm-thin wrote it, past the cache, is not what is there now.
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            except BaseException:
-                os.close(self._fd)
-                raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def check(self, device: thin_xml.ThinDevice, block_size: int) -> None:
-        runs = device.runs
-        beyond = runs.physical + runs.blocks > self._size // block_size
-        if beyond.any():
-            block = int((runs.physical + runs.blocks)[beyond][0]) - 1
-            raise Invalid(
-                f"device {device.number} has a block at byte {block * block_size} of the data, and {self._path} has "
-                f"{self._size} bytes: it is not the data of these metadata"
-            )
-
-    def read_into(self, view: memoryview, offset: int) -> None:
-        while view:
-            with _readable(self._path):
-                length = os.preadv(self._fd, (view,), offset)
-            if not length:
-                raise Error(f"{self._path} ends at byte {offset}: it has become shorter")
-            view, offset = view[length:], offset + length
+def _check_reach(device: ThinDevice, block_size: int, data: RawSource, path: Path) -> None:
+    end = int((device.runs.physical + device.runs.blocks).max(initial=0)) * block_size
+    if end > data.size:
+        raise Invalid(
+            f"device {device.number} has data up to byte {end}, and {path} has {data.size}: it is not the data of "
+            "these metadata"
+        )
 
 
 # Sizes ----------------------------------------------------------------------------------------------------
@@ -238,24 +190,23 @@ _XFS = Struct(">4sIQ")  # magic number, block size, blocks
 _GPT = Struct("<8s24xQ")  # of its header in sector 1: magic number, sector of the last one, a copy of this
 
 
-def _size_of(runs: Runs, data: _Data, block_size: int) -> int:
+def _size_of(runs: Runs, data: RawSource, block_size: int) -> int:
     """Bytes: up to what is mapped, and at least what the device's content claims."""
     if not len(runs.logical):
         return block_size
     mapped = int(runs.logical[-1] + runs.blocks[-1]) * block_size
     if runs.logical[0] != 0:
         return mapped
-    first = bytearray(FIRST)
-    data.read_into(memoryview(first), int(runs.physical[0]) * block_size)
+    ((_, first),) = data.read_many([(int(runs.physical[0]) * block_size, FIRST)])
     claimed = _claimed(first)
     return max(mapped, claimed) if claimed <= MAX_VOLUME and claimed % SECTOR == 0 else mapped
 
 
-def _claimed(first: bytearray) -> int:
+def _claimed(first: memoryview) -> int:
     """Bytes of the file system or the partition table that begins so; 0 where there is none that we know."""
     blocks, shift, magic = _EXT4.unpack_from(first, 1024)
     if magic == _EXT4_MAGIC and shift <= 6:
-        superblock = memoryview(first)[1024:]
+        superblock = first[1024:]
         if int.from_bytes(superblock[_EXT4_FEATURES:][:4], "little") & _EXT4_64BIT:
             blocks |= int.from_bytes(superblock[_EXT4_BLOCKS_HIGH:][:4], "little") << 32
         return int(blocks * KiB << shift)
@@ -290,17 +241,16 @@ class _OfDocker:
 def _read_docker(directory: Path) -> dict[int, _OfDocker]:
     """Docker's devicemapper/metadata: a file for each device, by whose name it is known to Docker."""
     result: dict[int, _OfDocker] = {}
-    with _readable(str(directory)):
-        paths = sorted(path for path in directory.iterdir() if path.name not in _NO_DEVICES and path.is_file())
-        for path in paths:
-            try:
-                row = json.loads(path.read_bytes())
-                number, size, deleted = row["device_id"], row["size"], row.get("deleted", False)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Corrupt(path, None, "not Docker's metadata of a device") from error
-            if not (type(number) is int and type(size) is int and type(deleted) is bool):
-                raise Corrupt(path, None, "not Docker's metadata of a device")
-            result[number] = _OfDocker(path.name, size, deleted)
+    for path in sorted(path for path in directory.iterdir() if path.name not in _NO_DEVICES and path.is_file()):
+        content = path.read_bytes()
+        try:
+            row = json.loads(content)
+            number, size, deleted = row["device_id"], row["size"], row.get("deleted", False)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Corrupt(path, None, "not Docker's metadata of a device") from error
+        if not (type(number) is int and type(size) is int and type(deleted) is bool):
+            raise Corrupt(path, None, "not Docker's metadata of a device")
+        result[number] = _OfDocker(path.name, size, deleted)
     return result
 
 
@@ -313,7 +263,7 @@ class _Bringing:
     def __init__(
         self,
         pool: Client,
-        data: _Data,
+        data: RawSource,
         layers: Plan,
         volumes: Sequence[Volume],
         building: str,
@@ -328,7 +278,6 @@ class _Bringing:
         self._block_size = block_size
         self._progress = progress
         self._done, self._total = 0, layers.stored * block_size
-        self._buffer = bytearray(READ)
         self._sizes = self._layer_sizes()
 
     def run(self) -> None:
@@ -338,8 +287,7 @@ class _Bringing:
         }
         self._progress(0, self._total)
         for index in inner:
-            with self._pool.batch():
-                self._make(index)
+            self._make(index)
             self._fill(index)
             self._pool.snapshot(self._name(index), self._sealed(index))
         with self._pool.batch():
@@ -387,29 +335,28 @@ class _Bringing:
             with disk.pipelined():
                 for logical, blocks in zip(*(column.tolist() for column in layer.holes), strict=True):
                     disk.zero(*self._range(logical, blocks, disk.size))
-                for logical, physical, blocks, over in zip(*(column.tolist() for column in layer.stored), strict=True):
-                    offset, length = self._range(logical, blocks, disk.size)
-                    self._copy(disk, physical * self._block_size, offset, length, over)
+                self._write(disk, layer)
             disk.flush()
+
+    def _write(self, disk: nbd.Disk, layer: Layer) -> None:
+        ranges = [
+            (physical * self._block_size, *self._range(logical, blocks, disk.size), over)
+            for logical, physical, blocks, over in zip(*(column.tolist() for column in layer.stored), strict=True)
+        ]
+        pieces = self._data.read_many((position, length) for position, _, length, _ in ranges)
+        for _, offset, length, over in ranges:
+            end = offset + length
+            while offset < end:
+                _, part = next(pieces)
+                _write_part(disk, offset, part, over)
+                offset += len(part)
+                self._done += len(part)
+                self._progress(self._done, self._total)
 
     def _range(self, logical: int, blocks: int, size: int) -> tuple[int, int]:
         """Offset and length in bytes; the last block of a device may be cut."""
         offset = logical * self._block_size
         return offset, min(blocks * self._block_size, size - offset)
-
-    def _copy(self, disk: nbd.Disk, position: int, offset: int, length: int, over: bool) -> None:
-        for at in range(0, length, READ):
-            part = memoryview(self._buffer)[: min(READ, length - at)]
-            self._data.read_into(part, position + at)
-            zeroes = 0  # where they begin, if they do
-            for start, end in [*data_runs(part), (len(part), len(part))]:
-                if over and start > zeroes:
-                    disk.zero(offset + at + zeroes, start - zeroes)
-                if end > start:
-                    disk.write(offset + at + start, part[start:end])
-                zeroes = end
-            self._done += len(part)
-            self._progress(self._done, self._total)
 
     def _finish(self, inner: Sequence[int], devices: Mapping[int, Volume]) -> None:
         for index, volume in devices.items():
@@ -420,6 +367,16 @@ class _Bringing:
                 self._pool.rename(self._name(index), volume.name)
             if inner:
                 self._pool.remove(*(name for index in inner for name in (self._name(index), self._sealed(index))))
+
+
+def _write_part(disk: nbd.Disk, offset: int, part: memoryview, over: bool) -> None:
+    zeroes = 0  # where they begin, if they do
+    for start, end in [*data_runs(part), (len(part), len(part))]:
+        if over and start > zeroes:
+            disk.zero(offset + zeroes, start - zeroes)
+        if end > start:
+            disk.write(offset + start, part[start:end])
+        zeroes = end
 
 
 def _remove(pool: Client, building: str, *, force: bool = False) -> None:
