@@ -276,6 +276,13 @@ def test_a_dump_does_not_go_into_the_pool(tmp_path: Path) -> None:
     assert (tmp_path / "pool/superblock").read_bytes() == before
 
 
+def no_devices(directory: Path) -> list[str | Path]:
+    """What import-thin takes: an empty pool of dm-thin."""
+    metadata = directory / "thin.xml"
+    metadata.write_text('<superblock data_block_size="128"/>')
+    return ["--metadata", metadata, "--data", metadata]
+
+
 def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tmp_path: Path) -> None:
     uses: dict[str, list[str | Path]] = {
         "init": [tmp_path / "pool"],
@@ -301,6 +308,7 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
         "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
         "scrub": [],
         "delta": [tmp_path / "filled", "a", "a"],
+        "import-thin": no_devices(tmp_path),
     }
     with_names(tmp_path / "filled")
     assert uses.keys() == VERBS.keys() - {"serve", "events"}  # these two end with the daemon
@@ -616,6 +624,7 @@ def test_output_onto_a_full_disk_is_one_line_for_every_verb(daemon: Daemon, tmp_
         "dump": [tmp_path / "pool"],
         "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
         "delta": [tmp_path / "replaced", "a", "a"],
+        "import-thin": no_devices(tmp_path),
     }
     assert uses.keys() == VERBS.keys()
     for verb, arguments in uses.items():

@@ -8,11 +8,12 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdthin import nbd
-from nbdthin.errors import Corrupt, Error, Exists
+from nbdthin.errors import Corrupt, Error, Exists, Invalid
 from nbdthin.moving import thin
 from nbdthin.units import GiB, KiB, MiB
 from tests.clients.daemon import Daemon, nbdthin_command, run, run_json, running
@@ -177,7 +178,7 @@ def test_devices_of_other_sizes_share_too(tmp_path: Path, daemon: Daemon) -> Non
         old.pool.discard(1, block)
     old.write(2, 9, b"\xff" * BLOCK)
     old.finish()
-    sizes = {0: 6 * BLOCK, 1: 3 * BLOCK - 4096, 2: GiB, 3: 5 * BLOCK + 4096}
+    sizes = {0: 6 * BLOCK, 1: 3 * BLOCK - 4096, 2: 32 * MiB, 3: 5 * BLOCK + 4096}
     import_thin(daemon, old, *(f"--size={number}={size}" for number, size in sizes.items()))
     for number, size in sizes.items():
         with daemon.connect() as pool:
@@ -296,24 +297,41 @@ def test_what_is_stored_more_than_once_is_said(tmp_path: Path) -> None:
     assert last == "4 devices map 512 KiB, which is 256 KiB of data; to write: 384 KiB, 128 KiB of it more than once"
 
 
-def test_what_cannot_be_is_refused_in_a_line_and_leaves_nothing(tmp_path: Path, daemon: Daemon) -> None:
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"names": {6: "web"}}, r"no device 6 \(it has: 7, 8, 9\)"),
+        ({"sizes": {6: GiB}}, "no device 6"),
+        ({"names": {7: "a b"}}, "not a name"),
+        ({"prefix": "a b"}, "not a name"),
+        ({"names": {7: "thin/8"}}, "devices 7 and 8 would both be 'thin/8'"),
+        ({"sizes": {7: 1000}}, "not a volume's size"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], line: str, tmp_path: Path) -> None:
     old = small(tmp_path)
-    assert "no device 6 (it has: 7, 8, 9)" in refused(daemon, old, "--name", "6=web")
-    assert "no device 6" in refused(daemon, old, "--size", "6=1G")
-    assert "not a name" in refused(daemon, old, "--name", "7=a b")
-    assert "both be 'thin/8'" in refused(daemon, old, "--name", "7=thin/8")
-    assert "not a device" in refused(daemon, old, "--name", "seven=web")
-    assert "twice for device 7" in refused(daemon, old, "--name", "7=a", "--name", "7=b")
-    assert "not a size" in refused(daemon, old, "--size", "7=large")
-    assert "not a volume's size" in refused(daemon, old, "--size", "7=1000")
-    assert f"{tmp_path}/none: No such file" in refused(daemon, old, "--docker", str(tmp_path / "none"))
+    with pytest.raises(Invalid, match=line):
+        thin.survey(str(old.metadata), str(old.data), **options)
+
+
+def test_what_is_not_the_data_of_the_metadata_is_refused(tmp_path: Path) -> None:
+    old = small(tmp_path)
     with old.data.open("r+b") as file:
         file.truncate(40 * BLOCK)
-    assert "not the data of these metadata" in refused(daemon, old)
+    with pytest.raises(Invalid, match="not the data of these metadata"):
+        thin.survey(str(old.metadata), str(old.data))
+    for other in ("/dev/null", str(tmp_path)):
+        with pytest.raises(Invalid, match="neither a file nor a block device"):
+            thin.survey(str(old.metadata), other)
+
+
+def test_what_fails_is_a_line_and_leaves_nothing(tmp_path: Path, daemon: Daemon) -> None:
+    old = small(tmp_path)
+    assert "not a device" in refused(daemon, old, "--name", "seven=web")
+    assert "twice for device 7" in refused(daemon, old, "--name", "7=a", "--name", "7=b")
+    assert f"{tmp_path}/none: No such file" in refused(daemon, old, "--docker", str(tmp_path / "none"))
     old.metadata.write_bytes(old.metadata.read_bytes()[:-20])
     assert "cut short" in refused(daemon, old)
-    old.data.unlink()
-    assert f"{old.data}: No such file" in refused(daemon, old)
 
 
 def test_a_name_that_is_taken_is_found_before_anything_is_copied(tmp_path: Path, daemon: Daemon) -> None:
