@@ -42,17 +42,17 @@ def export_file(
             with device(path, disk.size) as target:
                 copy(disk, target, disk.extents(), fresh=False, progress=progress)
         else:
-            with replacing(path, force=force) as partial, _made(partial, format, disk.size) as file:
+            with replacing(path, force=force) as partial, _made(partial, path, format, disk.size) as file:
                 copy(disk, file, disk.extents(), progress=progress)
 
 
 @contextlib.contextmanager
-def _made(path: Path, format: str, size: int) -> Iterator[Target]:
+def _made(path: Path, final: Path, format: str, size: int) -> Iterator[Target]:
     if format == "raw":
         with new_file(path, size) as file:
             yield file
     else:
-        with images.opened(images.create(path, format, size), writable=True) as disk:
+        with images.opened(images.create(path, format, size), writable=True, name=str(final)) as disk:
             yield disk
 
 

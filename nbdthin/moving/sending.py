@@ -111,7 +111,7 @@ def _send(
     if base is None:
         ranges = [extent for extent in disk.extents(offset) if extent.data]
     else:
-        ranges = list(_from(offset, pool.diff(base.name, snapshot.name)))
+        ranges = list(_between(offset, snapshot.size, pool.diff(base.name, snapshot.name)))
     total = sum(extent.length for extent in ranges if extent.data)
     written = _write(output, writer.header(header))
     done = 0
@@ -124,12 +124,12 @@ def _send(
     return Sent(done, written)
 
 
-def _from(offset: int, extents: list[Extent]) -> Iterator[Extent]:
+def _between(start: int, end: int, extents: list[Extent]) -> Iterator[Extent]:
+    """Where a snapshot is smaller than the one before, they differ beyond its end, too."""
     for extent in extents:
-        end = extent.offset + extent.length
-        if end > offset:
-            start = max(offset, extent.offset)
-            yield Extent(start, end - start, extent.data)
+        first, last = max(start, extent.offset), min(end, extent.offset + extent.length)
+        if first < last:
+            yield Extent(first, last - first, extent.data)
 
 
 def _packed(disk: Disk, ranges: list[Extent], level: int) -> Iterator[tuple[bytes, int]]:
