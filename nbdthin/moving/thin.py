@@ -2,8 +2,8 @@
 
 `survey` reads the metadata (thin_xml.py), finds out names and sizes and plans the layers (thin_plan.py); it writes
 nothing. `Survey.bring` carries the plan out, through a daemon as any client does: layer by layer, parents first, each
-is a volume that is written over NBD and, where others stand on it, sealed by a snapshot. All of it has names below
-`importing/` meanwhile. At the end one batch gives the devices their names and takes all others away; layers that
+is a volume that is written over NBD and, where others stand on it, sealed by a snapshot. All of it has names that
+begin with `importing/` meanwhile. At the end one batch gives the devices their names and takes all others away; layers that
 several stand on stay. A failure takes away everything.
 
 dm-thin keeps no sizes. A device's is what it is told, or what Docker's metadata say, or what the file system or
@@ -84,7 +84,7 @@ class Survey:
         """
         if not self.volumes:
             return
-        building = f"{HIDDEN}{self.volumes[0].name}/"
+        building = f"{HIDDEN}{self.volumes[0].name}@"
         with connect() as pool:
             self._check_free(pool)
             _remove(pool, building)
@@ -97,7 +97,7 @@ class Survey:
                     _remove(pool, building, force=True)
             except Error as failure:
                 why = f"{error}; " if isinstance(error, Error) else ""
-                raise Unreachable(f"{why}what is below {building} may be left ({failure})") from error
+                raise Unreachable(f"{why}{building}... may be left ({failure})") from error
             raise
 
     def _check_free(self, pool: Client) -> None:

@@ -28,6 +28,7 @@ from nbdthin.errors import Invalid
 MAX_PIECES = 1 << 25  # that sharing devices are cut into where one of their mappings begins or ends
 
 Numbers = npt.NDArray[np.int64]
+Indexes = npt.NDArray[np.int32]  # of which there may be MAX_PIECES and more
 Flags = npt.NDArray[np.bool_]
 
 
@@ -137,11 +138,8 @@ class _Joined:
             number = towards[number]
         return number
 
-    def join(self, one: int, other: int) -> tuple[int, int]:
-        """Returns what found `one` and `other` before; the first finds both now."""
-        one, other = self.find(one), self.find(other)
-        self._towards[other] = one
-        return one, other
+    def join(self, one: int, other: int) -> None:
+        self._towards[self.find(other)] = self.find(one)
 
 
 class _Sharing:
@@ -152,23 +150,23 @@ class _Sharing:
 
     def __init__(self, numbers: Sequence[int], devices: Sequence[Runs]) -> None:
         self._numbers = numbers
-        of = np.repeat(np.arange(len(devices)), [len(runs.logical) for runs in devices])
+        of = np.repeat(np.arange(len(devices), dtype=np.int32), [len(runs.logical) for runs in devices])
         logical, physical, blocks, time = (np.concatenate(column) for column in zip(*devices, strict=True))
         self._cuts = np.unique(np.concatenate((logical, logical + blocks)))
         first = np.searchsorted(self._cuts, logical)
         pieces = np.searchsorted(self._cuts, logical + blocks) - first
         if (total := int(pieces.sum())) > MAX_PIECES:
             raise Invalid(f"the devices share {total} pieces of the pool, more than can be planned ({MAX_PIECES})")
-        run = np.repeat(np.arange(len(logical)), pieces)
-        place = np.arange(total) - np.repeat(np.cumsum(pieces) - pieces - first, pieces)
-        where = physical[run] + self._cuts[place] - logical[run]
+        run = np.repeat(np.arange(len(logical), dtype=np.int32), pieces)
+        place = (np.arange(total) - np.repeat(np.cumsum(pieces) - pieces - first, pieces)).astype(np.int32)
+        where = self._cuts[place]
+        where += (physical - logical)[run]
         order = np.lexsort((where, place))  # stable: devices stay ascending
         place, where, run = place[order], where[order], run[order]
         self._device, self._time = of[run], time[run]
         self._new = np.concatenate(([True], (place[1:] != place[:-1]) | (where[1:] != where[:-1])))
-        self._mapping = np.cumsum(self._new) - 1  # of each piece
+        self._mapping = np.cumsum(self._new, dtype=np.int32) - np.int32(1)  # of each piece
         self._place, self._physical = place[self._new], where[self._new]  # of each mapping
-        self._total = np.bincount(self._mapping)  # devices that have it
         self._mark = np.zeros(len(self._cuts), dtype=bool)  # of each place; all unset between uses
 
     def layers(self) -> list[Layer]:
@@ -181,12 +179,12 @@ class _Sharing:
         for node, nodes in enumerate(children, start=len(needed)):
             needed.append(np.unique(np.concatenate([needed[child] for child in nodes])))
             parent.update(dict.fromkeys(nodes, node))
-        shown: dict[int, Numbers] = {}
+        shown: dict[int, Indexes] = {}
         index: dict[int, int] = {}
         layers: list[Layer] = []
         for node in reversed(range(len(needed))):
             above = parent.get(node)
-            below = shown[above] if above is not None else np.empty(0, dtype=np.int64)
+            below = shown[above] if above is not None else np.empty(0, dtype=np.int32)
             mappings = np.sort(np.concatenate(own[node]))
             places = self._place[mappings]
             stays = self._among(below, needed[node])
@@ -202,7 +200,7 @@ class _Sharing:
         """The inner nodes, by the children of each: devices, and above them nodes from the number of devices on."""
         count = len(self._numbers)
         again = np.flatnonzero(~self._new)
-        edges = self._device[again - 1] * count + self._device[again]
+        edges = self._device[again - 1].astype(np.int64) * count + self._device[again]
         order = np.lexsort((-self._time[again], edges))
         edges, times = edges[order], self._time[again][order]
         latest = np.concatenate(([True], edges[1:] != edges[:-1]))[: len(edges)]
@@ -225,21 +223,21 @@ class _Sharing:
                 children.append(nodes)
         return children
 
-    def _of_devices(self) -> list[Numbers]:
+    def _of_devices(self) -> list[Indexes]:
         """The mappings of each device, ascending."""
         order = np.argsort(self._device, kind="stable")
         ends = np.cumsum(np.bincount(self._device, minlength=len(self._numbers)))
         return np.split(self._mapping[order], ends[:-1])
 
-    def _placed(self, children: Sequence[Sequence[int]], of_device: Sequence[Numbers]) -> list[list[Numbers]]:
+    def _placed(self, children: Sequence[Sequence[int]], of_device: Sequence[Indexes]) -> list[list[Indexes]]:
         """The mappings that each node stores.
 
         From the devices upwards, each node passes on what others need too, with the number of devices that have it.
         """
-        total = self._total.copy()
+        total = np.bincount(self._mapping).astype(np.int32)  # devices that have each
         shared = [mappings[total[mappings] > 1] for mappings in of_device]
         own = [[mappings[total[mappings] == 1]] for mappings in of_device]
-        passed = [(mappings, np.ones(len(mappings), dtype=np.int64)) for mappings in shared]
+        passed = [(mappings, np.ones(len(mappings), dtype=np.int32)) for mappings in shared]
         for nodes in children:
             ids, counts = (np.concatenate(column) for column in zip(*(passed[child] for child in nodes), strict=True))
             ids, counts = _summed(ids, counts)
@@ -257,7 +255,7 @@ class _Sharing:
             passed.append((ids[~complete], counts[~complete]))
         return own
 
-    def _best(self, ids: Numbers, counts: Numbers) -> Flags:
+    def _best(self, ids: Indexes, counts: Indexes) -> Flags:
         """At each place, the one that most devices have; a node can show one."""
         places = self._place[ids]
         order = np.lexsort((-counts, places))
@@ -265,14 +263,14 @@ class _Sharing:
         best[order] = np.concatenate(([True], places[order][1:] != places[order][:-1]))[: len(ids)]
         return best
 
-    def _among(self, these: Numbers, those: Numbers) -> Flags:
+    def _among(self, these: Indexes, those: Indexes) -> Flags:
         """Which of `these` places are among `those`."""
         self._mark[those] = True
         result: Flags = self._mark[these]
         self._mark[those] = False
         return result
 
-    def _stored(self, mappings: Numbers, over: Flags) -> Stored:
+    def _stored(self, mappings: Indexes, over: Flags) -> Stored:
         places = self._place[mappings]
         logical, physical, end = self._cuts[places], self._physical[mappings], self._cuts[places + 1]
         count = end - logical
@@ -280,7 +278,7 @@ class _Sharing:
         first, count = _runs(goes_on, count)
         return Stored(logical[first], physical[first], count, over[first])
 
-    def _holes(self, places: Numbers) -> tuple[Numbers, Numbers]:
+    def _holes(self, places: Indexes) -> tuple[Numbers, Numbers]:
         logical, end = self._cuts[places], self._cuts[places + 1]
         first, count = _runs(end[:-1] == logical[1:], end - logical)
         return logical[first], count
@@ -293,12 +291,12 @@ def _equal(values: Numbers, keys: Numbers) -> Iterator[Numbers]:
     yield from parts
 
 
-def _summed(ids: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
+def _summed(ids: Indexes, counts: Indexes) -> tuple[Indexes, Indexes]:
     """Each id once, ascending, with the sum of its counts."""
     order = np.argsort(ids, kind="stable")
     ids, counts = ids[order], counts[order]
     first = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1]))[: len(ids)])
-    return ids[first], np.add.reduceat(counts, first) if len(first) else counts
+    return ids[first], np.add.reduceat(counts, first, dtype=np.int32) if len(first) else counts
 
 
 def _runs(goes_on: Flags, count: Numbers) -> tuple[Numbers, Numbers]:
