@@ -2,8 +2,8 @@
 
 `survey` reads the metadata (thin_xml.py), finds out names and sizes and plans the layers (thin_plan.py); it writes
 nothing. `Survey.bring` carries the plan out, through a daemon as any client does: layer by layer, parents first, each
-is a volume that is written over NBD and, where others stand on it, sealed by a snapshot. All of it has names that
-begin with `importing/` meanwhile. At the end one batch gives the devices their names and takes all others away; layers that
+is a volume that is written over NBD and, where others stand on it, sealed by a snapshot. All of it has names that begin
+with `importing/` meanwhile. At the end one batch gives the devices their names and takes all others away; layers that
 several stand on stay. A failure takes away everything.
 
 dm-thin keeps no sizes. A device's is what it is told, or what Docker's metadata say, or what the file system or
@@ -88,17 +88,11 @@ class Survey:
         with connect() as pool:
             self._check_free(pool)
             _remove(pool, building)
-        try:
-            with connect() as pool:
-                _Bringing(pool, self._data, self._plan, self.volumes, building, self.block_size, progress).run()
-        except BaseException as error:
             try:
-                with connect() as pool:
-                    _remove(pool, building, force=True)
-            except Error as failure:
-                why = f"{error}; " if isinstance(error, Error) else ""
-                raise Unreachable(f"{why}{building}... may be left ({failure})") from error
-            raise
+                _Bringing(pool, self._data, self._plan, self.volumes, building, self.block_size, progress).run()
+            except BaseException as error:
+                _undo(connect, building, error)
+                raise
 
     def _check_free(self, pool: Client) -> None:
         """At once, not when everything has been copied."""
@@ -123,30 +117,28 @@ def survey(
     says; other devices are called by their id. All names but `names` begin with `prefix`. Raises Corrupt, Invalid,
     Error, or OSError.
     """
+    names, sizes = names or {}, sizes or {}
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(RawSource(Path(data)))
         found = _read_metadata(metadata)
         known = _read_docker(Path(docker)) if docker is not None else {}
         devices = [device for device in found.devices if not (device.number in known and known[device.number].deleted)]
-        wanted = dict(names or {}), dict(sizes or {})
-        for number in {*wanted[0], *wanted[1]} - {device.number for device in devices}:
+        for number in {*names, *sizes} - {device.number for device in devices}:
             raise Invalid(f"the pool has no device {number} (it has: {_some(device.number for device in devices)})")
-        volumes, all_runs = [], []
+        volumes, runs = [], []
         for device in devices:
             _check_reach(device, found.block_size, source, Path(data))
-            of_docker = known.get(device.number)
-            name = wanted[0].get(device.number)
-            if name is None:
-                name = prefix + (of_docker.name if of_docker is not None else str(device.number))
-            size = wanted[1].get(device.number, of_docker.size if of_docker is not None else None)
+            said = known.get(device.number) or _OfDocker(str(device.number), None)
+            name = names.get(device.number) or prefix + said.name
+            size = sizes.get(device.number, said.size)
             if size is None:
                 size = _size_of(device.runs, source, found.block_size)
-            runs = _cut(device.runs, -(-check_size(size) // found.block_size))
-            all_runs.append(runs)
-            mapped = int(runs.blocks.sum()) * found.block_size
+            shown = _cut(device.runs, -(-check_size(size) // found.block_size))
+            mapped = int(shown.blocks.sum()) * found.block_size
             volumes.append(Volume(device.number, check_name(name), size, mapped))
+            runs.append(shown)
         _check_distinct(volumes)
-        result = Survey(source, found.block_size, volumes, plan(all_runs))
+        result = Survey(source, found.block_size, volumes, plan(runs))
         stack.pop_all()
         return result
 
@@ -234,8 +226,8 @@ _NO_DEVICES = ("deviceset-metadata", "transaction-metadata")
 @dataclass(frozen=True, slots=True)
 class _OfDocker:
     name: str
-    size: int
-    deleted: bool  # only waiting for its last user
+    size: int | None
+    deleted: bool = False  # only waiting for its last user
 
 
 def _read_docker(directory: Path) -> dict[int, _OfDocker]:
@@ -377,6 +369,16 @@ def _write_part(disk: nbd.Disk, offset: int, part: memoryview, over: bool) -> No
         if end > start:
             disk.write(offset + start, part[start:end])
         zeroes = end
+
+
+def _undo(connect: Callable[[], Client], building: str, error: BaseException) -> None:
+    """On a connection of its own: the other may have been interrupted. Raises where the daemon does not do it."""
+    try:
+        with connect() as pool:
+            _remove(pool, building, force=True)
+    except Error as failure:
+        why = f"{error}; " if isinstance(error, Error) else ""
+        raise Unreachable(f"{why}{building}... may be left ({failure})") from error
 
 
 def _remove(pool: Client, building: str, *, force: bool = False) -> None:
