@@ -55,7 +55,7 @@ class _Refused(Exception):
 class _Reader:
     def __init__(self, name: str) -> None:
         self._name = name
-        self._parser = expat.ParserCreate()
+        self._parser = expat.ParserCreate("utf-8")  # whatever the file says
         self._parser.buffer_text = True
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end

@@ -22,7 +22,18 @@ from tests.conftest import need
 
 HERE = Path(__file__).parent
 RUN = HERE.parents[1] / "tools/vm/run.sh"
-PROGRAMS = ("qemu-system-x86_64", "busybox", "gcc", "nbd-client", "cpio", "modprobe", "unxz", "mkfs.ext4", "mkfs.xfs")
+PROGRAMS = (
+    "qemu-system-x86_64",
+    "busybox",
+    "gcc",
+    "nbd-client",
+    "cpio",
+    "modprobe",
+    "unxz",
+    "mkfs.ext4",
+    "mkfs.xfs",
+    "dmsetup",
+)
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nbdthin.errors import Corrupt
 from nbdthin.moving import thin_xml
+from nbdthin.moving.thin_plan import plan
 from nbdthin.moving.thin_xml import ThinMetadata
 from nbdthin.units import KiB, MiB
 from tests.moving.thinpool import ThinPool
@@ -100,6 +104,7 @@ def test_more_mappings_than_are_gathered_at_a_time_stay_in_order() -> None:
         ('<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]>' + HEAD + "</superblock>", "a DOCTYPE"),
         ('<!DOCTYPE a SYSTEM "file:///etc/passwd">' + HEAD + "</superblock>", "a DOCTYPE"),
         (HEAD + "&lol;</superblock>", "undefined entity"),
+        ('<?xml version="1.0" encoding="rot13"?><html/>', "<html>, not <superblock>"),
     ],
 )
 def test_what_thin_dump_would_not_write_is_refused_in_a_line_with_its_place(text: str, what: str) -> None:
@@ -125,3 +130,24 @@ def test_sharing_that_is_short_to_say_and_long_to_have_is_refused(monkeypatch: p
     large = '<def name="a">' + "".join(SINGLE.format(2 * block, block) for block in range(500)) + "</def>"
     with pytest.raises(Corrupt, match="more than 1000 runs"):
         read(HEAD + large + "".join(device(number, '<ref name="a"/>') for number in range(100)))
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_file_is_refused_or_read_as_what_it_says(data: st.DataObject) -> None:
+    pool = ThinPool()
+    pool.create(1)
+    for block in (0, 1, 2, 5, 6):
+        pool.write(1, block)
+    pool.snapshot(1, 2)
+    pool.write(2, 1)
+    damaged = bytearray(pool.xml(64 * KiB, 100).encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at : at + data.draw(st.integers(0, 4))] = data.draw(
+            st.binary(max_size=4) | st.sampled_from([b"9", b"0"])
+        )
+    with contextlib.suppress(Corrupt):
+        found = read(bytes(damaged))
+        shown = plan([device.runs for device in found.devices])
+        assert shown.distinct <= shown.stored <= shown.mapped
