@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import random
 import signal
 import stat
@@ -387,6 +389,21 @@ def test_progress_counts_the_data(served: Daemon, pool: nbdthin.Client, tmp_path
     seen: list[tuple[int, int]] = []
     import_file(pool, tmp_path / "in", "disk", format="raw", progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] < SIZE
+
+
+def test_a_bar_shows_how_far_it_is_on_a_terminal_alone(served: Daemon, pool: nbdthin.Client, tmp_path: Path) -> None:
+    sparse(tmp_path / "in")
+    ours, theirs = pty.openpty()
+    line = [*nbdthin_command("import", tmp_path / "in", "disk", "--format", "raw"), "--socket", str(served.control)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    drawn = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while part := os.read(ours, 4096):
+            drawn += part
+    os.close(ours)
+    assert done.returncode == 0 and done.stdout.decode().strip() == served.uri("disk")
+    assert b"import disk" in drawn and b"MB/s" in drawn
 
 
 def test_json_says_what_was_made(served: Daemon, pool: nbdthin.Client, tmp_path: Path) -> None:

@@ -382,7 +382,7 @@ def test_how_far_it_has_come_is_kept_on_the_way(
     large: nbdthin.Client, other: nbdthin.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiving, "SAVED_EVERY", 0)
-    tokens = []
+    tokens: list[str] = []
 
     class Looking(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
