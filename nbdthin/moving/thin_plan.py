@@ -7,9 +7,9 @@ the leaves of a tree, whose inner nodes hold what several have in common.
 That tree is found from the mappings alone; which device was a snapshot of which is not recorded. Devices that share a
 mapping made at time t were one device at the end of t, so: devices are joined where they share mappings, the latest
 first, and all that are joined at one time become the children of one node (single linkage). A mapping belongs to the
-lowest node above all devices that have it. Where two mappings of one logical block belonged to the same node, or one of
-them passed through it, one device had both at the end of one time: what dm-thin wrote never does, and nothing is stored
-twice. Of mappings that never were a pool's, the one that fewer devices have is stored once more in each child.
+lowest node above all devices that have it, and stands in the way of another of the same logical block only where one
+device would have had both at the end of one time. So of what dm-thin wrote nothing is stored twice. Of mappings that
+never were a pool's, the one that fewer devices have is stored once more in each child.
 
 Pure: no I/O; numbers are the pool's blocks.
 """

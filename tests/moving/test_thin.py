@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from nbdthin import nbd
-from nbdthin.errors import Corrupt, Error, Exists, Invalid
+from nbdthin.errors import Corrupt, Error, Exists, Invalid, NoSpace
 from nbdthin.moving import thin
 from nbdthin.units import GiB, KiB, MiB
 from tests.clients.daemon import Daemon, nbdthin_command, run, run_json, running
@@ -143,7 +144,7 @@ def test_what_was_shared_stays_so_when_devices_are_removed(tmp_path: Path, daemo
     assert content_of(daemon, "thin/1") == old.reads_as(1, 8 * BLOCK)
     with daemon.connect() as pool:
         while pool.info().pool.layers > 1:  # merged in the background
-            pass
+            time.sleep(0.01)
         assert pool.show("thin/1").exclusive == 8 * BLOCK == pool.info().pool.data_used
     assert content_of(daemon, "thin/1") == old.reads_as(1, 8 * BLOCK)
 
@@ -374,6 +375,21 @@ def test_data_that_become_shorter_meanwhile_are_an_error_that_leaves_nothing(tmp
             found.bring(daemon.connect)
     with daemon.connect() as pool:
         assert pool.list() == []
+
+
+def test_a_pool_that_is_too_small_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
+    old = small(tmp_path)
+    daemon = Daemon(tmp_path, size=2 * MiB)
+    settings = '[pool]\nauto_extend = false\nno_space = "error"\nmin_free = "0%"'
+    daemon.config.write_text(daemon.config.read_text().replace("[pool]", settings))
+    daemon.start()
+    try:
+        with thin.survey(str(old.metadata), str(old.data)) as found, pytest.raises(NoSpace):
+            found.bring(daemon.connect)
+        with daemon.connect() as pool:
+            assert pool.list() == []
+    finally:
+        daemon.close()
 
 
 def test_a_daemon_that_dies_is_named_with_what_it_may_have_left(tmp_path: Path, daemon: Daemon) -> None:
