@@ -277,6 +277,13 @@ def test_a_dump_does_not_go_into_the_pool(tmp_path: Path) -> None:
     assert (tmp_path / "pool/superblock").read_bytes() == before
 
 
+def no_devices(directory: Path) -> list[str | Path]:
+    """What import-thin takes: an empty pool of dm-thin."""
+    metadata = directory / "thin.xml"
+    metadata.write_text('<superblock data_block_size="128"/>')
+    return ["--metadata", metadata, "--data", metadata]
+
+
 def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tmp_path: Path) -> None:
     uses: dict[str, list[str | Path]] = {
         "init": [tmp_path / "pool"],
@@ -310,6 +317,7 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
         "export": ["imported", tmp_path / "exported"],
         "send": ["a@1", "--output", tmp_path / "stream"],
         "receive": ["received", "--input", tmp_path / "stream"],
+        "import-thin": no_devices(tmp_path),
     }
     with_names(tmp_path / "filled")
     (tmp_path / "raw").write_bytes(bytes(512))
@@ -635,6 +643,7 @@ def test_output_onto_a_full_disk_is_one_line_for_every_verb(daemon: Daemon, tmp_
         "export": ["imported", tmp_path / "exported"],
         "send": ["a@1", "--output", tmp_path / "stream"],
         "receive": ["received", "--input", tmp_path / "stream"],
+        "import-thin": no_devices(tmp_path),
     }
     assert uses.keys() == VERBS.keys() - devices.VERBS.keys()  # those need root: devices/test_verbs.py
     for verb, arguments in uses.items():

@@ -20,7 +20,7 @@ from io import TextIOWrapper
 from typing import TextIO
 
 from nbdthin import __version__
-from nbdthin.cli import completion, devices, looking, moving, pools, volumes
+from nbdthin.cli import completion, devices, looking, moving, pools, thin, volumes
 from nbdthin.cli.verb import DEFAULT_SOCKET, Verb, path_argument, print_json, wants_json
 from nbdthin.control.codec import printable, shortened
 from nbdthin.errors import Error
@@ -33,6 +33,7 @@ VERBS: dict[str, Verb] = {
     **volumes.VERBS,
     **looking.VERBS,
     **moving.VERBS,
+    **thin.VERBS,
     **devices.VERBS,
     **completion.VERBS,
 }

@@ -54,6 +54,8 @@ class RawSource:
             with about(path):
                 self.size = os.lseek(self._fd, 0, os.SEEK_END)
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                if stat.S_ISBLK(mode):  # device-mapper writes past the cache: what is in there may be older
+                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except BaseException:
             os.close(self._fd)
             raise

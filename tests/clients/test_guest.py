@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,30 @@ from tests.conftest import need
 
 HERE = Path(__file__).parent
 RUN = HERE.parents[1] / "tools/vm/run.sh"
-PROGRAMS = ("qemu-system-x86_64", "busybox", "gcc", "nbd-client", "cpio", "modprobe", "unxz", "mkfs.ext4", "mkfs.xfs")
+PROGRAMS = (
+    "qemu-system-x86_64",
+    "busybox",
+    "gcc",
+    "nbd-client",
+    "cpio",
+    "modprobe",
+    "unxz",
+    "mkfs.ext4",
+    "mkfs.xfs",
+    "dmsetup",
+)
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 
 def run_guest(
-    daemon: Daemon, script: Path, hook: list[str] | None = None, *, python: bool = False, **variables: str | int
+    daemon: Daemon,
+    script: Path,
+    hook: list[str] | None = None,
+    *,
+    disks: Sequence[Path] = (),
+    python: bool = False,
+    **variables: str | int,
 ) -> str:
     """Run a guest script against a daemon; its `host WORDS` are words for `hook`, or verbs of nbdthin.
 
@@ -42,6 +59,7 @@ def run_guest(
         need(program)
     hook = hook or nbdthin_command("--socket", daemon.control)
     options = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
+    options += [part for disk in disks for part in ("--disk", str(disk))]
     if python:
         options += ["--python", sys.executable]
     command = [str(RUN), "--hook", shlex.join(hook), *options, str(daemon.port), str(script)]

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Build the guest of run.sh once: Debian's cloud kernel, unpacked and not installed, and an initramfs with
-# busybox, nbd-client and the tools of ext4 and xfs. Prints nothing when it works; a second call returns at once.
+# busybox, nbd-client, dmsetup and the tools of ext4 and xfs. Prints nothing when it works; a second call returns at
+# once.
 #
 #   build.sh [--force] [--python PROGRAM]       the files land in $VMTEST_CACHE, by default ~/.cache/nbdthin-vm
 #
@@ -9,8 +10,8 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${VMTEST_CACHE:-$HOME/.cache/nbdthin-vm}
 meta=linux-image-cloud-amd64   # a metapackage: it depends on the real image
-programs=(nbd-client mkfs.ext4 e2fsck resize2fs mkfs.xfs xfs_repair)
-modules=(virtio_pci virtio_net virtio_console nbd ext4 xfs crc32c_generic)
+programs=(nbd-client mkfs.ext4 e2fsck resize2fs mkfs.xfs xfs_repair dmsetup)
+modules=(virtio_pci virtio_net virtio_console virtio_blk nbd ext4 xfs crc32c_generic dm_thin_pool)
 export PATH=$PATH:/usr/sbin:/sbin
 
 die() { echo "build.sh: $*" >&2; exit 3; }

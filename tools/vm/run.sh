@@ -10,13 +10,14 @@
 #   --hook CMD    the guest's `host WORDS` runs "CMD WORDS" here; its status goes back into the guest
 #   --env K=V     a variable for the guest script
 #   --python PROGRAM   the guest has this Python, and the nbdthin of this checkout
+#   --disk FILE   a disk of the guest, after `modprobe virtio_blk`: /dev/vda, the next one /dev/vdb; may be repeated
 #
 # Exit status: the guest script's; 124 when its time is up, 125 when the guest died, 126 when QEMU failed, 2 or 3
 # when it could not begin. The console goes to stdout; lines of the test bed itself begin with @@.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${VMTEST_CACHE:-$HOME/.cache/nbdthin-vm}
-cpus=4 memory=512 seconds=300 hook='' variables=() python=()
+cpus=4 memory=512 seconds=300 hook='' variables=() python=() disks=()
 die() { echo "run.sh: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
@@ -26,6 +27,7 @@ while [ $# -gt 0 ]; do
         --hook) hook=$2; shift 2;;
         --python) python=(--python "$2"); shift 2;;
         --env) variables+=("$2"); shift 2;;
+        --disk) disks+=(-drive "if=virtio,format=raw,discard=unmap,file=${2//,/,,}"); shift 2;;
         -*) die "unknown option $1";;
         *) break;;
     esac
@@ -63,6 +65,7 @@ arguments=(
     -device virtio-serial-pci
     -chardev "file,id=status,path=$work/status" -device virtserialport,chardev=status,name=status
     -kernel "$cache/k/boot/vmlinuz-$(cat "$cache/kver")" -initrd "$work/initrd"
+    ${disks[@]+"${disks[@]}"}
     -append "console=ttyS0 loglevel=5 panic=-1 mitigations=off random.trust_cpu=on"
 )
 if [ -n "$hook" ]; then
