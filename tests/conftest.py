@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +21,10 @@ os.environ["PATH"] += ":/usr/sbin:/sbin"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What tests attach is no business of the machine's own attachments, and no cleanup of theirs.
+    run_directory = tempfile.TemporaryDirectory(prefix="nbdthin-run.")
+    os.environ["NBDTHIN_RUN"] = run_directory.name
+    config.add_cleanup(run_directory.cleanup)
     config.addinivalue_line("markers", "slow: takes longer than ten seconds; left out by tools/test --fast")
     config.addinivalue_line("markers", "guest: boots a guest in QEMU; left out by tools/test --fast")
 

@@ -1,0 +1,102 @@
+"""Verbs that make volumes block devices of this machine, and mount them."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbdthin.cli.verb import Verb, connect, names, no_arguments, path_argument
+from nbdthin.control.codec import printable
+
+if TYPE_CHECKING:
+    from nbdthin.devices import Device
+
+
+def _attach_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME_OR_URI", nargs="?")
+    parser.add_argument("--read-only", action="store_true", help="it cannot be written")
+    parser.add_argument("--connections", type=int, metavar="N", help="to the server")
+    parser.add_argument("--cleanup", action="store_true", help="undo what tools that died have left")
+
+
+def _mount_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("directory", metavar="DIR", type=path_argument)
+    parser.add_argument("--read-only", action="store_true", help="it cannot be written")
+    parser.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS", help="as of mount(8)")
+
+
+def _attach(arguments: Namespace) -> Device | dict[str, list[str]]:
+    from nbdthin import devices
+    from nbdthin.errors import Invalid
+
+    if arguments.cleanup:
+        if arguments.name is not None:
+            raise Invalid("attach --cleanup takes no name: it looks at everything")
+        return {"undone": devices.cleanup()}
+    if arguments.name is None:
+        raise Invalid("attach what? (nbdthin attach NAME; nbdthin attach --cleanup)")
+    if "://" in arguments.name:
+        name = devices.name_in(arguments.name)
+        return devices.attach_uri(
+            arguments.name, name, read_only=arguments.read_only, connections=arguments.connections
+        )
+    with connect(arguments) as pool:
+        return devices.attach(pool, arguments.name, read_only=arguments.read_only, connections=arguments.connections)
+
+
+def _show_attached(result: Device | dict[str, list[str]]) -> None:
+    if isinstance(result, dict):
+        for name in result["undone"]:
+            print(f"undone: {name}")
+    else:
+        print(result.path)
+
+
+def _detach(arguments: Namespace) -> None:
+    from nbdthin import devices
+
+    devices.detach(arguments.name_or_path)
+
+
+def _mount(arguments: Namespace) -> Device:
+    from nbdthin import devices
+
+    options = [option for text in arguments.options for option in text.split(",") if option]
+    with connect(arguments) as pool:
+        return devices.mount(
+            pool, arguments.name, Path(arguments.directory), read_only=arguments.read_only, options=options
+        )
+
+
+def _umount(arguments: Namespace) -> None:
+    from nbdthin import devices
+
+    devices.unmount(arguments.dir_or_name)
+
+
+def _devices(_: Namespace) -> list[Device]:
+    from nbdthin import devices
+
+    return devices.attached()
+
+
+def _show_devices(found: Sequence[Device]) -> None:
+    rows = [("NAME", "PATH", "WAY", "ACCESS", "MOUNTED ON")]
+    for device in found:
+        access = "read only" if device.read_only else "read, write"
+        rows.append((device.name, str(device.path), device.way, access, printable(str(device.directory or "-"))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+VERBS: dict[str, Verb] = {
+    "attach": Verb("make a volume or snapshot a block device here", _attach_arguments, _attach, _show_attached),
+    "detach": Verb("undo attach", names("NAME_OR_PATH"), _detach, offline=True),
+    "mount": Verb("attach and mount the file system in it", _mount_arguments, _mount),
+    "umount": Verb("undo mount", names("DIR_OR_NAME"), _umount, offline=True),
+    "devices": Verb("what is attached here", no_arguments, _devices, _show_devices, offline=True),
+}
