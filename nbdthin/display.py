@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from nbdthin.control.codec import printable
@@ -81,15 +81,19 @@ def show_uri(export: Export) -> None:
 
 
 def show_exports(exports: Sequence[Export]) -> None:
-    rows = [_cells(export) for export in exports]
+    show_table(_COLUMNS, [_cells(export) for export in exports], _NUMBERS)
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()) -> None:
+    """Cells are printable text; `numbers` are the columns that are set to the right."""
     if sys.stdout.isatty():
-        _draw_table(rows)
+        _draw_table(columns, rows, numbers)
         return
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    for row in (_COLUMNS, *rows):
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
         padded = [
-            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
-            for name, cell, width in zip(_COLUMNS, row, widths, strict=True)
+            cell.rjust(width) if name in numbers else cell.ljust(width)
+            for name, cell, width in zip(columns, row, widths, strict=True)
         ]
         print("  ".join(padded).rstrip())
 
@@ -103,20 +107,20 @@ def _cells(export: Export) -> tuple[str, ...]:
         format_size(export.exclusive),
         format_size(export.shared),
         export.parent or "-",
-        _moment(export.created),
+        moment(export.created),
         printable(", ".join(export.connections)) or "-",
         " ".join(_labels(export)) or "-",
     )
 
 
-def _draw_table(rows: Iterable[Sequence[str]]) -> None:
+def _draw_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a label is no markup
     console = Console(highlight=False)
@@ -140,7 +144,7 @@ def _export_facts(export: Export) -> Facts:
         yield "Reservation", "none" if export.reservation is None else _bytes(export.reservation)
         yield "Charged", _bytes(export.charged)
     yield "Parent", export.parent or "-"
-    yield "Created", _moment(export.created)
+    yield "Created", moment(export.created)
     yield "Read-only", "yes" if export.read_only else "no"
     yield "URI", export.uri or "-"
     for label in _labels(export):
@@ -150,7 +154,7 @@ def _export_facts(export: Export) -> Facts:
 
 
 def show_event(event: Event) -> None:
-    print(f"{_moment(event.time)} {event.kind}: {printable(event.message)}")
+    print(f"{moment(event.time)} {event.kind}: {printable(event.message)}")
 
 
 def show_tree(nodes: Sequence[Node]) -> None:
@@ -223,7 +227,7 @@ def _pool_facts(pool: PoolInfo) -> Facts:
 
 
 def _process_facts(process: ProcessFacts) -> Facts:
-    yield "Started", _moment(process.started)
+    yield "Started", moment(process.started)
     yield "Memory", format_size(process.memory)
     yield "CPU", f"{process.cpu:.1f} s"
     yield "Threads", str(process.threads)
@@ -262,5 +266,5 @@ def _bytes(size: int) -> str:
     return f"{format_size(size)} ({size} bytes)"
 
 
-def _moment(seconds: float) -> str:
+def moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
