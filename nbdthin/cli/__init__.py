@@ -20,7 +20,7 @@ from io import TextIOWrapper
 from typing import TextIO
 
 from nbdthin import __version__
-from nbdthin.cli import devices, pools, volumes
+from nbdthin.cli import devices, images, pools, volumes
 from nbdthin.cli.verb import DEFAULT_SOCKET, Verb, path_argument, print_json, wants_json
 from nbdthin.control.codec import printable, shortened
 from nbdthin.errors import Error
@@ -28,8 +28,8 @@ from nbdthin.errors import Error
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
-VERBS: dict[str, Verb] = {**pools.VERBS, **volumes.VERBS, **devices.VERBS}
-GROUPS: dict[str, str] = {}  # the first words of verbs that have two
+VERBS: dict[str, Verb] = {**pools.VERBS, **volumes.VERBS, **devices.VERBS, **images.VERBS}
+GROUPS: dict[str, str] = {**images.GROUPS}  # the first words of verbs that have two
 
 
 def make_parser() -> ArgumentParser:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from nbdthin import devices
 from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
 from nbdthin.errors import Error, InUse, Invalid, NotFound
@@ -44,6 +45,7 @@ CHAIN = "nbdthin.chain"  # of a layer: its chain id
 ID = "nbdthin.id"  # of an image: digest of its config
 CONFIG = "nbdthin.config."  # and a number: the parts of an image's config
 TAG = "nbdthin.tag."  # and REPO:TAG; the value says nothing
+FLAT = "nbdthin.flattened"  # of an image: its layers are one
 PARENT = "nbdthin.parent"  # of a committed image: the id of the one it was made from
 IMAGE = "nbdthin.image"  # of a container: the id of its image
 ROOT = "nbdthin.root"  # of a container that was started: where it is mounted
@@ -161,9 +163,8 @@ class Catalogue:
 
     def find(self, reference: str) -> Image:
         """The image with this tag, or this id or the beginning of it. Raises NotFound or Invalid."""
-        tag = reference if _has_tag(reference) else f"{reference}:latest"
         digits = reference.removeprefix("sha256:")
-        tagged = [export for export in self.kind("image") if TAG + tag in export.labels]
+        tagged = [export for export in self.kind("image") if TAG + _as_tag(reference) in export.labels]
         found = tagged or [
             export
             for export in self.kind("image")
@@ -246,10 +247,14 @@ def config_of(export: Export) -> bytes:
 
 def check_tag(reference: str) -> str:
     """REPO:TAG of what somebody wrote, `latest` where no tag is named. Raises Invalid."""
-    repository, _, tag = reference.rpartition(":") if _has_tag(reference) else (reference, "", "latest")
+    repository, _, tag = _as_tag(reference).rpartition(":")
     if not _REPOSITORY.fullmatch(repository) or not _TAG.fullmatch(tag):
         raise Invalid(f"not a tag: {reference!r} (write REPO:TAG, as debian:12 or example.org/tools/web:1.0)")
     return f"{repository}:{tag}"
+
+
+def _as_tag(reference: str) -> str:
+    return reference if _has_tag(reference) else f"{reference}:latest"
 
 
 def _has_tag(reference: str) -> bool:
@@ -274,16 +279,6 @@ def tag(pool: Client, reference: str, *tags: str) -> Image:
         with pool.batch():
             move_tags(pool, catalogue, wanted, image.name)
     return Catalogue.of(pool).find(image.name)
-
-
-def untag(pool: Client, reference: str) -> None:
-    """Take one tag away; the image stays. Raises NotFound."""
-    wanted = check_tag(reference)
-    with locked(pool):
-        for export in Catalogue.of(pool).kind("image"):
-            if TAG + wanted in export.labels:
-                return pool.label(export.name, {TAG + wanted: None})
-    raise NotFound(f"no image has the tag {wanted!r} (`nbdthin image ls` lists what there is)")
 
 
 # -- making and removing
@@ -324,26 +319,37 @@ def drop_unfinished(pool: Client, *, keep: Iterable[str] = ()) -> list[str]:
     kept = set(keep)
     names = [export.name for export in Catalogue.of(pool).unfinished if export.name not in kept]
     if names:
-        pool.remove(*names)
+        try:
+            pool.remove(*names)
+        except InUse:
+            devices.cleanup()  # it died with a volume mounted
+            pool.remove(*names)
     return names
 
 
 def remove(pool: Client, *references: str) -> list[str]:
-    """Remove images, and the layers that no other image stands on; all or none. Returns the names that are gone.
+    """Remove images, and the layers that no other image has; all or none. Returns the names that are gone.
 
-    Raises NotFound, Invalid, or InUse, where containers or images that were committed on top are named.
+    A tag takes only itself away where its image has others, and is returned then. Raises NotFound, Invalid, or InUse,
+    which says what containers and images that were committed on top there are.
     """
     with locked(pool):
+        drop_unfinished(pool)
         catalogue = Catalogue.of(pool)
         images = {image.name: image for image in map(catalogue.find, references)}
-        _refuse_used(catalogue, list(images.values()))
-        gone = set(images)
-        stays = {
-            layer for image in catalogue.images if image.name not in gone for layer in image.layers
-        }
-        gone |= {layer for image in images.values() for layer in image.layers if layer not in stays}
-        pool.remove(*gone)
-    return sorted(gone)
+        named = {name: {_as_tag(each) for each in references} & set(image.tags) for name, image in images.items()}
+        untagged = {name for name, tags in named.items() if tags and tags < set(images[name].tags)}
+        going = [image for name, image in images.items() if name not in untagged]
+        _refuse_used(catalogue, going)
+        gone = {image.name for image in going}
+        kept = {layer for image in catalogue.images if image.name not in gone for layer in image.layers}
+        gone |= {layer for image in going for layer in image.layers if layer not in kept}
+        with pool.batch():
+            for name in untagged:
+                pool.label(name, {TAG + tag: None for tag in named[name]})
+            if gone:
+                pool.remove(*gone)
+    return sorted(gone) + sorted(tag for name in untagged for tag in named[name])
 
 
 def _refuse_used(catalogue: Catalogue, images: Sequence[Image]) -> None:

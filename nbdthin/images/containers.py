@@ -1,0 +1,222 @@
+"""Containers: volumes that are clones of an image, and their file systems mounted."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from nbdthin import devices
+from nbdthin.control.client import Client
+from nbdthin.control.rows import Export
+from nbdthin.devices import state
+from nbdthin.errors import InUse, NotFound
+from nbdthin.images import store
+from nbdthin.images.changes import Change, changes
+from nbdthin.images.programs import run
+from nbdthin.images.store import Catalogue, FileSystem, Image
+from nbdthin.units import parse_size
+
+_VOLUME = "container/"
+
+_FIFREEZE = 0xC0045877  # linux/fs.h
+_FITHAW = 0xC0045878
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """Sizes are bytes; `size` is the volume's, `exclusive` what it has of its own."""
+
+    name: str
+    image: str  # a tag of it, or the beginning of its id
+    image_id: str
+    root: Path | None  # where it is mounted on this machine
+    connections: tuple[str, ...]  # who else, or how
+    size: int
+    exclusive: int
+    created: float
+
+    @property
+    def state(self) -> str:
+        return "started" if self.root is not None else "in use" if self.connections else "stopped"
+
+
+def create(pool: Client, reference: str, *names: str, size: int | str | None = None) -> list[str]:
+    """Containers of an image: all or none, one commit. Returns the names of their volumes.
+
+    Their file systems grow to a larger `size` when they are started. Raises NotFound, Invalid, Exists.
+    """
+    image = Catalogue(pool.list(labels={store.KIND: "image"})).find(reference)
+    labels = {store.KIND: "container", store.IMAGE: image.id, **image.file_system.labels()}
+    wanted = None if size is None else parse_size(size)
+    volumes = [_VOLUME + name for name in names]
+    with pool.batch():
+        for volume in volumes:
+            pool.clone(image.name, volume, size=wanted, labels=labels)
+    return volumes
+
+
+def containers(pool: Client) -> list[Container]:
+    """By name."""
+    catalogue = Catalogue.of(pool)
+    images = {(image.id, image.file_system.uuid): image for image in catalogue.images}
+    roots = _roots()
+    return [
+        _container(export, images.get((export.labels[store.IMAGE], export.labels[store.UUID])), roots)
+        for export in catalogue.containers
+    ]
+
+
+def _container(export: Export, image: Image | None, roots: dict[str | None, Path]) -> Container:
+    identity = export.labels[store.IMAGE]
+    return Container(
+        name=export.name.removeprefix(_VOLUME),
+        image=store.short(identity) if image is None else image.shown,
+        image_id=identity,
+        root=roots.get(export.uri),
+        connections=export.connections,
+        size=export.size,
+        exclusive=export.exclusive,
+        created=export.created,
+    )
+
+
+def _roots() -> dict[str | None, Path]:
+    """{URI: where it is mounted}"""
+    return {device.uri: device.directory for device in devices.attached() if device.directory is not None}
+
+
+def find(pool: Client, name: str) -> Export:
+    """The volume of a container. Raises NotFound."""
+    with contextlib.suppress(NotFound):
+        export = pool.show(_VOLUME + name.removeprefix(_VOLUME))
+        if export.labels.get(store.KIND) == "container":
+            return export
+    raise NotFound(f"no container {name!r} (`nbdthin container ls` lists what there is)")
+
+
+def start(pool: Client, name: str, root: Path | None = None) -> Path:
+    """Mount a container, on a directory of its own without `root`. Returns where it is, if it was before, too.
+
+    Raises NotFound, Invalid, InUse, Error.
+    """
+    export = find(pool, name)
+    if (mounted := _roots().get(export.uri)) is not None:
+        return mounted
+    directory = _own_directory(pool, export) if root is None else root
+    try:
+        device = devices.mount(pool, export.name, directory)
+        _grow(pool, export, device.path, directory)
+    except BaseException:
+        if root is None:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
+    return directory
+
+
+def _own_directory(pool: Client, export: Export) -> Path:
+    home = _home(pool)
+    home.mkdir(mode=0o711, parents=True, exist_ok=True)
+    directory = home / quote(export.name.removeprefix(_VOLUME), safe="")
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+def _home(pool: Client) -> Path:
+    return Path(f"{state.run_directory()}.containers", pool.info().pool.uuid)
+
+
+def _grow(pool: Client, export: Export, device: Path, directory: Path) -> None:
+    """Make the file system as large as its volume."""
+    file_system = FileSystem.of(export)
+    if export.size > file_system.size:
+        if file_system.kind == "xfs":
+            run("xfs_growfs", directory)
+        else:
+            run("resize2fs", device)
+        pool.label(export.name, {store.FS_SIZE: str(export.size)})
+
+
+def stop(pool: Client, *names: str) -> None:
+    """Unmount containers; those that are not mounted stay so. Raises NotFound, or InUse where a process is in one."""
+    for export in [find(pool, name) for name in names]:
+        if (root := _roots().get(export.uri)) is not None:
+            devices.unmount(root)
+            if root.parent == _home(pool):
+                root.rmdir()
+
+
+def diff(pool: Client, name: str) -> list[Change]:
+    """What differs from its image, as `docker diff` says it. Raises NotFound, InUse, Error."""
+    export = find(pool, name)
+    image = image_of(Catalogue.of(pool), export)
+    with devices.mounted(pool, image.name, read_only=True) as before, _readable(pool, export) as after:
+        return list(changes(before, after))
+
+
+@contextlib.contextmanager
+def _readable(pool: Client, export: Export) -> Iterator[Path]:
+    if (root := _roots().get(export.uri)) is not None:
+        yield root
+    else:
+        with devices.mounted(pool, export.name, read_only=True) as directory:
+            yield directory
+
+
+def image_of(catalogue: Catalogue, export: Export) -> Image:
+    """Raises NotFound where it was removed by other means than `remove`."""
+    image = catalogue.image(export.labels[store.IMAGE], export.labels[store.UUID])
+    if image is None:
+        raise NotFound(f"the image of {export.name!r} is gone: {export.labels[store.IMAGE]}")
+    return image
+
+
+def remove(pool: Client, *names: str, force: bool = False) -> None:
+    """All or none; `force` stops and disconnects them first. Raises NotFound, or InUse with who holds them."""
+    exports = [find(pool, name) for name in names]
+    roots = _roots()
+    started = [export.name.removeprefix(_VOLUME) for export in exports if export.uri in roots]
+    if force:
+        stop(pool, *started)
+    elif started:
+        raise InUse(f"started: {store.listed(started)} (nbdthin container stop, or rm --force)")
+    pool.remove(*(export.name for export in exports), force=force)
+
+
+# -- a container's file system, kept as it is
+
+
+@contextlib.contextmanager
+def at_rest(pool: Client, export: Export) -> Iterator[None]:
+    """While the block runs its volume holds a whole file system, with all that was written to it.
+
+    A mount of this machine is made to wait. Raises InUse where others write to it.
+    """
+    root = _roots().get(export.uri)
+    if root is not None:
+        with frozen(root):
+            yield
+    elif export.connections:
+        holders = store.listed(export.connections)
+        raise InUse(f"{export.name!r} is in use, and could be caught in the middle: {holders}", export.connections)
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def frozen(root: Path) -> Iterator[None]:
+    """Everything in the file system is on its device, with nothing left for its journal to do; writers wait."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.ioctl(fd, _FIFREEZE)
+        try:
+            yield
+        finally:
+            fcntl.ioctl(fd, _FITHAW)
+    finally:
+        os.close(fd)
