@@ -107,14 +107,17 @@ def start(pool: Client, name: str, root: Path | None = None) -> Path:
     export = find(pool, name)
     if (mounted := _roots().get(export.uri)) is not None:
         return mounted
-    directory = _own_directory(pool, export) if root is None else root
+    directory = _own_directory(pool, export) if root is None else root.resolve()
+    grows = export.size > FileSystem.of(export).size
     try:
-        device = devices.mount(pool, export.name, directory)
-        _grow(pool, export, device.path, directory)
+        if grows and FileSystem.of(export).kind == "ext4":
+            _grow_ext4(pool, export)
+        devices.mount(pool, export.name, directory)
+        if grows:
+            _grown(pool, export, directory)
     except BaseException:
         if root is None:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+            directory.rmdir()
         raise
     return directory
 
@@ -131,15 +134,28 @@ def _home(pool: Client) -> Path:
     return Path(f"{state.run_directory()}.containers", pool.info().pool.uuid)
 
 
-def _grow(pool: Client, export: Export, device: Path, directory: Path) -> None:
-    """Make the file system as large as its volume."""
-    file_system = FileSystem.of(export)
-    if export.size > file_system.size:
-        if file_system.kind == "xfs":
+def _grow_ext4(pool: Client, export: Export) -> None:
+    """Make the file system as large as its volume, before it is mounted.
+
+    Mounted it would need CAP_SYS_RESOURCE, which root in a container has not. What a power cut in the middle leaves, the
+    check before the next attempt mends.
+    """
+    device = devices.attach(pool, export.name)
+    try:
+        run("e2fsck", "-f", "-p", device.path, fine=(0, 1))  # 1: it has mended something
+        run("resize2fs", device.path)
+    finally:
+        devices.detach(device.path)
+
+
+def _grown(pool: Client, export: Export, directory: Path) -> None:
+    try:
+        if FileSystem.of(export).kind == "xfs":  # grows only mounted, in transactions
             run("xfs_growfs", directory)
-        else:
-            run("resize2fs", device)
         pool.label(export.name, {store.FS_SIZE: str(export.size)})
+    except BaseException:
+        devices.unmount(directory)
+        raise
 
 
 def stop(pool: Client, *names: str) -> None:

@@ -52,8 +52,9 @@ def load(
 ) -> list[Image]:
     """The images of an archive, on base `on`: without one the default base, which is made where there is none.
 
-    `tags` replace those of the archive. A layer that is there on the same base already is shared, and if all are, nobody
-    has to be root. Nothing is left of an image that does not load whole. Raises NotFound, Invalid, Corrupt, NoSpace, Error.
+    `tags` replace those of the archive. A layer that is there on the same base already is shared, and if all are,
+    nobody has to be root. Nothing is left of an image that does not load whole. Raises NotFound, Invalid, Corrupt, NoSpace,
+    Error.
     """
     wanted = [store.check_tag(tag) for tag in tags]
     with archive.open_archive(path, platform=platform) as opened, store.locked(pool, progress.waiting):
@@ -137,7 +138,7 @@ def _space_named(layer: str, below: Base) -> Iterator[None]:
 
 
 def tags_of(image: archive.Image, path: Path) -> list[str]:
-    """REPO:TAG of what an archive calls its image. A layout may give a tag alone: its own name is the repository then."""
+    """What an archive calls its image. A layout may give a tag alone: its own name is the repository then."""
     repository = re.sub(r"(\.oci|\.docker)?(\.tar(\.gz|\.zst)?|\.tgz)?$", "", path.resolve().name.lower())
     tags = []
     for tag in image.tags:

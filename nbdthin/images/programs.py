@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 
 from nbdthin.errors import Error
@@ -12,6 +13,7 @@ from nbdthin.errors import Error
 _PACKAGES = {
     "mke2fs": "e2fsprogs",
     "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
     "resize2fs": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "xfs_growfs": "xfsprogs",
@@ -27,11 +29,11 @@ def find(program: str) -> str:
     return path
 
 
-def run(program: str, *arguments: str | Path) -> None:
+def run(program: str, *arguments: str | Path, fine: Collection[int] = (0,)) -> None:
     """Raises Error with what the program says where it fails."""
     done = subprocess.run(
         [find(program), *arguments], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
     )
-    if done.returncode:
+    if done.returncode not in fine:
         said = " ".join((done.stderr or done.stdout).split())
         raise Error(f"{program} failed: {said or f'status {done.returncode}'}")

@@ -89,7 +89,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """`id` is the digest of its config, `layers` are names, the lowest first. `size`: bytes of the pool it refers to."""
+    """`id` is the digest of its config, `layers` are names, the lowest first. `size`: bytes it refers to."""
 
     id: str
     tags: tuple[str, ...]
