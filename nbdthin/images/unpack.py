@@ -1,0 +1,664 @@
+"""Applying a layer to a directory: what the OCI image-spec's layer.md says, for tars that nobody vouches for.
+
+Where a member may go
+- Names are relative, without `..`, and lie below the root. Anything else is refused with the member's name.
+- A link that stands where a name has a directory (`lib` -> `usr/lib`) is followed as the container would: an absolute
+  target begins at the root, and `..` beyond the root, a loop, or a target that is not there is refused. The last part
+  of a name is never followed: what is there is replaced.
+- All this is done here, one part at a time, over descriptors opened with O_NOFOLLOW; the kernel never follows a link.
+  Nobody else may change the tree meanwhile.
+
+What a layer takes away
+- `.wh.NAME` takes NAME of the layers below, `.wh..wh..opq` all that they have in a directory. What this layer itself
+  brings stays, in whatever order it comes. Other names that begin with `.wh..wh.` are bookkeeping of aufs: skipped.
+
+Directories get their owner, mode, attributes and times at the end: until then, what is put into them changes them. One
+that the layer does not list keeps the time it had.
+
+A refusal leaves the tree half made. The caller works on something that it can throw away, such as a new volume.
+
+Python's tarfile reads the headers; what it would do with names, links and data is not used.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import stat
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple, Self, cast
+
+from nbdthin.errors import Error, Invalid, NoSpace
+from nbdthin.units import KiB, MiB
+
+PATH_LIMIT = 4096  # bytes of a name, as Linux has it
+MEMBERS = 4_000_000  # of one layer; each costs an inode
+_HEADERS = 4 * MiB  # bytes of all headers of one member: its names, attributes and map of holes
+_LINKS = 40  # followed for one name, as Linux does
+_DEPTH = 256  # directories in each other: each is a descriptor while a name is walked, and a process has 1024
+_OPEN = 256  # directories kept open between members
+_HOLE = 4 * KiB  # zeroes of this size, aligned, are not written
+_ZEROES = bytes(_HOLE)
+
+_WHITEOUT = b".wh."
+_OPAQUE = b".wh..wh..opq"
+_AUFS = b".wh..wh."
+
+_XATTR = "SCHILY.xattr."
+# Of the host, not of the image: labels that its policy gives, and what its overlayfs keeps.
+_NOT_OURS = ("security.selinux", "trusted.overlay.", "user.overlay.")
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE)
+_DEVICES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO}
+
+
+class Unset(NamedTuple):
+    """What a layer says of a path, and only root could do."""
+
+    mode: int  # with the type
+    uid: int
+    gid: int
+    rdev: int
+    xattrs: dict[str, bytes]
+
+
+class Applied(NamedTuple):
+    members: int
+    data: int  # bytes of files, without holes that the layer has as such
+
+
+def apply(tar: Iterable[bytes], root: str | os.PathLike[str], unset: dict[bytes, Unset] | None = None) -> Applied:
+    """Apply the layer whose uncompressed tar comes in pieces from `tar` to the directory `root`.
+
+    All of `tar` is taken, and with the last piece it may still raise: then nothing of the layer is to be kept.
+    Without root nobody else's files can be made, nor devices, nor all attributes: `unset`, by path, then has what
+    was left out (a device is an empty file meanwhile), and goes from layer to layer; without it, owners and such
+    attributes are left out, and devices refused.
+    Raises Invalid and Error with the member's name, NoSpace, and OSError for a root that is none.
+    """
+    with _Tree(root, unset) as tree:
+        return tree.apply(_Tape(tar))
+
+
+class _Tape:
+    """The tar as tarfile reads it: forward only, and headers of a bounded size."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+        self._chunk = b""
+        self._at = 0  # in the chunk
+        self._base = 0  # of the chunk, in the tar
+        self._budget = 0
+
+    def tell(self) -> int:
+        return self._base + self._at
+
+    def at_end(self) -> bool:
+        """Whether no member begins here: nothing, or a block of zeroes. Headers may be read then."""
+        self._budget = _HEADERS
+        self._fill(tarfile.BLOCKSIZE)
+        block = self._chunk[self._at : self._at + tarfile.BLOCKSIZE]
+        return not block or (block[0] == 0 and not any(block))
+
+    def read(self, size: int) -> bytes:
+        self._budget -= size
+        if self._budget < 0 or size < 0:
+            raise tarfile.ReadError("its headers are larger than any member needs")
+        self._fill(size)
+        data = self._chunk[self._at : self._at + size]
+        self._at += len(data)
+        return data
+
+    def _fill(self, size: int) -> None:
+        """Have `size` bytes in the chunk, or as many as there are."""
+        if len(self._chunk) - self._at >= size:
+            return
+        parts = [self._chunk[self._at :]]
+        have = len(parts[0])
+        while have < size and (chunk := next(self._chunks, b"")):
+            parts.append(chunk)
+            have += len(chunk)
+        self._base += self._at
+        self._chunk, self._at = b"".join(parts), 0
+
+    def seek(self, position: int) -> None:
+        """Forward to `position`."""
+        skip = position - self.tell()
+        if skip < 0:
+            raise tarfile.ReadError("its headers point back")
+        for _ in self.pieces(skip):
+            pass
+
+    def pieces(self, size: int) -> Iterator[tuple[bytes, int, int]]:
+        """The next `size` bytes, as parts of larger ones: each with its start and end. Fewer if the tar ends."""
+        while size:
+            start = self._at
+            end = min(start + size, len(self._chunk))
+            if start == end:
+                self._base += end
+                self._chunk, self._at = next(self._chunks, b""), 0
+                if not self._chunk:
+                    return
+                continue
+            self._at = end
+            size -= end - start
+            yield self._chunk, start, end
+
+    def drain(self) -> None:
+        """Take what is left: it counts for the digest."""
+        for _ in self._chunks:
+            pass
+
+
+class _Headers(tarfile.TarFile):
+    """A tar's members. TarFile's own `next` takes a damaged header for the end."""
+
+    fileobj: Any
+
+    def __init__(self, tape: _Tape) -> None:
+        super().__init__(fileobj=tape, mode="r", encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
+
+    def next(self) -> tarfile.TarInfo | None:
+        try:
+            self.fileobj.seek(self.offset)
+            if self.fileobj.at_end():
+                return None
+            member = tarfile.TarInfo.fromtarfile(self)
+        except (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:
+            raise Invalid(f"the layer's tar is damaged at byte {self.offset}: {error}") from None
+        if len(self.pax_headers) > 1000:  # they count for each member from here on
+            raise Invalid("the layer's tar has more global headers than any needs")
+        return member
+
+    def all(self) -> Iterator[tarfile.TarInfo]:
+        member = self.firstmember  # type: ignore[attr-defined]  # read by the constructor
+        while member is not None:
+            yield member
+            member = self.next()
+
+
+class _Refused(Exception):
+    """Why a member is refused; its name is put before it further up."""
+
+
+class _Wanted(NamedTuple):
+    """What a directory is given at the end."""
+
+    mtime: int  # ns
+    mode: int | None  # None: as it is
+    member: tarfile.TarInfo | None  # where the layer lists it
+
+
+class _Tree:
+    """A root that one layer is being applied to. A path is relative to it, bytes, without links; the root is empty."""
+
+    def __init__(self, root: str | os.PathLike[str], unset: dict[bytes, Unset] | None) -> None:
+        self._open = {b"": os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)}  # directories by path
+        self._aliases: dict[bytes, bytes] = {}  # paths of directories by what members call them, through links
+        self._directories: dict[bytes, _Wanted] = {}  # those that this layer lists or changes
+        self._added = {b""}  # what this layer brings, and the directories that has it in them
+        self._privileged = os.geteuid() == 0
+        self._unset = unset
+        self._data = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+
+    def apply(self, tape: _Tape) -> Applied:
+        count = 0
+        for member in _Headers(tape).all():
+            count += 1
+            if count > MEMBERS:
+                raise Invalid(f"a layer of more than {MEMBERS} members is refused")
+            name = member.name.encode("utf-8", "surrogateescape")
+            _named(name, self._apply, name, member, tape)
+        tape.drain()
+        for path in sorted(self._directories, reverse=True):  # inside first: a mode may bar the way
+            self._keep_few_open()
+            _named(path, self._finish, path, self._directories[path])
+        return Applied(count, self._data)
+
+    # -- members
+
+    def _apply(self, name: bytes, member: tarfile.TarInfo, tape: _Tape) -> None:
+        self._keep_few_open()
+        parts = _parts(name)
+        if not parts:
+            if member.type != tarfile.DIRTYPE:
+                raise _Refused("the root can only be a directory")
+            self._directories[b""] = _Wanted(_mtime(member), member.mode & 0o7777, member)
+            return
+        named, last = b"/".join(parts[:-1]), parts[-1]
+        if _WHITEOUT in name and self._whiteout(parts, named, last):
+            return
+        parent = named if named in self._open else self._directory(named, create=True)
+        assert parent is not None
+        path = parent + b"/" + last if parent else last
+        self._change(parent)
+        kind = member.type
+        if kind in _FILES:
+            self._file(path, parent, last, member, tape)
+        elif kind == tarfile.DIRTYPE:
+            self._new(path, parent, last, lambda fd: os.mkdir(last, 0o700, dir_fd=fd), directory=True)
+            self._directories[path] = _Wanted(_mtime(member), member.mode & 0o7777, member)
+        elif kind == tarfile.SYMTYPE:
+            target = _text(member.linkname)
+            self._new(path, parent, last, lambda fd: os.symlink(target, last, dir_fd=fd))
+            self._describe(path, parent, last, member, stat.S_IFLNK)
+        elif kind == tarfile.LNKTYPE:
+            self._link(path, parent, last, _text(member.linkname))
+        elif kind in _DEVICES:
+            self._device(path, parent, last, member)
+        else:
+            raise _Refused(f"a member of a type that is not known: {member.type!r}")
+        if path not in self._added:
+            self._bring(path, parent)
+
+    def _file(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo, tape: _Tape) -> None:
+        try:
+            out = os.open(last, _NEW_FILE, 0o600, dir_fd=self._open[parent])
+        except FileExistsError:
+            self._remove(path, parent, last)
+            out = os.open(last, _NEW_FILE, 0o600, dir_fd=self._open[parent])
+        try:
+            if member.size:
+                self._data += _copy(tape, out, member)
+            mode = member.mode & 0o7777
+            self._own(out, path, member, stat.S_IFREG | mode)
+            os.fchmod(out, mode)
+            mtime = _mtime(member)
+            os.utime(out, ns=(mtime, mtime))
+        finally:
+            os.close(out)
+
+    def _link(self, path: bytes, parent: bytes, last: bytes, target: bytes) -> None:
+        parts = _parts(target, "it is a hard link to ")
+        source = self._directory(b"/".join(parts[:-1]), create=False) if parts else None
+        if source is None:
+            raise _Refused(f"it is a hard link to {shown(target)}, which is not there")
+        original = source + b"/" + parts[-1] if source else parts[-1]
+        if original == path:
+            return
+        try:
+            kind = os.stat(parts[-1], dir_fd=self._open[source], follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            raise _Refused(f"it is a hard link to {shown(target)}, which is not there") from None
+        if stat.S_ISDIR(kind):
+            raise _Refused(f"it is a hard link to {shown(target)}, which is a directory")
+        from_fd, name = self._open[source], parts[-1]
+        self._new(
+            path,
+            parent,
+            last,
+            lambda fd: os.link(name, last, src_dir_fd=from_fd, dst_dir_fd=fd, follow_symlinks=False),
+        )
+        if self._unset is not None and original in self._unset:
+            self._unset[path] = self._unset[original]
+
+    def _device(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo) -> None:
+        mode = member.mode & 0o7777
+        kind = _DEVICES[member.type]
+        if self._privileged or kind == stat.S_IFIFO:
+            number = 0 if kind == stat.S_IFIFO else os.makedev(member.devmajor, member.devminor)
+            self._new(path, parent, last, lambda fd: os.mknod(last, kind | 0o600, number, dir_fd=fd))
+        elif self._unset is not None:
+            kind_here = stat.S_IFREG
+            self._new(path, parent, last, lambda fd: os.mknod(last, kind_here | 0o600, dir_fd=fd))
+        else:
+            raise _Refused("only root can make a device")
+        self._describe(path, parent, last, member, kind)
+        os.chmod(last, mode, dir_fd=self._open[parent])
+
+    def _describe(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo, kind: int) -> None:
+        """Owner, attributes and time of what cannot be opened: a link, a device."""
+        fd = self._open[parent]
+        self._own(b"/proc/self/fd/%d/%b" % (fd, last), path, member, kind | (member.mode & 0o7777))
+        mtime = _mtime(member)
+        os.utime(last, ns=(mtime, mtime), dir_fd=fd, follow_symlinks=False)
+
+    def _own(self, where: int | bytes, path: bytes, member: tarfile.TarInfo, mode: int) -> None:
+        """Owner and attributes: in this order, as a new owner takes capabilities away; and before the mode."""
+        xattrs = _xattrs(member) if member.pax_headers else {}
+        if self._privileged:
+            if isinstance(where, int):
+                os.fchown(where, member.uid, member.gid)
+            else:
+                os.chown(where, member.uid, member.gid, follow_symlinks=False)
+        elif self._unset is not None:
+            rdev = os.makedev(member.devmajor, member.devminor) if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
+            theirs = {name: value for name, value in xattrs.items() if not name.startswith("user.")}
+            self._unset[path] = Unset(mode, member.uid, member.gid, rdev, theirs)
+        for name, value in xattrs.items():
+            if self._privileged or name.startswith("user."):
+                try:
+                    if isinstance(where, int):
+                        os.setxattr(where, name, value)
+                    else:
+                        os.setxattr(where, name, value, follow_symlinks=False)
+                except OSError as error:
+                    raise _Refused(f"its attribute {shown(name.encode())}: {error.strerror}") from None
+
+    def _finish(self, path: bytes, wanted: _Wanted) -> None:
+        found = self._directory(path, create=False)
+        assert found == path
+        fd = self._open[path]
+        if wanted.member is not None:
+            mine = _xattrs(wanted.member) if wanted.member.pax_headers else {}
+            for name in os.listxattr(fd):
+                if name not in mine and not name.startswith(_NOT_OURS):
+                    with suppress(PermissionError):
+                        os.removexattr(fd, name)
+            self._own(fd, path, wanted.member, stat.S_IFDIR | wanted.member.mode & 0o7777)
+        if wanted.mode is not None:
+            os.fchmod(fd, wanted.mode)
+        os.utime(fd, ns=(wanted.mtime, wanted.mtime))
+
+    def _new(
+        self, path: bytes, parent: bytes, last: bytes, make: Callable[[int], None], *, directory: bool = False
+    ) -> None:
+        """Have `make` make something in the open directory `parent`, in place of what is there."""
+        try:
+            make(self._open[parent])
+        except FileExistsError:
+            status = os.stat(last, dir_fd=self._open[parent], follow_symlinks=False)
+            if not (directory and stat.S_ISDIR(status.st_mode)):
+                self._remove(path, parent, last)
+                make(self._open[parent])
+
+    def _bring(self, path: bytes, parent: bytes) -> None:
+        self._added.add(path)
+        while parent not in self._added:
+            self._added.add(parent)
+            parent = parent.rpartition(b"/")[0]
+
+    # -- taking away
+
+    def _whiteout(self, parts: list[bytes], named: bytes, last: bytes) -> bool:
+        """Whether it is a whiteout, or otherwise not for the tree; it is done then."""
+        for part in parts[:-1]:
+            if part.startswith(_AUFS):
+                return True
+            if part.startswith(_WHITEOUT):
+                raise _Refused("it lies below a whiteout")
+        if not last.startswith(_WHITEOUT):
+            return False
+        if last.startswith(_AUFS) and last != _OPAQUE:
+            return True
+        target = last[len(_WHITEOUT) :]
+        if target in (b"", b".", b".."):
+            raise _Refused("a whiteout of nothing")
+        parent = self._directory(named, create=False)
+        if parent is None:
+            return True
+        if last == _OPAQUE:
+            self._clear(parent)
+            return True
+        path = parent + b"/" + target if parent else target
+        try:
+            status = os.stat(target, dir_fd=self._open[parent], follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        if path not in self._added:
+            self._change(parent)
+            self._remove(path, parent, target)
+        elif stat.S_ISDIR(status.st_mode):
+            self._clear(path)
+        return True
+
+    def _clear(self, path: bytes) -> None:
+        """Take all out of a directory that the layers below have in it."""
+        self._directory(path, create=False)
+        fd = self._open[path]
+        self._change(path)
+        for entry in os.listdir(fd):
+            name = os.fsencode(entry)
+            below = path + b"/" + name if path else name
+            if below not in self._added:
+                self._remove(below, path, name)
+            elif stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                self._clear(below)
+
+    def _remove(self, path: bytes, parent: bytes, last: bytes) -> None:
+        """Whatever has this path, with all that is below."""
+        fd = self._open[parent]
+        mode = os.stat(last, dir_fd=fd, follow_symlinks=False).st_mode
+        if not stat.S_ISDIR(mode):
+            os.unlink(last, dir_fd=fd)
+            if stat.S_ISLNK(mode):
+                self._aliases.clear()
+            if self._unset is not None:
+                self._unset.pop(path, None)
+            return
+        below = path + b"/"
+        self._aliases.clear()
+        for gone in [known for known in self._open if known == path or known.startswith(below)]:
+            os.close(self._open.pop(gone))
+        for kept in (self._directories, self._unset or {}):
+            for gone in [known for known in kept if known == path or known.startswith(below)]:
+                del kept[gone]
+        shutil.rmtree(last, dir_fd=fd)
+
+    # -- directories
+
+    def _change(self, path: bytes) -> None:
+        """The open directory `path` is about to be changed: its time is put back at the end."""
+        if path not in self._directories:
+            fd = self._open[path]
+            status = os.fstat(fd)
+            mode = None
+            if not self._privileged and status.st_mode & 0o700 != 0o700:
+                mode = stat.S_IMODE(status.st_mode)
+                os.fchmod(fd, mode | 0o700)
+            self._directories[path] = _Wanted(status.st_mtime_ns, mode, None)
+
+    def _keep_few_open(self) -> None:
+        if len(self._open) > _OPEN:
+            root = self._open.pop(b"")
+            for fd in self._open.values():
+                os.close(fd)
+            self._open = {b"": root}
+            self._aliases.clear()
+
+    def _directory(self, named: bytes, *, create: bool) -> bytes | None:
+        """The path of the directory that a member calls `named`, which is open then.
+
+        None where it is not there, and not to be made. Raises _Refused for what leads nowhere or out.
+        """
+        if named in self._open:
+            return named
+        if named in self._aliases:
+            return self._aliases[named]
+        path = b""
+        link = b""  # the last that was followed
+        links = 0
+        ahead = [(part, False) for part in reversed(named.split(b"/"))]  # of each: whether it is from a link
+        while ahead:
+            part, linked = ahead.pop()
+            if part in (b"", b"."):
+                continue
+            if part == b"..":  # only from links
+                if not path:
+                    raise _Refused(f"the link {shown(link)} leads out of the root")
+                path = path.rpartition(b"/")[0]
+                continue
+            below = path + b"/" + part if path else part
+            if below in self._open or self._enter(path, below, part, create=create and not linked):
+                path = below
+                continue
+            try:
+                target = os.readlink(part, dir_fd=self._open[path])
+            except FileNotFoundError:
+                if linked and create:
+                    raise _Refused(f"the link {shown(link)} leads to what is not there") from None
+                return None
+            except OSError:
+                if not create:
+                    return None
+                raise _Refused(f"{shown(below)} is not a directory") from None
+            link = below
+            links += 1
+            if links > _LINKS:
+                raise _Refused(f"the link {shown(link)} leads to too many others")
+            if target.startswith(b"/"):
+                path = b""
+            ahead += [(part, True) for part in reversed(target.split(b"/"))]
+        if path != named:
+            self._aliases[named] = path
+        return path
+
+    def _enter(self, path: bytes, below: bytes, part: bytes, *, create: bool) -> bool:
+        """Open the directory `below`, which is `part` in `path`; false if it is none."""
+        if below.count(b"/") >= _DEPTH or len(below) > PATH_LIMIT:
+            raise _Refused(f"more than {_DEPTH} directories in each other, or a path of more than {PATH_LIMIT} bytes")
+        parent = self._open[path]
+        try:
+            self._open[below] = os.open(part, _DIRECTORY, dir_fd=parent)
+            return True
+        except FileNotFoundError:
+            if not create:
+                return False
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                return False
+            raise
+        self._change(path)
+        os.mkdir(part, 0o700, dir_fd=parent)
+        fd = self._open[below] = os.open(part, _DIRECTORY, dir_fd=parent)
+        if self._privileged:
+            os.fchown(fd, 0, 0)
+        os.fchmod(fd, 0o755)
+        self._bring(below, path)
+        return True
+
+
+def _named(name: bytes, work: Callable[..., None], *args: object) -> None:
+    """Do `work`; what is wrong is said with the name of the member that it is about."""
+    try:
+        work(*args)
+    except _Refused as error:
+        raise Invalid(f"{shown(name)}: {error}") from None
+    except OSError as error:
+        kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else Error
+        raise kind(f"{shown(name)}: {error.strerror or error}") from error
+    except (ValueError, OverflowError) as error:
+        raise Invalid(f"{shown(name)}: {error}") from None
+
+
+def shown(name: bytes) -> str:
+    """A name for a message: one line whatever it has in it, and not too long."""
+    text = name.decode("utf-8", "backslashreplace")
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    if b"\0" in data:
+        raise _Refused("a name with a zero byte in it")
+    return data
+
+
+def _parts(name: bytes, whose: str = "") -> list[bytes]:
+    """The parts of a relative name."""
+    said = f"{whose}{shown(name)}, " if whose else ""
+    if name.startswith(b"/"):
+        raise _Refused(f"{said}an absolute path")
+    if len(name) > PATH_LIMIT or b"\0" in name:
+        raise _Refused(f"{said}a name of more than {PATH_LIMIT} bytes, or with a zero byte in it")
+    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+    if b".." in parts:
+        raise _Refused(f"{said}a path that leads up")
+    return parts
+
+
+_TIME = re.compile(r"(-?)(\d{1,12})(?:\.(\d{0,30}))?")
+
+
+def _mtime(member: tarfile.TarInfo) -> int:
+    """Nanoseconds. tarfile has a float, which cannot hold them."""
+    text = member.pax_headers.get("mtime") if member.pax_headers else None
+    if text is None:
+        return int(member.mtime) * 10**9
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise _Refused(f"its time is no time: {text[:100]!r}")
+    sign, seconds, fraction = match.groups()
+    value = int(seconds) * 10**9 + int((fraction or "").ljust(9, "0")[:9])
+    return -value if sign else value
+
+
+def _xattrs(member: tarfile.TarInfo) -> dict[str, bytes]:
+    return {
+        key[len(_XATTR) :]: value.encode("utf-8", "surrogateescape")
+        for key, value in member.pax_headers.items()
+        if key.startswith(_XATTR) and not key.startswith(_NOT_OURS, len(_XATTR))
+    }
+
+
+# -- data
+
+
+def _copy(tape: _Tape, out: int, member: tarfile.TarInfo) -> int:
+    """A member's data to a new file; returns how many bytes the tar has of them."""
+    if member.size < 0:
+        raise _Refused("a negative size")
+    runs = [(0, member.size)] if member.sparse is None else _runs(member)
+    end = 0  # of what is written
+    for position, length in runs:
+        at = position
+        for chunk, start, stop in tape.pieces(length):
+            end = _write(out, chunk, start, stop, at) or end
+            at += stop - start
+        if at != position + length:
+            raise _Refused("the layer ends inside it")
+    if end != member.size:
+        os.ftruncate(out, member.size)
+    return sum(length for _, length in runs)
+
+
+def _runs(member: tarfile.TarInfo) -> list[tuple[int, int]]:
+    """Where a sparse member has data, checked: (position, length), in bytes."""
+    if "size" in member.pax_headers:
+        raise _Refused("a sparse file whose headers have its size twice")
+    runs = [(position, length) for position, length in cast(list[tuple[int, int]], member.sparse) if length]
+    end = 0
+    for position, length in runs:
+        if position < end or length < 0 or position + length > member.size:
+            raise _Refused("a sparse file whose map is no map of it")
+        end = position + length
+    return runs
+
+
+def _write(out: int, chunk: bytes, start: int, stop: int, at: int) -> int:
+    """Write chunk[start:stop] at `at`, but for blocks of zeroes; returns the end of what was written, 0 if nothing."""
+    end = 0
+    written = start  # up to here it is
+    block = start + -at % _HOLE
+    while block + _HOLE <= stop:
+        if chunk.startswith(_ZEROES, block):
+            if written < block:
+                end = _put(out, chunk, written, block, at + written - start)
+            written = block + _HOLE
+        block += _HOLE
+    if written < stop:
+        end = _put(out, chunk, written, stop, at + written - start)
+    return end
+
+
+def _put(out: int, chunk: bytes, start: int, stop: int, at: int) -> int:
+    view = memoryview(chunk)
+    while start < stop:
+        done = os.pwrite(out, view[start:stop], at)
+        start += done
+        at += done
+    return at
