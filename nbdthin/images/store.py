@@ -233,7 +233,7 @@ def _config_labels(config: bytes) -> dict[str, str]:
 
 def config_of(export: Export) -> bytes:
     """The config of an image, byte by byte."""
-    parts = []
+    parts: list[str] = []
     while (part := export.labels.get(f"{CONFIG}{len(parts)}")) is not None:
         parts.append(part)
     try:
@@ -398,8 +398,8 @@ def history(pool: Client, reference: str) -> list[Step]:
     for entry in config.get("history") or [{} for _ in layers]:
         layer = layers.pop(0) if layers and not entry.get("empty_layer") else None
         size = 0 if layer is None else _size(pool, catalogue, layer)
-        facts = (str(entry.get(key) or "") for key in ("created", "created_by", "comment"))
-        steps.append(Step(layer, *facts, size))
+        created, by, comment = (str(entry.get(key) or "") for key in ("created", "created_by", "comment"))
+        steps.append(Step(layer, created, by, comment, size))
     return steps[::-1]
 
 
