@@ -22,7 +22,7 @@ def commit(pool: Client, name: str, *tags: str, comment: str = "") -> Image:
     Raises NotFound, Invalid, InUse.
     """
     wanted = [store.check_tag(tag) for tag in tags]
-    with store.locked(pool):
+    with store.locked(pool) as lock:
         container = containers.find(pool, name)
         catalogue = Catalogue.of(pool)
         parent = containers.image_of(catalogue, container)
@@ -33,7 +33,7 @@ def commit(pool: Client, name: str, *tags: str, comment: str = "") -> Image:
         layer = catalogue.free_name("layer", chain, file_system.uuid)
         image = catalogue.free_name("image", config.digest, file_system.uuid)
         volume = store.new_building()
-        with containers.at_rest(pool, container), pool.batch():
+        with containers.at_rest(pool, container, lock), pool.batch():
             pool.snapshot(
                 container.name, layer, labels={store.KIND: "layer", store.CHAIN: chain, **file_system.labels()}
             )

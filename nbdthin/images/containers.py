@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,8 @@ def _home(pool: Client) -> Path:
 def _grow_ext4(pool: Client, export: Export) -> None:
     """Make the file system as large as its volume, before it is mounted.
 
-    Mounted it would need CAP_SYS_RESOURCE, which root in a container has not. What a power cut in the middle leaves, the
-    check before the next attempt mends.
+    Mounted it would need CAP_SYS_RESOURCE, which root in a container has not. What a power cut in the middle leaves,
+    the check before the next attempt mends.
     """
     device = devices.attach(pool, export.name)
     try:
@@ -208,14 +209,14 @@ def remove(pool: Client, *names: str, force: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def at_rest(pool: Client, export: Export) -> Iterator[None]:
+def at_rest(pool: Client, export: Export, lock: int) -> Iterator[None]:
     """While the block runs its volume holds a whole file system, with all that was written to it.
 
-    A mount of this machine is made to wait. Raises InUse where others write to it.
+    A mount of this machine is made to wait. `lock` is that of `store.locked`. Raises InUse where others write to it.
     """
     root = _roots().get(export.uri)
     if root is not None:
-        with frozen(root):
+        with frozen(root, lock):
             yield
     elif export.connections:
         holders = store.listed(export.connections)
@@ -225,14 +226,27 @@ def at_rest(pool: Client, export: Export) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def frozen(root: Path) -> Iterator[None]:
-    """Everything in the file system is on its device, with nothing left for its journal to do; writers wait."""
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.ioctl(fd, _FIFREEZE)
+def frozen(root: Path, lock: int) -> Iterator[None]:
+    """Everything in the file system is on its device, with nothing left for its journal to do; writers wait.
+
+    A file system that nobody thaws hangs all who write to it, and its device can never be freed. So a process of its
+    own does it, also when this one is killed; it keeps `lock`, so that nobody takes away before what is left.
+    """
+    # Below `root`, so that it cannot be unmounted while it is frozen. The trap: a Ctrl-C is for all of a terminal.
+    command = ["sh", "-c", "trap '' INT TERM HUP; echo; read _; exec fsfreeze --unfreeze ."]
+    with subprocess.Popen(
+        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[lock]
+    ) as thawing:
+        assert thawing.stdin is not None and thawing.stdout is not None
+        thawing.stdout.read(1)
+        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            yield
+            fcntl.ioctl(directory, _FIFREEZE)
+            try:
+                yield
+            finally:
+                thawing.stdin.close()
+                if thawing.wait():
+                    fcntl.ioctl(directory, _FITHAW)
         finally:
-            fcntl.ioctl(fd, _FITHAW)
-    finally:
-        os.close(fd)
+            os.close(directory)

@@ -115,7 +115,12 @@ def main(path: str, digest: str, platform: str, file: str, identity: str, option
     file_system = FileSystem("ext4", identity, disk.stat().st_size)
     base.make_file_system(disk, file_system, [*shlex.split(options), "-d", str(root)])
     # The root directory itself is not copied.
-    facts = {"mode": f"0{status.st_mode:o}", "uid": status.st_uid, "gid": status.st_gid, "mtime": f"@{int(status.st_mtime)}"}
+    facts = {
+        "mode": f"0{status.st_mode:o}",
+        "uid": status.st_uid,
+        "gid": status.st_gid,
+        "mtime": f"@{int(status.st_mtime)}",
+    }
     commands = disk.with_name("commands")
     commands.write_text("".join(f"set_inode_field / {field} {value}\n" for field, value in facts.items()))
     programs.run("debugfs", "-w", "-f", commands, disk)

@@ -53,18 +53,20 @@ def load(
     """The images of an archive, on base `on`: without one the default base, which is made where there is none.
 
     `tags` replace those of the archive. A layer that is there on the same base already is shared, and if all are,
-    nobody has to be root. Nothing is left of an image that does not load whole. Raises NotFound, Invalid, Corrupt, NoSpace,
-    Error.
+    nobody has to be root. Nothing is left of an image that does not load whole. Raises NotFound, Invalid, Corrupt,
+    NoSpace, Error.
     """
     wanted = [store.check_tag(tag) for tag in tags]
-    with archive.open_archive(path, platform=platform) as opened, store.locked(pool, progress.waiting):
+    with archive.open_archive(path, platform=platform) as opened, store.locked(pool, progress.waiting) as lock:
         if wanted and len(opened.images) > 1:
             raise Invalid(f"{path} has {len(opened.images)} images: a tag can be given to one (load it without --tag)")
         below = base.find_or_make(pool, on)
-        return [_load(pool, image, below, wanted or tags_of(image, path), progress) for image in opened.images]
+        return [_load(pool, image, below, wanted or tags_of(image, path), lock, progress) for image in opened.images]
 
 
-def _load(pool: Client, source: archive.Image, below: Base, tags: Sequence[str], progress: Progress) -> Image:
+def _load(
+    pool: Client, source: archive.Image, below: Base, tags: Sequence[str], lock: int, progress: Progress
+) -> Image:
     file_system = below.file_system
     catalogue = Catalogue.of(pool)
     if (known := catalogue.image(source.config.digest, file_system.uuid)) is not None:
@@ -84,7 +86,7 @@ def _load(pool: Client, source: archive.Image, below: Base, tags: Sequence[str],
     try:
         pool.clone(start, volume, labels={store.BUILDING: "1"})
         if missing := source.layers[count:]:
-            finished += _unpack(pool, volume, missing, below, catalogue, progress)
+            finished += _unpack(pool, volume, missing, below, catalogue, lock, progress)
         with pool.batch():
             for layer in finished:
                 pool.label(layer, {store.BUILDING: None})
@@ -98,7 +100,7 @@ def _load(pool: Client, source: archive.Image, below: Base, tags: Sequence[str],
 
 
 def _unpack(
-    pool: Client, volume: str, layers: Sequence[Layer], below: Base, catalogue: Catalogue, progress: Progress
+    pool: Client, volume: str, layers: Sequence[Layer], below: Base, catalogue: Catalogue, lock: int, progress: Progress
 ) -> list[str]:
     """Unpack `layers` into the volume. Returns their names, which have the label still."""
     file_system = below.file_system
@@ -112,7 +114,7 @@ def _unpack(
                 apply(_watched(tar, progress.advance), root)
                 name = catalogue.free_name("layer", layer.chain_id, file_system.uuid)
                 labels = {store.KIND: "layer", store.CHAIN: layer.chain_id, store.BUILDING: "1", **file_system.labels()}
-                with containers.frozen(root):
+                with containers.frozen(root, lock):
                     pool.snapshot(volume, name, labels=labels)
             names.append(name)
     return names

@@ -285,8 +285,11 @@ def tag(pool: Client, reference: str, *tags: str) -> Image:
 
 
 @contextlib.contextmanager
-def locked(pool: Client, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Held by whoever makes or removes something of an image; others wait, `waiting` is called before."""
+def locked(pool: Client, waiting: Callable[[], None] = lambda: None) -> Iterator[int]:
+    """Held by whoever makes or removes something of an image; others wait, `waiting` is called before.
+
+    It is a descriptor's; a process that has inherited it has the lock, too.
+    """
     path = pool.info().pool.path
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -298,7 +301,7 @@ def locked(pool: Client, waiting: Callable[[], None] = lambda: None) -> Iterator
         except BlockingIOError:
             waiting()
             fcntl.flock(directory, fcntl.LOCK_EX)
-        yield
+        yield directory
     finally:
         os.close(directory)
 

@@ -49,9 +49,7 @@ def layer(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
     return packed.getvalue()
 
 
-def layout(
-    path: Path, images: Mapping[str, Sequence[bytes]], *, run: Mapping[str, object] | None = None
-) -> Path:
+def layout(path: Path, images: Mapping[str, Sequence[bytes]], *, run: Mapping[str, object] | None = None) -> Path:
     """An OCI layout of the layers of each image, by its tag; `run` is what their configs say about running them."""
     manifests = []
     (path / "blobs/sha256").mkdir(parents=True)

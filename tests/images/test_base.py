@@ -43,7 +43,9 @@ def test_the_kernel_initialises_no_inode_table_of_a_containers_ext4(pool: nbdthi
     base.create(pool, "base")
     device = devices.attach(pool, "base/base")
     try:
-        groups = [line for line in run("dumpe2fs", device.path).splitlines() if line.startswith("Group ") and "Blocks" in line]
+        groups = [
+            line for line in run("dumpe2fs", device.path).splitlines() if line.startswith("Group ") and "Blocks" in line
+        ]
     finally:
         devices.detach(device.path)
     assert len(groups) == 80
