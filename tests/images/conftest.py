@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import nbdthin
 from nbdthin import devices
 from tests.clients.daemon import Daemon, running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_roots_left() -> Iterator[None]:
+    """Where containers are mounted there is nothing in the end; what stays of it is one directory for each pool."""
+    yield
+    home = Path(f"{os.environ['NBDTHIN_RUN']}.containers")
+    for directory in home.glob("*"):
+        directory.rmdir()
+    if home.exists():
+        home.rmdir()
 
 
 @pytest.fixture(scope="module")
