@@ -29,6 +29,14 @@ def owned(member: tuple[tarfile.TarInfo, bytes], uid: int, gid: int) -> tuple[ta
     return member
 
 
+def attributed(member: tuple[tarfile.TarInfo, bytes], **xattrs: bytes) -> tuple[tarfile.TarInfo, bytes]:
+    """With extended attributes; in their names a dot is written as two underscores."""
+    for name, value in xattrs.items():
+        key = f"SCHILY.xattr.{name.replace('__', '.')}"
+        member[0].pax_headers = {**member[0].pax_headers, key: value.decode("utf-8", "surrogateescape")}
+    return member
+
+
 def device(name: str, major: int, minor: int) -> tuple[tarfile.TarInfo, bytes]:
     member = _member(name, tarfile.CHRTYPE, 0o600)
     member.devmajor, member.devminor = major, minor
