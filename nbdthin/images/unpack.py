@@ -44,13 +44,13 @@ _OPEN = 256  # directories kept open between members
 _HOLE = 4 * KiB  # zeroes of this size, aligned, are not written
 _ZEROES = bytes(_HOLE)
 
-_WHITEOUT = b".wh."
+WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _AUFS = b".wh..wh."
 
-_XATTR = "SCHILY.xattr."
+XATTR = "SCHILY.xattr."
 # Of the host, not of the image: labels that its policy gives, and what its overlayfs keeps.
-_NOT_OURS = ("security.selinux", "trusted.overlay.", "user.overlay.")
+NOT_OURS = ("security.selinux", "trusted.overlay.", "user.overlay.")
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -239,7 +239,7 @@ class _Tree:
             self._directories[b""] = _Wanted(_mtime(member), member.mode & 0o7777, member)
             return
         named, last = b"/".join(parts[:-1]), parts[-1]
-        if _WHITEOUT in name and self._whiteout(parts, named, last):
+        if WHITEOUT in name and self._whiteout(parts, named, last):
             return
         parent = named if named in self._open else self._directory(named, create=True)
         assert parent is not None
@@ -355,7 +355,7 @@ class _Tree:
         if wanted.member is not None:
             mine = _xattrs(wanted.member) if wanted.member.pax_headers else {}
             for name in os.listxattr(fd):
-                if name not in mine and not name.startswith(_NOT_OURS):
+                if name not in mine and not name.startswith(NOT_OURS):
                     with suppress(PermissionError):
                         os.removexattr(fd, name)
             self._own(fd, path, wanted.member, stat.S_IFDIR | wanted.member.mode & 0o7777)
@@ -388,13 +388,13 @@ class _Tree:
         for part in parts[:-1]:
             if part.startswith(_AUFS):
                 return True
-            if part.startswith(_WHITEOUT):
+            if part.startswith(WHITEOUT):
                 raise _Refused("it lies below a whiteout")
-        if not last.startswith(_WHITEOUT):
+        if not last.startswith(WHITEOUT):
             return False
         if last.startswith(_AUFS) and last != _OPAQUE:
             return True
-        target = last[len(_WHITEOUT) :]
+        target = last[len(WHITEOUT) :]
         if target in (b"", b".", b".."):
             raise _Refused("a whiteout of nothing")
         parent = self._directory(named, create=False)
@@ -599,9 +599,9 @@ def _mtime(member: tarfile.TarInfo) -> int:
 
 def _xattrs(member: tarfile.TarInfo) -> dict[str, bytes]:
     return {
-        key[len(_XATTR) :]: value.encode("utf-8", "surrogateescape")
+        key[len(XATTR) :]: value.encode("utf-8", "surrogateescape")
         for key, value in member.pax_headers.items()
-        if key.startswith(_XATTR) and not key.startswith(_NOT_OURS, len(_XATTR))
+        if key.startswith(XATTR) and not key.startswith(NOT_OURS, len(XATTR))
     }
 
 
