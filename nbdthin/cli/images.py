@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,8 @@ from nbdthin.control.codec import printable
 from nbdthin.units import format_size
 
 if TYPE_CHECKING:
-    from nbdthin.images.changes import Change
     from nbdthin.images.containers import Container
-    from nbdthin.images.loading import Progress
+    from nbdthin.images.progress import Progress
     from nbdthin.images.store import Base, Image, Step
 
 
@@ -102,10 +102,10 @@ def _load(arguments: Namespace) -> list[Image]:
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[Progress]:
     """A bar for each layer, on a terminal."""
-    from nbdthin.images import loading
+    from nbdthin.images import progress
 
     if quiet or not sys.stdout.isatty():
-        yield loading.SILENT
+        yield progress.SILENT
         return
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
@@ -114,7 +114,7 @@ def _progress(*, quiet: bool) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     with Bars(*columns, TransferSpeedColumn(), TimeElapsedColumn()) as bars:
 
-        class Shown(loading.Progress):
+        class Shown(progress.Progress):
             def __init__(self) -> None:
                 self._task = bars.add_task("", total=None, visible=False)
                 self._done = 0
@@ -235,17 +235,20 @@ def _commit(arguments: Namespace) -> Image:
 def _save_arguments(parser: ArgumentParser) -> None:
     names("IMAGE")(parser)
     parser.add_argument("path", metavar="FILE_OR_DIR", type=path_argument)
+    parser.add_argument("--compression", choices=("gzip", "zstd", "none"), default="gzip", help="default: gzip")
 
 
 def _save(arguments: Namespace) -> dict[str, str]:
     from nbdthin.images import saving
 
-    with connect(arguments) as pool:
-        return {"saved": saving.save(pool, arguments.image, Path(arguments.path))}
+    compression = None if arguments.compression == "none" else arguments.compression
+    with connect(arguments) as pool, _progress(quiet=wants_json(arguments)) as progress:
+        identity = saving.save(pool, arguments.image, Path(arguments.path), compression=compression, progress=progress)
+    return {"id": identity}
 
 
 def _print_saved(result: dict[str, str]) -> None:
-    print(result["saved"])
+    print(result["id"])
 
 
 # -- containers
@@ -313,16 +316,20 @@ def _stop(arguments: Namespace) -> dict[str, list[str]]:
     return {"stopped": arguments.names}
 
 
-def _container_diff(arguments: Namespace) -> list[Change]:
+def _container_diff(arguments: Namespace) -> list[dict[str, str]]:
     from nbdthin.images import containers
 
     with connect(arguments) as pool:
-        return containers.diff(pool, arguments.name)
+        return [
+            {"kind": change.kind, "path": "/" + os.fsdecode(change.path)}
+            for change in containers.diff(pool, arguments.name)
+            if change.path
+        ]
 
 
-def _show_changes(changes: Sequence[Change]) -> None:
+def _show_changes(changes: Sequence[dict[str, str]]) -> None:
     for change in changes:
-        print(change.kind, printable(change.path))
+        print(change["kind"], printable(change["path"]))
 
 
 def _container_rm_arguments(parser: ArgumentParser) -> None:

@@ -173,7 +173,7 @@ def diff(pool: Client, name: str) -> list[Change]:
     export = find(pool, name)
     image = image_of(Catalogue.of(pool), export)
     with devices.mounted(pool, image.name, read_only=True) as before, _readable(pool, export) as after:
-        return list(changes(before, after))
+        return changes(before, after)
 
 
 @contextlib.contextmanager

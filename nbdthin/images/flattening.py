@@ -20,7 +20,8 @@ from nbdthin.control.client import Client
 from nbdthin.errors import Error, Invalid
 from nbdthin.images import archive, base, programs, store
 from nbdthin.images.config import Platform
-from nbdthin.images.loading import SILENT, Progress, tags_of
+from nbdthin.images.loading import tags_of
+from nbdthin.images.progress import SILENT, Progress
 from nbdthin.images.store import Catalogue, FileSystem, Image
 from nbdthin.images.unpack import apply
 

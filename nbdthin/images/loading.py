@@ -20,25 +20,10 @@ from nbdthin.errors import Error, Invalid, NoSpace
 from nbdthin.images import archive, base, containers, store
 from nbdthin.images.archive import Layer
 from nbdthin.images.config import Platform
+from nbdthin.images.progress import SILENT, Progress
 from nbdthin.images.store import Base, Catalogue, Image
 from nbdthin.images.unpack import apply
 from nbdthin.units import format_size
-
-
-class Progress:
-    """Told how a load goes on; this one keeps it to itself."""
-
-    def waiting(self) -> None:
-        """Another process loads or removes images of this pool."""
-
-    def layer(self, name: str) -> None:
-        """A layer is unpacked next."""
-
-    def advance(self, count: int) -> None:
-        """So many more bytes of its tar were taken."""
-
-
-SILENT = Progress()
 
 
 def load(

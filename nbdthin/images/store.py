@@ -164,7 +164,7 @@ class Catalogue:
     def find(self, reference: str) -> Image:
         """The image with this tag, or this id or the beginning of it. Raises NotFound or Invalid."""
         digits = reference.removeprefix("sha256:")
-        tagged = [export for export in self.kind("image") if TAG + _as_tag(reference) in export.labels]
+        tagged = [export for export in self.kind("image") if TAG + as_tag(reference) in export.labels]
         found = tagged or [
             export
             for export in self.kind("image")
@@ -247,13 +247,14 @@ def config_of(export: Export) -> bytes:
 
 def check_tag(reference: str) -> str:
     """REPO:TAG of what somebody wrote, `latest` where no tag is named. Raises Invalid."""
-    repository, _, tag = _as_tag(reference).rpartition(":")
+    repository, _, tag = as_tag(reference).rpartition(":")
     if not _REPOSITORY.fullmatch(repository) or not _TAG.fullmatch(tag):
         raise Invalid(f"not a tag: {reference!r} (write REPO:TAG, as debian:12 or example.org/tools/web:1.0)")
     return f"{repository}:{tag}"
 
 
-def _as_tag(reference: str) -> str:
+def as_tag(reference: str) -> str:
+    """The tag that a reference would be."""
     return reference if _has_tag(reference) else f"{reference}:latest"
 
 
@@ -340,7 +341,7 @@ def remove(pool: Client, *references: str) -> list[str]:
         drop_unfinished(pool)
         catalogue = Catalogue.of(pool)
         images = {image.name: image for image in map(catalogue.find, references)}
-        named = {name: {_as_tag(each) for each in references} & set(image.tags) for name, image in images.items()}
+        named = {name: {as_tag(each) for each in references} & set(image.tags) for name, image in images.items()}
         untagged = {name for name, tags in named.items() if tags and tags < set(images[name].tags)}
         going = [image for name, image in images.items() if name not in untagged]
         _refuse_used(catalogue, going)

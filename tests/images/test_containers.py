@@ -220,7 +220,8 @@ def test_a_commit_of_a_started_container_has_all_that_was_written_before_it(
     loaded(tmp_path, pool, kind)
     containers.create(pool, "system:1", "a")
     root = containers.start(pool, "a")
-    stop, written = threading.Event(), []
+    stop = threading.Event()
+    written: list[int] = []
 
     def write() -> None:
         while not stop.is_set():

@@ -1,0 +1,82 @@
+"""Images into archives: each layer made anew from how the trees of two snapshots differ.
+
+So the layers have the files of those that were loaded, and other digests; and a committed one has a digest at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from nbdthin import devices
+from nbdthin.control.client import Client
+from nbdthin.errors import Error
+from nbdthin.images import store
+from nbdthin.images.changes import changes, write_layer
+from nbdthin.images.config import Config
+from nbdthin.images.layout import GZIP, Layout, Written, new_layout
+from nbdthin.images.progress import SILENT, Progress
+from nbdthin.images.store import Catalogue
+
+
+def save(
+    pool: Client, reference: str, path: Path, *, compression: str | None = GZIP, progress: Progress = SILENT
+) -> str:
+    """Write an image as an OCI layout: a tar where `path` ends in .tar, else a directory. Returns the id it has there.
+
+    Under the tag that `reference` is, or all of its tags. `compression` is "gzip", "zstd" or None. Nothing is there if
+    it raises: NotFound, Invalid, Exists, Error.
+    """
+    catalogue = Catalogue.of(pool)
+    image = catalogue.find(reference)
+    export = catalogue.exports[image.name]
+    config = Config.parse(store.config_of(export), image.name)
+    history = config.history
+    if store.FLAT in export.labels:
+        history = [{"created": config.created, "created_by": "nbdthin image load --flatten"}]
+    elif len(image.layers) != len(config.diff_ids):
+        raise Error(
+            f"{image.shown!r} has {len(config.diff_ids)} layers and {len(image.layers)} are left: "
+            "the others were removed by other means than nbdthin image rm"
+        )
+    named = [tag for tag in image.tags if store.as_tag(reference) == tag]
+    with new_layout(path) as layout:
+        written = [
+            _write(layout, old, new, compression, progress, name) for name, old, new in _trees(pool, image.layers)
+        ]
+        saved = config.with_layers([layer.diff_id for layer in written], history)
+        layout.image(saved, written, named or image.tags)
+    return saved.digest
+
+
+def _trees(pool: Client, layers: tuple[str, ...]) -> Iterator[tuple[str, Path | None, Path]]:
+    """Each layer with what is below it and what it is, mounted."""
+    with contextlib.ExitStack() as last:
+        old = None
+        for name in layers:
+            with contextlib.ExitStack() as this:
+                new = this.enter_context(devices.mounted(pool, name, read_only=True))
+                yield name, old, new
+                last.close()
+                last.push(this.pop_all())
+            old = new
+
+
+def _write(
+    layout: Layout, old: Path | None, new: Path, compression: str | None, progress: Progress, name: str
+) -> Written:
+    progress.layer(name)
+    with layout.layer(compression) as writer:
+        write_layer(changes(old, new), new, _watched(writer.write, progress.advance))
+    return writer.written
+
+
+def _watched(
+    write: Callable[[bytes | memoryview], object], advance: Callable[[int], None]
+) -> Callable[[bytes | memoryview], object]:
+    def watched(data: bytes | memoryview) -> None:
+        write(data)
+        advance(len(data))
+
+    return watched
