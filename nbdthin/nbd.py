@@ -110,6 +110,17 @@ def negotiate(uri: str, *, structured: bool = False) -> tuple[socket.socket, Exp
     `structured` asks for the others and for base:allocation, and takes what there is. Raises Invalid, NotFound,
     Unreachable, Error.
     """
+    return _agree(uri, Option.GO, structured)
+
+
+def describe(uri: str) -> ExportFacts:
+    """What the server says of an export, which is not used by that. Raises as `negotiate` does."""
+    connected, facts = _agree(uri, Option.INFO, structured=False)
+    connected.close()
+    return facts
+
+
+def _agree(uri: str, option: Option, structured: bool) -> tuple[socket.socket, ExportFacts]:
     family, address, name = _parse(uri)
     connected = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -117,7 +128,7 @@ def negotiate(uri: str, *, structured: bool = False) -> tuple[socket.socket, Exp
         connected.connect(address)
         if family != socket.AF_UNIX:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        facts = _Handshake(connected, uri, name).run(structured)
+        facts = _Handshake(connected, uri, name).run(option, structured)
         connected.settimeout(None)
     except OSError as error:
         connected.close()
@@ -170,7 +181,7 @@ class _Handshake:
         self._uri = uri
         self._name = name
 
-    def run(self, structured: bool) -> ExportFacts:
+    def run(self, option: Option, structured: bool) -> ExportFacts:
         magic, second, offered = proto.GREETING.unpack(_receive(self._socket, proto.GREETING.size))
         if (magic, second) != (proto.NBDMAGIC, proto.IHAVEOPT) or not offered & HandshakeFlag.FIXED_NEWSTYLE:
             raise _foreign(self._uri)
@@ -181,7 +192,7 @@ class _Handshake:
             structured = self._accepts(Option.STRUCTURED_REPLY)
         if structured:
             allocation = self._select(proto.BASE_ALLOCATION)
-        return self._go(structured, allocation)
+        return self._info_or_go(option, structured, allocation)
 
     def _accepts(self, option: Option) -> bool:
         try:
@@ -203,10 +214,10 @@ class _Handshake:
                 return int(identity)
         return None
 
-    def _go(self, structured: bool, allocation: int | None) -> ExportFacts:
+    def _info_or_go(self, option: Option, structured: bool, allocation: int | None) -> ExportFacts:
         wanted = (1).to_bytes(2, "big") + Info.BLOCK_SIZE.to_bytes(2, "big")
         try:
-            replies = self._ask(Option.GO, _counted(self._name) + wanted)
+            replies = self._ask(option, _counted(self._name) + wanted)
         except _Refused as refused:
             if refused.reply == Reply.ERR_UNKNOWN:
                 raise NotFound(f"the server at {self._uri} has no export {self._name!r}") from None

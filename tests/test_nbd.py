@@ -407,3 +407,12 @@ def test_what_is_no_nbd_server_is_one_line(tmp_path: Path, said: list[bytes], ki
     with greeting(tmp_path / "sock", *said) as uri, pytest.raises(Error) as caught:
         nbd.negotiate(uri)
     assert type(caught.value) is kind and "\n" not in str(caught.value)
+
+
+def test_describing_an_export_does_not_use_it(daemon: Daemon) -> None:
+    facts = nbd.describe(daemon.create("described", 3 * MiB))
+    assert (facts.name, facts.size, facts.read_only) == ("described", 3 * MiB, False)
+    with daemon.connect() as pool:
+        pool.resize("described", MiB)  # refused to whoever is in use
+    with pytest.raises(NotFound):
+        nbd.describe(facts.uri.replace("described", "unknown"))

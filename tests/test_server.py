@@ -481,7 +481,19 @@ def test_many_connections_see_each_others_writes(serving: Serving) -> None:
         each.close()
 
 
-def test_a_name_in_use_is_not_removed_resized_renamed_or_rolled_back(serving: Serving, client: Client) -> None:
+def test_a_volume_grows_under_its_clients(serving: Serving, client: Client) -> None:
+    size = client.size
+    assert client.write(size - 512, b"a" * 512) == 0
+    assert client.write(size, b"b" * 512) == ENOSPC
+    serving.run(serving.live.execute([Resize("web", size + MIB)]))
+    assert client.write(size + MIB - 512, b"c" * 512) == 0
+    assert client.read(size - 512, MIB + 512) == b"a" * 512 + bytes(MIB - 512) + b"c" * 512
+    later = Client(serving.socket, "web")
+    assert later.size == size + MIB
+    later.close()
+
+
+def test_a_name_in_use_is_not_removed_shrunk_renamed_or_rolled_back(serving: Serving, client: Client) -> None:
     serving.run(serving.live.execute([Snapshot("web", "web@1")]))
     for command in (Remove("web"), Resize("web", MIB), Rename("web", "new"), Rollback("web", "web@1")):
         with pytest.raises(InUse, match=rf"in use.*pid {os.getpid()}") as caught:

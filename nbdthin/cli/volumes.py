@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 
@@ -90,9 +91,14 @@ def _rm(arguments: Namespace) -> dict[str, list[str]]:
 
 
 def _resize(arguments: Namespace) -> Export:
+    from nbdthin import devices
+
     with connect(arguments) as pool:
         pool.resize(arguments.name, arguments.size)
-        return pool.show(arguments.name)
+        resized = pool.show(arguments.name)
+    if resized.uri is not None and os.geteuid() == 0:
+        devices.grow(resized.uri)
+    return resized
 
 
 def _label(arguments: Namespace) -> Export:

@@ -164,7 +164,10 @@ class Changes(Generic[Done]):
         return self._change(_Call("remove", {"names": list(names), "force": force}, _nothing))
 
     def resize(self, name: str, size: int | str) -> Done:
-        """Give a volume another size; what lies behind a smaller end is gone. Raises NotFound, Invalid or InUse."""
+        """Give a volume another size; what lies behind a smaller end is gone.
+
+        It may grow under its clients. Raises NotFound, Invalid, or InUse where it would shrink under them.
+        """
         return self._change(_Call("resize", {"name": name, "size": parse_size(size)}, _nothing))
 
     def label(self, name: str, changes: Mapping[str, str | None]) -> Done:

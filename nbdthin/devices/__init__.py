@@ -13,21 +13,34 @@ and whatever stands on a process that died, `cleanup` undoes; state.py says how 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from nbdthin.devices import fuse, loop, mounts, state
+from nbdthin.devices import fuse, kernel, loop, mounts, state, watch
 from nbdthin.devices.state import Attachment, Phase, Way
 from nbdthin.errors import Error, InUse, Invalid, NotFound
 
 if TYPE_CHECKING:
     from nbdthin.control.client import Client
 
-__all__ = ["Device", "attach", "attach_uri", "attached", "cleanup", "detach", "mount", "mounted", "name_in", "unmount"]
+__all__ = [
+    "Device",
+    "attach",
+    "attach_uri",
+    "attached",
+    "cleanup",
+    "detach",
+    "grow",
+    "mount",
+    "mount_uri",
+    "mounted",
+    "unmount",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +59,20 @@ def attach(client: Client, name: str, *, read_only: bool = False, connections: i
     `connections` to the server are at most as many as there are processors that use them; None: what is good.
     """
     uri, fixed = _where(client, name)
-    return attach_uri(uri, name, read_only=read_only or fixed, connections=connections)
-
-
-def attach_uri(uri: str, name: str, *, read_only: bool = False, connections: int | None = None) -> Device:
-    """As `attach`, of what any NBD server has at `uri`; `name` is what it will be called here."""
-    with _attaching(uri, name, read_only, connections) as attachment:
+    with _attaching(uri, name, read_only or fixed, connections) as attachment:
         return _device(attachment.save(phase=Phase.ATTACHED))
 
 
-def name_in(uri: str) -> str:
-    """The export's name in a URI of the NBD project."""
-    return unquote(urlsplit(uri).path.removeprefix("/"))
+def attach_uri(uri: str, *, read_only: bool = False, connections: int | None = None) -> Device:
+    """As `attach`, of what any NBD server has at `uri`."""
+    with _attaching(_absolute(uri), _name_in(uri), read_only, connections) as attachment:
+        return _device(attachment.save(phase=Phase.ATTACHED))
 
 
 def detach(name_or_path: str | Path) -> None:
     """Undo `attach`. What was written has reached the server when this returns, durably. Raises NotFound or InUse."""
     with _held(str(name_or_path), "attached") as attachment:
-        if attachment.phase.stays:
-            _refuse_used(attachment)
-        _undo(attachment)
+        _detach(attachment)
 
 
 def attached() -> list[Device]:
@@ -83,6 +90,23 @@ def mount(
     uri, fixed = _where(client, name)
     with _attaching(uri, name, read_only or fixed, None) as attachment:
         return _device(_mount(attachment, directory.resolve(), options).save(phase=Phase.MOUNTED))
+
+
+def mount_uri(uri: str, directory: Path, *, read_only: bool = False, options: Sequence[str] = ()) -> Device:
+    """As `mount`, of what any NBD server has at `uri`; a snapshot must be said to be `read_only`."""
+    with _attaching(_absolute(uri), _name_in(uri), read_only, None) as attachment:
+        return _device(_mount(attachment, directory.resolve(), options).save(phase=Phase.MOUNTED))
+
+
+def grow(uri: str) -> None:
+    """Have the devices of an export be as large as it is now, where they can: the kernel's, not loop devices.
+
+    They would be within seconds, anyway.
+    """
+    for attachment in state.load_all():
+        if attachment.uri == uri and attachment.way == "nbd" and attachment.phase.stays:
+            with contextlib.suppress(OSError):  # it is being detached
+                kernel.grow(attachment)
 
 
 def unmount(directory_or_name: str | Path) -> None:
@@ -123,6 +147,8 @@ def cleanup() -> list[str]:
                     problems.append(str(error))
     if state.run_directory().exists():
         state.forget_empty()
+    if watch.watched():
+        watch.ensure()
     if problems:
         raise Error("; ".join(problems))
     return names
@@ -137,6 +163,17 @@ def _where(client: Client, name: str) -> tuple[str, bool]:
     if export.uri is None:
         raise Error(f"the daemon listens nowhere: {name!r} cannot be attached (see [server] listen in exports.toml)")
     return export.uri, export.read_only
+
+
+def _name_in(uri: str) -> str:
+    """The export's name; of a server's nameless one, all of the URI."""
+    return unquote(urlsplit(uri).path.removeprefix("/")) or uri
+
+
+def _absolute(uri: str) -> str:
+    """It is used by processes that work elsewhere."""
+    base, found, path = uri.partition("socket=")
+    return uri if not found or path.startswith("/") else f"{base}{found}{quote(os.getcwd())}/{path}"
 
 
 @contextlib.contextmanager
@@ -175,15 +212,24 @@ def _device(attachment: Attachment) -> Device:
 def _attaching(uri: str, name: str, read_only: bool, connections: int | None) -> Iterator[Attachment]:
     """With a device; undone if the block raises."""
     _need_root()
-    with state.begun(name, uri, "loop", read_only, connections) as attachment:
+    way: Way = "nbd" if kernel.available() else "loop"
+    with state.begun(name, uri, way, read_only, connections) as attachment:
         try:
-            fuse.start(uri, attachment.disk, attachment.home / "log", read_only=read_only, connections=connections)
-            device = loop.attach(attachment.disk, read_only=read_only)
-            yield attachment.save(device=str(device))
+            attachment = _make_device(attachment)
+            if way == "nbd":
+                watch.ensure()
+            yield attachment
         except BaseException:
             if (left := state.load(attachment.id)) is not None:
                 _undo(left)
             raise
+
+
+def _make_device(attachment: Attachment) -> Attachment:
+    if attachment.way == "nbd":
+        return kernel.attach(attachment)
+    fuse.start(attachment)
+    return attachment.save(device=str(loop.attach(attachment.disk, read_only=attachment.read_only)))
 
 
 def _need_root() -> None:
@@ -200,39 +246,60 @@ def _mount(attachment: Attachment, directory: Path, options: Sequence[str]) -> A
 def _unmount(attachment: Attachment) -> None:
     if attachment.directory and Path(attachment.directory) in mounts.mounted_at(Path(attachment.device)):
         mounts.unmount(Path(attachment.directory))
-    _refuse_used(attachment)
+    _detach(attachment)
+
+
+def _detach(attachment: Attachment) -> None:
+    lost = _flush(attachment)
     _undo(attachment)
+    if lost is not None:
+        what = f"{attachment.name!r} is detached, but what was written to it last is lost"
+        raise Error(f"{what}: the server did not take it ({lost.strerror})") from lost
 
 
-def _refuse_used(attachment: Attachment) -> None:
-    """Nobody may have it mounted, in another mount namespace neither: opened exclusively, the device tells. Then all
-    that was written to it goes to the server, durably.
+def _flush(attachment: Attachment) -> OSError | None:
+    """Have everything that was written in the server, durably, while nobody has it mounted, in another mount namespace
+    neither: opened exclusively, a device tells. Returns why the server has not got it. Raises InUse.
     """
     try:
         device = os.open(attachment.device, os.O_RDONLY | os.O_EXCL)
     except OSError as error:
+        if error.errno != errno.EBUSY:
+            return error
         places = ", ".join(map(str, mounts.mounted_at(Path(attachment.device))))
-        why = f"is mounted on {places} (umount it first)" if places else f"is in use: {error.strerror}"
+        why = f"is mounted on {places} (umount it first)" if places else "is in use, maybe in another mount namespace"
         raise InUse(f"{attachment.name!r}, {attachment.device}, {why}") from error
     try:
         os.fsync(device)
+    except OSError as error:
+        return error
     finally:
         os.close(device)
+    return None
 
 
 def _alive(attachment: Attachment) -> bool:
     """Its device answers, and is what it was attached for."""
     if attachment.phase is Phase.MOUNTED and not mounts.mounted_at(Path(attachment.device)):
         return False
-    return any(fuse.find(attachment.disk)) and Path(attachment.device) in loop.find(attachment.disk)
+    if attachment.way == "loop" and not any(fuse.find(attachment.disk)):
+        return False
+    return Path(attachment.device) in _find_devices(attachment)
+
+
+def _find_devices(attachment: Attachment) -> list[Path]:
+    """What the kernel has of it, whatever its state says."""
+    return list(kernel.find(attachment.id) if attachment.way == "nbd" else loop.find(attachment.disk))
 
 
 def _undo(attachment: Attachment) -> None:
-    """Take away whatever there is of it, from any point of its making or undoing on."""
+    """Take away whatever there is of it, from any point of its making or undoing on. Raises InUse."""
     attachment = attachment.save(phase=Phase.DETACHING)
-    for device in loop.find(attachment.disk):
+    dead = attachment.way == "loop" and not any(fuse.find(attachment.disk))
+    for device in _find_devices(attachment):
         for directory in mounts.mounted_at(device):
-            mounts.unmount(directory, lazily=not any(fuse.find(attachment.disk)))
-        loop.detach(device)
-    fuse.stop(attachment.disk)
+            mounts.unmount(directory, lazily=dead)
+        (kernel if attachment.way == "nbd" else loop).detach(device)
+    if attachment.way == "loop":
+        fuse.stop(attachment.disk)
     state.forget(attachment)

@@ -9,17 +9,14 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from struct import Struct
 
-from nbdthin.errors import Error, InUse
+from nbdthin.devices.nodes import BLOCK, node, wait_free
+from nbdthin.errors import Error
 
 CONTROL = Path("/dev/loop-control")
-MAJOR = 7
-PATIENCE = 10.0  # seconds for others, such as udev, to close a device
 
 _CLR_FD = 0x4C01
 _CONFIGURE = 0x4C0A  # since Linux 5.8
@@ -42,14 +39,10 @@ def attach(file: Path, *, read_only: bool) -> Path:
         config = _CONFIG.pack(fd, 0, 0, 0, 0, 0, 0, 0, 0, 0, flags, os.fsencode(file)[:63], b"", b"", b"")
         with open(CONTROL, "rb", buffering=0) as control:
             while True:
-                device = Path(f"/dev/loop{fcntl.ioctl(control, _GET_FREE)}")
-                _make_node(device)
+                device = node(f"loop{fcntl.ioctl(control, _GET_FREE)}")
                 # With another's device in between: EBUSY, and the next one is asked for.
-                with (
-                    contextlib.suppress(BlockingIOError),
-                    open(device, "rb" if read_only else "r+b", buffering=0) as node,
-                ):
-                    if _configure(node.fileno(), config):
+                with open(device, "rb" if read_only else "r+b", buffering=0) as disk:
+                    if _configure(disk.fileno(), config):
                         return device
     except OSError as error:
         raise Error(f"no loop device can be had: {error.strerror} (nbdthin doctor says more)") from error
@@ -57,9 +50,9 @@ def attach(file: Path, *, read_only: bool) -> Path:
         os.close(fd)
 
 
-def _configure(node: int, config: bytes) -> bool:
+def _configure(disk: int, config: bytes) -> bool:
     try:
-        fcntl.ioctl(node, _CONFIGURE, config)
+        fcntl.ioctl(disk, _CONFIGURE, config)
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False
@@ -67,32 +60,20 @@ def _configure(node: int, config: bytes) -> bool:
     return True
 
 
-def _make_node(device: Path) -> None:
-    """In a container the kernel's next free device may have no node."""
-    if not device.exists():
-        with contextlib.suppress(FileExistsError):
-            os.mknod(device, stat.S_IFBLK | 0o660, os.makedev(MAJOR, int(device.name.removeprefix("loop"))))
-
-
 def find(file: Path) -> Iterator[Path]:
     """The devices on `file`."""
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+    for backing in BLOCK.glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):  # it has just been detached
             if backing.read_text().rstrip("\n") == str(file):
-                yield Path("/dev", backing.parts[3])
+                yield node(backing.parts[3])
 
 
 def detach(device: Path) -> None:
     """Free `device`, which nobody has mounted. Raises InUse where another process keeps it open."""
-    _make_node(device)
     try:
-        with open(device, "rb", buffering=0) as node:
-            fcntl.ioctl(node, _CLR_FD)
+        with open(device, "rb", buffering=0) as disk:
+            fcntl.ioctl(disk, _CLR_FD)
     except OSError as error:
         if error.errno != errno.ENXIO:  # detached already
             raise
-    deadline = time.monotonic() + PATIENCE
-    while Path("/sys/block", device.name, "loop/backing_file").exists():  # until the last who has it open closes it
-        if time.monotonic() > deadline:
-            raise InUse(f"{device} is held open by another process (fuser -v {device} says which); it goes with it")
-        time.sleep(0.001)
+    wait_free(device, "loop/backing_file")

@@ -6,6 +6,7 @@
     RUN/ID/state.json      an `Attachment`, replaced atomically before the step it speaks of
     RUN/ID/disk            where nbdfuse shows the export
     RUN/ID/root            where `mounted` mounts
+    RUN/watcher            flock'ed by the process that watches the kernel's devices (watch.py); what it says
 
 ID is random and never used again, and everything that is made for an attachment carries it: nbdfuse has RUN/ID/disk
 among its arguments, the loop device as its backing file, a kernel's nbd device has ID as its backend. So what a crash
@@ -111,7 +112,7 @@ def load(identity: str) -> Attachment | None:
 @contextlib.contextmanager
 def begun(name: str, uri: str, way: Way, read_only: bool, connections: int | None) -> Iterator[Attachment]:
     """A new attachment, locked. Raises InUse where the export is attached already and one of the two can write."""
-    with _locked_all():
+    with exclusively():
         for other in load_all():
             if other.uri == uri and not (other.read_only and read_only):
                 where = other.device or "by a tool that is at it, or was (nbdthin attach --cleanup)"
@@ -154,7 +155,7 @@ def forget(attachment: Attachment) -> None:
 
 def forget_empty() -> None:
     """Remove directories that a crash left before their state was written, or behind it."""
-    with _locked_all():
+    with exclusively():
         for home in run_directory().iterdir():
             if home.is_dir() and not (home / "state.json").exists() and (lock := _lock(home, wait=False)) is not None:
                 (home / "state.new").unlink(missing_ok=True)
@@ -163,7 +164,8 @@ def forget_empty() -> None:
 
 
 @contextlib.contextmanager
-def _locked_all() -> Iterator[None]:
+def exclusively() -> Iterator[None]:
+    """Nobody else begins an attachment, or removes what one left, inside."""
     run_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(run_directory() / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

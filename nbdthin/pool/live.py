@@ -22,7 +22,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TypeVar
@@ -37,7 +37,7 @@ from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.readers import Readers
-from nbdthin.pool.records import LEAF_BLOCKS
+from nbdthin.pool.records import LEAF_BLOCKS, Name
 from nbdthin.pool.rows import Finding, Scrubbed
 from nbdthin.pool.scrub import Scrub
 from nbdthin.pool.threads import Ended, Threads
@@ -505,7 +505,7 @@ class LivePool:
 
     def _refuse_used(self, wanted: Sequence[Command]) -> None:
         for command in wanted:
-            what, name = _needs_unused(command)
+            what, name = _needs_unused(command, self.pool.state.names)
             if what and (holders := self.users(name)):
                 raise InUse(f"{name!r} is in use, it cannot be {what}: {', '.join(holders)}", holders)
 
@@ -1081,15 +1081,18 @@ def _changed(command: Command) -> tuple[str, ...]:
             return ()
 
 
-def _needs_unused(command: Command) -> tuple[str, str]:
-    """What `command` would do to a name that connections must not hold; ("", "") where they do not matter."""
+def _needs_unused(command: Command, names: Mapping[str, Name]) -> tuple[str, str]:
+    """What `command` would do to a name that connections must not hold; ("", "") where they do not matter.
+
+    A client that does not know of a larger size does no harm: bounds follow the volume, not what a client was told.
+    """
     match command:
         case commands.Remove():
             return "removed", command.name
         case commands.Rollback():
             return "rolled back", command.volume
-        case commands.Resize():
-            return "resized", command.name
+        case commands.Resize() if command.name in names and command.size < names[command.name].size:
+            return "made smaller", command.name
         case commands.Rename():
             return "renamed", command.old
         case _:

@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from nbdthin.units import MiB
 from tests.clients import libnbd
-from tests.clients.daemon import Daemon, nbdthin_command, supervised
+from tests.clients.daemon import Daemon, nbdthin_command, run, supervised
 from tests.conftest import need
 
 HERE = Path(__file__).parent
@@ -27,8 +28,12 @@ PROGRAMS = ("qemu-system-x86_64", "busybox", "gcc", "nbd-client", "cpio", "modpr
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 
-def run_guest(daemon: Daemon, script: Path, hook: list[str] | None = None, **variables: str | int) -> str:
+def run_guest(
+    daemon: Daemon, script: Path, hook: list[str] | None = None, *, python: bool = False, **variables: str | int
+) -> str:
     """Run a guest script against a daemon; its `host WORDS` are words for `hook`, or verbs of nbdthin.
+
+    With `python`, the guest has nbdthin too.
 
     Returns the console.
     """
@@ -36,6 +41,8 @@ def run_guest(daemon: Daemon, script: Path, hook: list[str] | None = None, **var
         need(program)
     hook = hook or nbdthin_command("--socket", daemon.control)
     options = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
+    if python:
+        options += ["--python", sys.executable]
     command = [str(RUN), "--hook", shlex.join(hook), *options, str(daemon.port), str(script)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as guest:
         try:
@@ -104,18 +111,34 @@ def _serve(listening: socket.socket, answer: Callable[[str], None]) -> None:
                 connected.sendall(repr(error).encode())
 
 
+def restart(daemon: Daemon, ending: str) -> None:
+    number = signal.Signals[ending]
+    daemon.signal(number)
+    assert daemon.wait() == (0 if number == signal.SIGTERM else -number)
+    daemon.start()
+
+
 @pytest.mark.parametrize("connections", [1, 4])
 def test_a_mounted_busy_ext4_rides_through_restarts(connections: int, tmp_path: Path) -> None:
     with supervised(tmp_path) as daemon:
         daemon.start()
         daemon.create("disk", "256 MiB")
-
-        def restart(words: str) -> None:
-            number = signal.Signals[words]
-            daemon.signal(number)
-            assert daemon.wait() == (0 if number == signal.SIGTERM else -number)
-            daemon.start()
-
-        with answering(tmp_path, restart) as hook:
+        with answering(tmp_path, partial(restart, daemon)) as hook:
             console = run_guest(daemon, HERE / "guest/restart.sh", hook, CONNECTIONS=connections)
     assert console.count("a new one was taken") >= 6, console
+
+
+def test_attach_by_netlink_rides_through_restarts_and_growth_and_mends_what_died(tmp_path: Path) -> None:
+    with supervised(tmp_path) as daemon:
+        daemon.start()
+        daemon.create("disk", "256 MiB")
+
+        def answer(words: str) -> None:
+            if words.startswith("SIG"):
+                restart(daemon, words)
+            else:
+                run(*nbdthin_command("--socket", daemon.control, *words.split()))
+
+        with answering(tmp_path, answer) as hook:
+            console = run_guest(daemon, HERE / "guest/devices.sh", hook, python=True)
+        assert "undone: disk" in console

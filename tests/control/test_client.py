@@ -184,7 +184,7 @@ def test_what_is_in_use_is_refused_with_who_uses_it(daemon: Daemon, pool: nbdthi
                 "remove": lambda: pool.remove("a@1", "a"),
                 "rename": lambda: pool.rename("a", "b"),
                 "rollback": lambda: pool.rollback("a", "a@1"),
-                "resize": lambda: pool.resize("a", "2 MiB"),
+                "resize": lambda: pool.resize("a", "512 KiB"),
             }[verb]()
         assert len(caught.value.holders) == 1 and caught.value.holders == pool.show("a").connections
         pool.snapshot("a", "a@2")

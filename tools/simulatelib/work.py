@@ -331,7 +331,7 @@ class Work:
         if any(self._is_held(name) for command in wanted for name in changed_by(command)):
             return
         read = {reading.name for reading in self._readings}
-        if any(needs_unused(command)[1] in read for command in wanted):
+        if any(needs_unused(command, self.pool.state.names)[1] in read for command in wanted):
             return
         self.execute(*wanted)
 

@@ -2,12 +2,14 @@
 # Build the guest of run.sh once: Debian's cloud kernel, unpacked and not installed, and an initramfs with
 # busybox, nbd-client and the tools of ext4 and xfs. Prints nothing when it works; a second call returns at once.
 #
-#   build.sh [--force]          the files land in $VMTEST_CACHE, by default ~/.cache/nbdthin-vm
+#   build.sh [--force] [--python PROGRAM]       the files land in $VMTEST_CACHE, by default ~/.cache/nbdthin-vm
+#
+# With --python also an archive of that Python and of this checkout's nbdthin, to be unpacked behind the initramfs.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${VMTEST_CACHE:-$HOME/.cache/nbdthin-vm}
 meta=linux-image-cloud-amd64   # a metapackage: it depends on the real image
-programs=(nbd-client mkfs.ext4 e2fsck mkfs.xfs xfs_repair)
+programs=(nbd-client mkfs.ext4 e2fsck resize2fs mkfs.xfs xfs_repair)
 modules=(virtio_pci virtio_net virtio_console nbd ext4 xfs crc32c_generic)
 export PATH=$PATH:/usr/sbin:/sbin
 
@@ -16,7 +18,14 @@ for program in qemu-system-x86_64 busybox gcc cpio depmod modprobe "${programs[@
     command -v "$program" >/dev/null || die "missing $program: tools/test lists the packages"
 done
 mkdir -p "$cache"
-force=${1:-}
+force=no python=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        --force) force=yes; shift;;
+        --python) python=$2; shift 2;;
+        *) die "unknown option $1";;
+    esac
+done
 
 # ---- the kernel ------------------------------------------------------------------------------------
 image() { apt-cache depends "$meta" 2>/dev/null | sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)/\1/p' | sed -n 1p; }
@@ -40,10 +49,31 @@ kernel=$(cat "$cache/kver")
 
 # ---- the initramfs ---------------------------------------------------------------------------------
 stamp=$(cat "$here/build.sh" "$here/init" "$here/guestlib.sh" "$here/nbdattach.c" | sha256sum | cut -c1-16)-$kernel
-[ "$force" != --force ] && [ -s "$cache/guest.cpio" ] && [ "$(cat "$cache/guest.stamp" 2>/dev/null)" = "$stamp" ] && exit 0
+is_fresh() { [ $force = no ] && [ -s "$cache/$1.cpio" ] && [ "$(cat "$cache/$1.stamp" 2>/dev/null)" = "$2" ]; }
+
+# pack NAME STAMP: what is in $root becomes an archive. Not compressed: under TCG that boots fastest.
+pack() {
+    (cd "$root" && find . -mindepth 1 | LC_ALL=C sort | cpio -o -H newc -R 0:0 --quiet) > "$cache/$1.cpio.$$"
+    mv "$cache/$1.cpio.$$" "$cache/$1.cpio"
+    echo "$2" > "$cache/$1.stamp"
+}
 
 root=$(mktemp -d "$cache/root.XXXX")
 trap 'rm -rf "$root"' EXIT
+
+# ---- Python ----------------------------------------------------------------------------------------
+if [ -n "$python" ]; then
+    top=$here/../..
+    python_stamp=$(cd "$top" && { echo "$python"; "$python" -VV; "$python" -m pip list 2>/dev/null
+        find nbdthin -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 cat tools/vm/python.py; } | sha256sum | cut -c1-16)
+    if ! is_fresh python "$python_stamp"; then
+        "$python" "$here/python.py" "$root" > "$root/python.env"
+        pack python "$python_stamp"
+        rm -r "$root"; mkdir "$root"
+    fi
+fi
+
+is_fresh guest "$stamp" && exit 0
 mkdir -p "$root"/{bin,sbin,proc,sys,dev,tmp,run,mnt,etc,usr,root}
 ln -s ../bin "$root/usr/bin"; ln -s ../sbin "$root/usr/sbin"
 
@@ -75,7 +105,4 @@ install -m 755 "$here/init" "$root/init"
 cp "$here/guestlib.sh" "$root/guestlib.sh"
 echo 'root::0:0:root:/root:/bin/sh' > "$root/etc/passwd"
 ln -s /proc/mounts "$root/etc/mtab"
-# Not compressed: under TCG that boots fastest.
-(cd "$root" && find . -mindepth 1 | LC_ALL=C sort | cpio -o -H newc -R 0:0 --quiet) > "$cache/guest.cpio.new"
-mv "$cache/guest.cpio.new" "$cache/guest.cpio"
-echo "$stamp" > "$cache/guest.stamp"
+pack guest "$stamp"

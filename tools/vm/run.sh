@@ -9,13 +9,14 @@
 #   -t SECONDS    end a guest that hangs (300)
 #   --hook CMD    the guest's `host WORDS` runs "CMD WORDS" here; its status goes back into the guest
 #   --env K=V     a variable for the guest script
+#   --python PROGRAM   the guest has this Python, and the nbdthin of this checkout
 #
 # Exit status: the guest script's; 124 when its time is up, 125 when the guest died, 126 when QEMU failed, 2 or 3
 # when it could not begin. The console goes to stdout; lines of the test bed itself begin with @@.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${VMTEST_CACHE:-$HOME/.cache/nbdthin-vm}
-cpus=4 memory=512 seconds=300 hook='' variables=()
+cpus=4 memory=512 seconds=300 hook='' variables=() python=()
 die() { echo "run.sh: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
@@ -23,6 +24,7 @@ while [ $# -gt 0 ]; do
         -m) memory=$2; shift 2;;
         -t) seconds=$2; shift 2;;
         --hook) hook=$2; shift 2;;
+        --python) python=(--python "$2"); shift 2;;
         --env) variables+=("$2"); shift 2;;
         -*) die "unknown option $1";;
         *) break;;
@@ -31,7 +33,7 @@ done
 [ $# = 2 ] || die "usage: run.sh [options] PORT GUEST_SCRIPT"
 port=$1 script=$2
 [ -f "$script" ] || die "no guest script $script"
-"$here/build.sh" || exit 3
+"$here/build.sh" ${python[@]+"${python[@]}"} || exit 3
 
 work=$(mktemp -d /tmp/nbdthin-vm.XXXXXX) qemu='' hooks=''
 cleanup() {
@@ -49,7 +51,7 @@ cp "$script" "$work/root/guest.sh"
     echo "export NBD_HOST=10.0.2.2 NBD_PORT=$port"   # QEMU's user network: the host's loopback
     for variable in "${variables[@]}"; do printf 'export %s=%q\n' "${variable%%=*}" "${variable#*=}"; done
 } > "$work/root/guest.env"
-{ cat "$cache/guest.cpio"; (cd "$work/root" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet); } > "$work/initrd"
+{ cat "$cache/guest.cpio" ${python[@]+"$cache/python.cpio"}; (cd "$work/root" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet); } > "$work/initrd"
 
 # ---- QEMU. One thread for all processors: tests share two cores with the server, and a busy machine then slows the
 # guest less. Without cx16, because with plain `-cpu max` 17 of 150 boots of kernel 6.12 crashed, and without it none.

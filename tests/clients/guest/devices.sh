@@ -1,0 +1,92 @@
+# nbdthin's own attach and mount, by the kernel's driver: a mounted ext4 that is written and synced without a pause while
+# the server is restarted, the watcher killed, and the volume grown; then an attach that dies half way.
+. /guestlib.sh
+
+URI=nbd://$NBD_HOST:$NBD_PORT
+
+# Requests are sent again after 3 seconds instead of 10.
+hasty() {
+    python3 -c 'import sys; from nbdthin import cli; from nbdthin.devices import kernel
+kernel.REQUEST_TIMEOUT = 3; sys.exit(cli.main())' "$@"
+}
+
+watcher() { ps -o pid,args | grep '[w]atch.main' | { read -r pid _ && echo "$pid"; }; }
+
+# until_true COMMAND...: wait for it
+until_true() {
+    _tries=0
+    until "$@"; do
+        _tries=$((_tries + 1)); [ $_tries -gt 1200 ] && return 1
+        usleep 50000
+    done
+}
+
+files() { cat /tmp/files 2>/dev/null || echo 0; }
+wrote() { [ -e /tmp/failed ] || [ "$(files)" -ge "$1" ]; }
+goes_on() { until_true wrote $(($(files) + 3)) && [ ! -e /tmp/failed ]; }
+is_size() { [ "$(cat /sys/block/nbd0/size)" = "$1" ]; }
+is_free() { [ ! -e "/sys/block/$1/pid" ]; }
+nothing_left() { [ "$(ls /run/nbdthin)" = "lock
+watcher" ]; }
+
+step start-workers start_workers disk
+step attach nbdthin attach $URI/disk
+[ "$(ls /sys/block/nbd0/mq | wc -l)" = 4 ] || fail "not four connections"
+[ "$(cat /sys/block/nbd0/queue/write_cache)" = "write back" ] || fail "the kernel sends no FLUSH"
+step format mkfs.ext4 -q -F /dev/nbd0
+refused attach-again nbdthin attach --read-only $URI/disk
+step detach nbdthin detach disk
+is_free nbd0 || fail "the device is not free"
+
+step mount hasty mount $URI/disk /mnt -o noatime
+refused detach-mounted nbdthin detach disk
+(
+    number=0
+    while [ ! -e /tmp/enough ]; do
+        dd if=/dev/urandom of=/mnt/f$number bs=64k count=2 conv=fsync 2>/dev/null && sum=$(sha256sum /mnt/f$number) ||
+            { touch /tmp/failed; exit 1; }
+        echo "$sum" >> /tmp/SUMS
+        number=$((number + 1))
+        echo $number > /tmp/files
+    done
+) &
+step begin goes_on
+for ending in SIGTERM SIGKILL; do
+    step $ending host $ending
+    step after-$ending goes_on
+done
+step kill-watcher kill -9 "$(watcher)"
+step cleanup nbdthin attach --cleanup
+until_true watcher || fail "no new watcher"
+step SIGKILL host SIGKILL
+step after-SIGKILL goes_on
+step grow host resize disk 512M
+step grown until_true is_size 1048576
+step resize resize2fs /dev/nbd0
+touch /tmp/enough
+wait $!
+[ -e /tmp/failed ] && fail "a write or a sync failed"
+step umount nbdthin umount /mnt
+
+step attach-read-only nbdthin attach --read-only $URI/disk
+[ "$(cat /sys/block/nbd0/ro)" = 1 ] || fail "it can be written"
+step check e2fsck -fn /dev/nbd0
+step mount-again mount -t ext4 -o ro,noload /dev/nbd0 /mnt
+step read sha256sum -c -s /tmp/SUMS
+step umount-again umount /mnt
+step detach-again nbdthin detach /dev/nbd0
+dmesg | grep -E "I/O error|EXT4-fs (error|warning)" && fail "the kernel met an error"
+
+# The kernel has made a device, and nobody has heard which.
+refused die python3 -c "
+import os
+from nbdthin import devices
+from nbdthin.devices import kernel
+kernel.node = lambda name: os._exit(9)
+devices.attach_uri('$URI/disk')"
+is_free nbd0 && fail "there is no device to clean up"
+step mend nbdthin attach --cleanup
+is_free nbd0 || fail "the device is not free"
+step nothing-left nothing_left
+no_watcher() { ! watcher; }
+step watcher-ends until_true no_watcher
