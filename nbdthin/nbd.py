@@ -54,6 +54,7 @@ from nbdthin.wire.proto import (
 )
 
 PATIENCE = 30  # seconds that a server may take over each answer of the handshake; later none has a limit
+GOODBYE = 5  # seconds that it may take to close a connection that says it has no more to ask
 IN_FLIGHT = 64  # requests
 WINDOW = 8 * MiB  # bytes of the reads or writes in flight
 REQUEST = MiB  # bytes of one READ or WRITE
@@ -365,9 +366,15 @@ class Disk:
         return self.facts.size
 
     def close(self) -> None:
-        """Say goodbye and go. What was not flushed may be lost."""
+        """Say goodbye and go. What was not flushed may be lost.
+
+        Where nothing was under way, the server has let go of the export afterwards: it may be renamed or removed.
+        """
         with contextlib.suppress(OSError):
             self._socket.sendall(proto.REQUEST.pack(proto.REQUEST_MAGIC, 0, Command.DISC, 0, 0, 0))
+            if not self._requests:
+                self._socket.settimeout(GOODBYE)
+                self._socket.recv(1)
         self._socket.close()
 
     def __enter__(self) -> Self:

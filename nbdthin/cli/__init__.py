@@ -20,7 +20,7 @@ from io import TextIOWrapper
 from typing import TextIO
 
 from nbdthin import __version__
-from nbdthin.cli import devices, images, pools, volumes
+from nbdthin.cli import devices, images, moving, pools, volumes
 from nbdthin.cli.verb import DEFAULT_SOCKET, Verb, path_argument, print_json, wants_json
 from nbdthin.control.codec import printable, shortened
 from nbdthin.errors import Error
@@ -28,7 +28,7 @@ from nbdthin.errors import Error
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
-VERBS: dict[str, Verb] = {**pools.VERBS, **volumes.VERBS, **devices.VERBS, **images.VERBS}
+VERBS: dict[str, Verb] = {**pools.VERBS, **volumes.VERBS, **devices.VERBS, **images.VERBS, **moving.VERBS}
 GROUPS: dict[str, str] = {**images.GROUPS}  # the first words of verbs that have two
 
 
