@@ -9,26 +9,22 @@ first mount of each container.
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nbdthin import nbd
 from nbdthin.control.client import Client
 from nbdthin.errors import Error, Exists, Invalid, NotFound
 from nbdthin.images import store
 from nbdthin.images.programs import run
 from nbdthin.images.store import Base, Catalogue, FileSystem
-from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
+from nbdthin.units import GiB, format_size, parse_size
 
 KINDS = ("ext4", "xfs")
 DEFAULT = "default"  # the base that `image load` makes when it is told none
 DEFAULT_SIZE = 10 * GiB
-_STEP = 4 * KiB  # what zeroes are looked for by: the pool's finest step, by default
-_PIECE = MiB
 
 
 def create(
@@ -113,53 +109,17 @@ def make_file_system(file: Path, file_system: FileSystem, options: Sequence[str]
 @contextlib.contextmanager
 def filled(pool: Client, file: Path) -> Iterator[str]:
     """A volume that holds what a sparse file holds; whoever does not use it up in time leaves none."""
+    from nbdthin.moving.copying import copy  # numpy: most that is done with images needs none
+    from nbdthin.moving.files import RawSource
+    from nbdthin.moving.reaching import connected
+
     volume = store.new_building()
     pool.create(volume, file.stat().st_size, labels={store.BUILDING: "1"})
     try:
-        copy(file, pool.show(volume).uri)
+        with RawSource(file) as source, connected(pool, volume) as disk:
+            copy(source, disk, source.extents())
         yield volume
     except BaseException:
         with contextlib.suppress(Error):  # else the next who holds the lock does it
             pool.remove(volume)
         raise
-
-
-def copy(file: Path, uri: str | None) -> None:
-    """Write what is not zero in `file` to a new volume, durably. Raises Error."""
-    if uri is None:
-        raise Error("the daemon listens nowhere: its config must have an address (`[server] listen`)")
-    with file.open("rb") as source, nbd.connect(uri) as disk:
-        with disk.pipelined():
-            for offset, length in _data(source.fileno()):
-                for at, data in _not_zero(os.pread(source.fileno(), length, offset), offset):
-                    disk.write(at, data)
-        disk.flush()
-
-
-def _data(file: int) -> Iterator[tuple[int, int]]:
-    """Where a sparse file has data, in pieces."""
-    end = os.fstat(file).st_size
-    offset = 0
-    while offset < end:
-        try:
-            offset = os.lseek(file, offset, os.SEEK_DATA)
-        except OSError:  # ENXIO: no more
-            return
-        hole = os.lseek(file, offset, os.SEEK_HOLE)
-        while offset < hole:
-            length = min(hole - offset, _PIECE)
-            yield offset, length
-            offset += length
-
-
-def _not_zero(piece: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    """The runs of a piece that are not zero."""
-    zero = bytes(_STEP)
-    start = None
-    for at in range(0, len(piece) + _STEP, _STEP):
-        step = piece[at : at + _STEP]
-        if step and step != zero[: len(step)]:
-            start = at if start is None else start
-        elif start is not None:
-            yield offset + start, piece[start:at]
-            start = None
