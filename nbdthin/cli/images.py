@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdthin import display
-from nbdthin.cli.verb import Verb, connect, names, no_arguments, path_argument, wants_json
+from nbdthin.cli.verb import Verb, connect, names, no_arguments, path_argument, print_json, wants_json
 from nbdthin.control.codec import printable
 from nbdthin.units import format_size
 
@@ -184,6 +185,14 @@ def _show_history(steps: Sequence[Step]) -> None:
         for step in steps
     ]
     display.show_table(("CREATED", "SIZE", "LAYER", "BY"), rows, ("SIZE",))
+
+
+def _config(arguments: Namespace) -> object:
+    from nbdthin.images import store
+
+    with connect(arguments) as pool:
+        catalogue = store.Catalogue.of(pool)
+        return json.loads(store.config_of(catalogue.exports[catalogue.find(arguments.image).name]))
 
 
 def _tag_arguments(parser: ArgumentParser) -> None:
@@ -363,6 +372,7 @@ VERBS: dict[str, Verb] = {
     "image load": Verb("images of an archive, a snapshot for each layer", _load_arguments, _load, _show_loaded),
     "image ls": Verb("every image", no_arguments, _image_ls, _show_images),
     "image history": Verb("how an image was made", names("IMAGE"), _history, _show_history),
+    "image config": Verb("what an image says of running it", names("IMAGE"), _config, print_json),
     "image tag": Verb("give an image more tags", _tag_arguments, _tag),
     "image rm": Verb("remove images, and layers that no other has", _image_rm_arguments, _image_rm),
     "image commit": Verb("make an image of a container", _commit_arguments, _commit, lambda image: print(image.id)),

@@ -40,10 +40,7 @@ class Container:
     size: int
     exclusive: int
     created: float
-
-    @property
-    def state(self) -> str:
-        return "started" if self.root is not None else "in use" if self.connections else "stopped"
+    state: str  # started, in use or stopped
 
 
 def create(pool: Client, reference: str, *names: str, size: int | str | None = None) -> list[str]:
@@ -74,15 +71,17 @@ def containers(pool: Client) -> list[Container]:
 
 def _container(export: Export, image: Image | None, roots: dict[str | None, Path]) -> Container:
     identity = export.labels[store.IMAGE]
+    root = roots.get(export.uri)
     return Container(
         name=export.name.removeprefix(_VOLUME),
         image=store.short(identity) if image is None else image.shown,
         image_id=identity,
-        root=roots.get(export.uri),
+        root=root,
         connections=export.connections,
         size=export.size,
         exclusive=export.exclusive,
         created=export.created,
+        state="started" if root is not None else "in use" if export.connections else "stopped",
     )
 
 
@@ -118,7 +117,8 @@ def start(pool: Client, name: str, root: Path | None = None) -> Path:
             _grown(pool, export, directory)
     except BaseException:
         if root is None:
-            directory.rmdir()
+            with contextlib.suppress(OSError):  # another start was faster
+                directory.rmdir()
         raise
     return directory
 
@@ -181,7 +181,7 @@ def _readable(pool: Client, export: Export) -> Iterator[Path]:
     if (root := _roots().get(export.uri)) is not None:
         yield root
     else:
-        with devices.mounted(pool, export.name, read_only=True) as directory:
+        with devices.mounted(pool, export.name, options=("ro",)) as directory:  # writable: a journal is replayed
             yield directory
 
 
@@ -222,6 +222,9 @@ def at_rest(pool: Client, export: Export, lock: int) -> Iterator[None]:
         holders = store.listed(export.connections)
         raise InUse(f"{export.name!r} is in use, and could be caught in the middle: {holders}", export.connections)
     else:
+        if os.geteuid() == 0:  # who may have crashed while it was mounted
+            with _readable(pool, export):
+                pass
         yield
 
 

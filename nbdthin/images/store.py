@@ -348,12 +348,34 @@ def remove(pool: Client, *references: str) -> list[str]:
         gone = {image.name for image in going}
         kept = {layer for image in catalogue.images if image.name not in gone for layer in image.layers}
         gone |= {layer for image in going for layer in image.layers if layer not in kept}
-        with pool.batch():
+        with _hidden(pool, going) as hidden, pool.batch():
             for name in untagged:
                 pool.label(name, {TAG + tag: None for tag in named[name]})
-            if gone:
-                pool.remove(*gone)
+            for name in gone:
+                pool.remove(hidden.get(name, name))
     return sorted(gone) + sorted(tag for name in untagged for tag in named[name])
+
+
+@contextlib.contextmanager
+def _hidden(pool: Client, images: Sequence[Image]) -> Iterator[dict[str, str]]:
+    """Images under other names, {old: new}, when nobody can make a container of them any more and nobody has.
+
+    Containers are made without the lock, which a load may hold for minutes.
+    """
+    names = {image.name: new_building() for image in images}
+    with pool.batch():
+        for old, new in names.items():
+            pool.rename(old, new)
+            pool.label(new, {BUILDING: "1"})
+    try:
+        _refuse_used(Catalogue.of(pool), images)
+        yield names
+    except BaseException:
+        with pool.batch():
+            for old, new in names.items():
+                pool.rename(new, old)
+                pool.label(old, {BUILDING: None})
+        raise
 
 
 def _refuse_used(catalogue: Catalogue, images: Sequence[Image]) -> None:

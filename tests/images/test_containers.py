@@ -273,6 +273,55 @@ def test_a_container_goes_on_after_its_commit_from_where_it_was(system: str, poo
     assert {first.parent, second.parent} == {Catalogue.of(pool).find(system).id}
 
 
+def test_what_only_the_journal_of_a_crashed_container_has_is_in_its_diff_and_its_image(
+    kind: str, tmp_path: Path, pool: nbdthin.Client
+) -> None:
+    loaded(tmp_path, pool, kind)
+    containers.create(pool, "system:1", "a")
+    root = containers.start(pool, "a")
+    with (root / "srv/new").open("w") as new:
+        new.write("new\n")
+        new.flush()
+        os.fsync(new.fileno())
+    pool.snapshot("container/a", "at-the-crash")
+    for name in ("b", "c"):
+        pool.clone("at-the-crash", f"container/{name}", labels=pool.show("container/a").labels)
+    containers.stop(pool, "a")
+    assert changed(pool, "b") == [("C", "srv"), ("A", "srv/new")]
+    image = committing.commit(pool, "c", "mine:1")
+    with devices.mounted(pool, image.name, read_only=True) as directory:
+        assert (directory / "srv/new").read_text() == "new\n"
+
+
+def changed(pool: nbdthin.Client, name: str) -> list[tuple[str, str]]:
+    """What `container diff` says, without the root."""
+    found = [(str(change.kind), os.fsdecode(change.path)) for change in containers.diff(pool, name)]
+    return [(kind, path) for kind, path in found if path]
+
+
+def test_the_diff_of_a_container_is_what_docker_would_say(system: str, pool: nbdthin.Client) -> None:
+    containers.create(pool, system, "a")
+    assert changed(pool, "a") == []
+    root = containers.start(pool, "a")
+    (root / "srv/www").mkdir()
+    (root / "srv/www/page").write_text("<p>")
+    (root / "etc/old").unlink()
+    (root / "etc/name").chmod(0o600)
+    expected = [
+        ("C", "etc"),
+        ("C", "etc/name"),
+        ("D", "etc/old"),
+        ("C", "srv"),
+        ("A", "srv/www"),
+        ("A", "srv/www/page"),
+    ]
+    assert changed(pool, "a") == expected
+    containers.stop(pool, "a")
+    assert changed(pool, "a") == expected
+    committing.commit(pool, "a", "mine")
+    assert changed(pool, "a") == expected  # what it was made of stays its image
+
+
 # -- running
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,13 +175,19 @@ def command(daemon: Daemon, *arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def killed_in_the_second_layer(daemon: Daemon, pool: nbdthin.Client, archive: Path) -> None:
+    stopped_in_the_second_layer(daemon, pool, archive, signal.SIGKILL, -signal.SIGKILL)
+
+
+def stopped_in_the_second_layer(
+    daemon: Daemon, pool: nbdthin.Client, archive: Path, number: signal.Signals, status: int
+) -> None:
     deadline = time.monotonic() + PATIENCE
     with command(daemon, "image", "load", archive) as loader:
         while not [name for name in names(pool) if name.startswith("layer/")]:
             assert loader.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        loader.send_signal(signal.SIGKILL)
-        assert loader.wait() == -signal.SIGKILL
+        loader.send_signal(number)
+        assert loader.wait() == status
 
 
 def test_a_load_that_was_killed_shows_no_image_and_the_next_goes_on_with_its_layers(
@@ -213,6 +221,13 @@ def test_what_a_killed_load_left_goes_with_the_next_removal(
         assert (removal.returncode, errors) == (0, ""), output
     assert names(pool) == {"base/default"}
     assert daemon.data_used() == used
+
+
+def test_a_load_that_is_interrupted_leaves_nothing(tmp_path: Path, daemon: Daemon, pool: nbdthin.Client) -> None:
+    big = layer(*(file(f"big{number}", os.urandom(8 * MiB)) for number in range(20)))
+    archive = layout(tmp_path / "web", {"1": [SYSTEM, big]})
+    stopped_in_the_second_layer(daemon, pool, archive, signal.SIGINT, 130)
+    assert names(pool) == {"base/default"}
 
 
 def test_loads_at_the_same_time_share_their_layers(tmp_path: Path, daemon: Daemon, pool: nbdthin.Client) -> None:
@@ -279,6 +294,35 @@ def test_an_image_with_containers_is_not_removed_and_they_are_named(tmp_path: Pa
         store.remove(pool, "mail:1", "web:1")
     assert names(pool) == before
     store.remove(pool, "mail:1")
+
+
+def test_a_container_that_is_made_while_its_image_is_removed_is_refused_or_keeps_it(
+    tmp_path: Path, daemon: Daemon, pool: nbdthin.Client
+) -> None:
+    archive = layout(tmp_path / "web", {"1": [SYSTEM, WEB]})
+    loading.load(pool, layout(tmp_path / "other", {"1": [SYSTEM, WEB]}, run={"Cmd": ["true"]}))  # keeps the layers
+    removed = 0
+    for number in range(30):
+        loading.load(pool, archive)
+        with daemon.connect() as other:
+            maker = threading.Thread(target=create_or_not, args=(other, number / 5000))
+            maker.start()
+            try:
+                store.remove(pool, "web:1")
+                removed += 1
+            except nbdthin.InUse:
+                pass
+            maker.join()
+        made = containers.containers(pool)
+        assert len(made) + len(Catalogue.of(pool).images) in (1, 3), number  # 1: only the other image is left
+        containers.remove(pool, *(container.name for container in made))
+    assert removed
+
+
+def create_or_not(pool: nbdthin.Client, delay: float) -> None:
+    time.sleep(delay)
+    with contextlib.suppress(nbdthin.NotFound):
+        containers.create(pool, "web:1", "shop")
 
 
 def test_one_of_several_tags_takes_only_itself_away(tmp_path: Path, pool: nbdthin.Client) -> None:
