@@ -125,7 +125,7 @@ def _progress(*, quiet: bool) -> Iterator[Progress]:
 
             def layer(self, name: str) -> None:
                 bars.update(self._task, total=self._done)  # the one before is whole
-                self._task = bars.add_task(escape(printable(name)), total=None)
+                self._task = bars.add_task(escape(printable(name.partition(" (")[0])), total=None)
                 self._done = 0
 
             def advance(self, count: int) -> None:
