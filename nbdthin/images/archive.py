@@ -17,15 +17,15 @@ Not read: manifests of version 1, layers that lie elsewhere (foreign, nondistrib
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import posixpath
 import queue
 import stat
-import tarfile
 import tempfile
 import threading
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,10 +33,11 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 from nbdthin.errors import Corrupt, Invalid, NotFound
 from nbdthin.images.config import Config, Platform, chain_ids, check_digest, digest_of, parse_json, parse_object
-from nbdthin.units import GiB, MiB, format_size
+from nbdthin.images.tape import FileTape, Headers, shown
+from nbdthin.units import GiB, KiB, MiB, format_size
 
-CHUNK = 1 * MiB  # bytes of a layer that are handed on at once
-_AHEAD = 8  # chunks that are ready before anyone wants them
+CHUNK = 256 * KiB  # bytes of a layer that are handed on at once: they stay in a core's cache meanwhile
+_AHEAD = 32  # chunks that are ready before anyone wants them
 
 _INDEXES = (
     "application/vnd.oci.image.index.v1+json",
@@ -68,6 +69,7 @@ _FULL_NAME = "io.containerd.image.name"  # what containerd and newer `docker sav
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_COMPRESSED = (_GZIP, _ZSTD)
 _ZSTD_WINDOW = 128 * MiB  # what `zstd --ultra --long=27` asks for; more is refused, as it is taken from memory
 
 
@@ -116,16 +118,16 @@ class _Directory:
                 where = below
             fd = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=where)
         except FileNotFoundError:
-            raise NotFound(f"{self._path}: {name} is missing") from None
+            raise NotFound(f"{self._path}: {shown(name)} is missing") from None
         except OSError as error:
-            raise Corrupt(self._path, None, f"{name} cannot be read: {error.strerror}") from None
+            raise Corrupt(self._path, None, f"{shown(name)} cannot be read: {error.strerror}") from None
         finally:
             os.close(where)
         status = os.fstat(fd)
         file = open(fd, "rb", buffering=0)
         if not stat.S_ISREG(status.st_mode):
             file.close()
-            raise Corrupt(self._path, None, f"{name} is not a regular file")
+            raise Corrupt(self._path, None, f"{shown(name)} is not a regular file")
         return file, status.st_size
 
     def close(self) -> None:
@@ -168,21 +170,16 @@ class _Tar:
         self._file = file
         self._files: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
-        try:
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-                for number, member in enumerate(tar):
-                    if number >= limits.members:
-                        raise Invalid(f"{path}: more than {limits.members} members, so this is no image archive")
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    name = posixpath.normpath(member.name)
-                    if member.isreg() and not member.issparse():
-                        self._files[name] = (member.offset_data, member.size)
-                    elif member.issym():
-                        self._links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
-                    elif member.islnk():
-                        self._links[name] = posixpath.normpath(member.linkname)
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-            raise Invalid(f"{path}: not an image archive: {error}") from None
+        for number, member in enumerate(Headers(FileTape(file), str(path)).all()):
+            if number >= limits.members:
+                raise Invalid(f"{path}: more than {limits.members} members, so this is no image archive")
+            name = posixpath.normpath(member.name)
+            if member.isreg() and member.sparse is None:
+                self._files[name] = (member.offset_data, member.size)
+            elif member.issym():
+                self._links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            elif member.islnk():
+                self._links[name] = posixpath.normpath(member.linkname)
 
     def names(self) -> Sequence[str]:
         return [*self._files, *self._links]
@@ -194,7 +191,7 @@ class _Tar:
                 position, size = self._files[name]
                 return _Part(self._file.fileno(), position, size), size  # type: ignore[return-value]  # reads, closes
             name = self._links.get(name, "")
-        raise NotFound(f"{self._path}: {wanted} is missing")
+        raise NotFound(f"{self._path}: {shown(wanted)} is missing")
 
     def close(self) -> None:
         self._file.close()
@@ -226,12 +223,17 @@ class Layer:
 
     def _verified(self, limit: int) -> Generator[bytes, None, None]:
         path, where = self._archive.path, self.name
-        packed, plain = hashlib.sha256(), hashlib.sha256()
+        plain = packed = hashlib.sha256()  # one is enough for what is not compressed
         file, size = self._archive.blobs.open(self._blob)
-        if size != self.size:
-            raise Corrupt(path, None, f"{where}: it has {size} bytes, and should have {self.size}")
         with file:
-            raw = _read_chunks(file, packed)
+            if size != self.size:
+                raise Corrupt(path, None, f"{where}: it has {size} bytes, and should have {self.size}")
+            raw = _read_chunks(file)
+            first = next(raw, b"")
+            raw = itertools.chain([first], raw)
+            if self._digest is not None and first.startswith(_COMPRESSED):
+                packed = hashlib.sha256()
+                raw = _hashed(raw, packed.update)
             total = 0
             try:
                 for chunk in decompressed(raw):
@@ -285,10 +287,10 @@ class Archive:
         file, size = self.blobs.open(name)
         with file:
             if size > self._limits.document:
-                raise Invalid(f"{self.path}: {name} has {format_size(size)}, more than any manifest needs")
+                raise Invalid(f"{self.path}: {shown(name)} has {format_size(size)}, more than any manifest needs")
             data = b"".join(_read_chunks(file))
         if digest is not None and digest_of(data) != digest:
-            raise Corrupt(self.path, None, f"{name}: its digest is {digest_of(data)}, and should be {digest}")
+            raise Corrupt(self.path, None, f"{shown(name)}: its digest is {digest_of(data)}, and should be {digest}")
         return data
 
     def _blob_document(self, descriptor: Mapping[str, Any], what: str) -> bytes:
@@ -328,14 +330,14 @@ class Archive:
             if kind in _INDEXES:
                 if depth > self._limits.depth:
                     raise Invalid(f"{self.path}: indexes within indexes, more than {self._limits.depth} deep")
-                what = f"index {descriptor.get('digest')}"
+                what = f"index {shown(str(descriptor.get('digest')))}"
                 index = parse_object(self._blob_document(descriptor, "index"), f"{self.path}: {what}")
                 waiting += [(inner, depth + 1) for inner in self._descriptors(index, "manifests", what)]
                 indexed = True
                 continue
             if kind not in _MANIFESTS:
-                raise Invalid(f"{self.path}: manifests of type {str(kind)[:100]!r} are not known here")
-            where = _platform_of(descriptor)
+                raise Invalid(f"{self.path}: manifests of type {shown(str(kind))!r} are not known here")
+            where = _platform_of(descriptor, f"{self.path}: an index")
             if where is not None and where.os == "unknown":
                 continue  # a build's attestation: no image
             manifest = parse_object(self._blob_document(descriptor, "manifest"), f"{self.path}: manifest")
@@ -361,7 +363,7 @@ class Archive:
             raise Invalid(f"{self.path}: a manifest without a configuration")
         kind = descriptor.get("mediaType")
         if kind not in _CONFIGS:
-            raise Invalid(f"{self.path}: not a container image: its configuration is of type {str(kind)[:100]!r}")
+            raise Invalid(f"{self.path}: not a container image: its configuration is of type {shown(str(kind))!r}")
         raw = self._blob_document(descriptor, "configuration")
         return Config.parse(raw, f"{self.path}: configuration {digest_of(raw)}")
 
@@ -372,7 +374,7 @@ class Archive:
             if isinstance(kind, str) and kind.startswith(_ELSEWHERE):
                 raise Invalid(f"{self.path}: layer {number} is not to be distributed ({kind}): it lies elsewhere")
             if kind not in _LAYERS:
-                raise Invalid(f"{self.path}: layer {number} is of a type not known here: {str(kind)[:100]!r}")
+                raise Invalid(f"{self.path}: layer {number} is of a type not known here: {shown(str(kind))!r}")
             if not isinstance(size, int):
                 raise Invalid(f"{self.path}: layer {number} has no size")
             digest = check_digest(descriptor.get("digest"), f"{self.path}: layer {number}")
@@ -389,7 +391,7 @@ class Archive:
         if len(blobs) > self._limits.layers:
             raise Invalid(f"{self.path}: an image of {len(blobs)} layers; {self._limits.layers} are allowed")
         return tuple(
-            Layer(diff_id, chain_id, size, f"layer {number} of {len(blobs)} ({name})", name, digest, self)
+            Layer(diff_id, chain_id, size, f"layer {number} of {len(blobs)} ({shown(name)})", name, digest, self)
             for number, (diff_id, chain_id, (name, digest, size)) in enumerate(
                 zip(config.diff_ids, chain_ids(config.diff_ids), blobs, strict=True), start=1
             )
@@ -419,9 +421,9 @@ class Archive:
         images, there = [], set()
         for name, tags, layers in self._docker_entries():
             raw = self._document(name)
-            config = Config.parse(raw, f"{self.path}: {name}")
+            config = Config.parse(raw, f"{self.path}: {shown(name)}")
             if posixpath.basename(name).removesuffix(".json") != config.digest.removeprefix("sha256:"):
-                raise Corrupt(self.path, None, f"{name}: its digest is {config.digest}, which is not its name")
+                raise Corrupt(self.path, None, f"{shown(name)}: its digest is {config.digest}, which is not its name")
             there.add(str(config.platform))
             if platform is not None and not platform.runs(config.platform):
                 continue
@@ -458,7 +460,7 @@ def open_archive(
             raise Invalid(f"{path}: neither a directory nor a regular file")
         magic = file.read(4)
         file.seek(0)
-        if magic.startswith((_GZIP, _ZSTD)):
+        if magic.startswith(_COMPRESSED):
             file = stack.enter_context(_spooled(path, file, scratch, limits.spool))
         archive = Archive(path, _Tar(path, file, limits), platform, limits)
         stack.pop_all()
@@ -492,10 +494,14 @@ class _BadStream(Exception):
     """What is compressed is damaged or ends early."""
 
 
-def _read_chunks(file: BinaryIO, hashed: Any = None) -> Iterator[bytes]:
+def _read_chunks(file: BinaryIO) -> Iterator[bytes]:
     while chunk := file.read(CHUNK):
-        if hashed is not None:
-            hashed.update(chunk)
+        yield chunk
+
+
+def _hashed(chunks: Iterator[bytes], update: Callable[[bytes], object]) -> Iterator[bytes]:
+    for chunk in chunks:
+        update(chunk)
         yield chunk
 
 
@@ -509,13 +515,7 @@ def decompressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
         return _gunzip(first, chunks)
     if first.startswith(_ZSTD):
         return _unzstd(first, chunks)
-    return _plain(first, chunks)
-
-
-def _plain(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    if first:
-        yield first
-    yield from chunks
+    return itertools.chain([first] if first else [], chunks)
 
 
 def _gunzip(data: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -628,11 +628,11 @@ def _name_of(descriptor: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _platform_of(descriptor: Mapping[str, Any]) -> Platform | None:
+def _platform_of(descriptor: Mapping[str, Any], what: str) -> Platform | None:
     where = descriptor.get("platform")
     if not isinstance(where, dict):
         return None
-    return Platform(*(str(where.get(key) or "") for key in ("os", "architecture", "variant")))
+    return Platform.checked(*(where.get(key) or "" for key in ("os", "architecture", "variant")), what=what)
 
 
 def _union(*groups: Sequence[str]) -> tuple[str, ...]:

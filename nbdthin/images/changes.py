@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from nbdthin.errors import Error, Invalid
-from nbdthin.images.unpack import NOT_OURS, PATH_LIMIT, WHITEOUT, XATTR, shown
+from nbdthin.images.tape import shown
+from nbdthin.images.unpack import NOT_OURS, PATH_LIMIT, WHITEOUT, XATTR
 from nbdthin.units import GiB, MiB
 
 _CHUNK = 1 * MiB
@@ -123,7 +124,7 @@ class _Trees:
         kind = stat.S_IFMT(now.st_mode)
         if kind != stat.S_IFDIR and was.st_size != now.st_size:
             return True
-        # A ctime of whole seconds is of a file system with nothing finer: much can happen within one.
+        # A ctime of whole seconds may be of a file system with nothing finer, and much can happen within one.
         if was.st_ino == now.st_ino and was.st_ctime_ns == now.st_ctime_ns and now.st_ctime_ns % 10**9:
             return False
         assert self._old is not None

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 
 from nbdthin.errors import Invalid
 
+_WORD = re.compile(r"[\w.+-]{0,50}", re.ASCII)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 # What Go, and so every image, calls the machines that Python names otherwise, with the variant.
@@ -45,6 +46,14 @@ class Platform(NamedTuple):
         if not 2 <= len(parts) <= 3 or not all(parts):
             raise Invalid(f"not a platform: {text!r} (write linux/amd64 or linux/arm/v7)")
         return cls(*parts)
+
+    @classmethod
+    def checked(cls, os: object, architecture: object, variant: object, *, what: str) -> Self:
+        """Of an archive's own words, which are shown to people. Raises Invalid, naming `what`."""
+        for word in (os, architecture, variant):
+            if not isinstance(word, str) or not _WORD.fullmatch(word):
+                raise Invalid(f"{what}: its platform is none: {os!a:.50}, {architecture!a:.50}, {variant!a:.50}")
+        return cls(str(os), str(architecture), str(variant))
 
     @classmethod
     def host(cls) -> Self:
@@ -102,6 +111,7 @@ class Config:
             raise Invalid(f"{what}: it has no rootfs.diff_ids")
         for diff_id in diff_ids:
             check_digest(diff_id, f"{what}: diff_ids")
+        Platform.checked(fields["os"], fields["architecture"], fields.get("variant") or "", what=what)
         if not all(isinstance(entry, dict) for entry in config.history):
             raise Invalid(f"{what}: its history is not a list of objects")
         return config
@@ -113,8 +123,7 @@ class Config:
 
     @property
     def platform(self) -> Platform:
-        variant = self.fields.get("variant")
-        return Platform(self.fields["os"], self.fields["architecture"], variant if isinstance(variant, str) else "")
+        return Platform(self.fields["os"], self.fields["architecture"], self.fields.get("variant") or "")
 
     @property
     def diff_ids(self) -> tuple[str, ...]:

@@ -28,21 +28,22 @@ import re
 import shutil
 import stat
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, NamedTuple, Self, cast
+from typing import NamedTuple, Self, cast
 
 from nbdthin.errors import Error, Invalid, NoSpace
-from nbdthin.units import KiB, MiB
+from nbdthin.images.tape import Headers, Tape, shown
+from nbdthin.units import KiB
 
 PATH_LIMIT = 4096  # bytes of a name, as Linux has it
 MEMBERS = 4_000_000  # of one layer; each costs an inode
-_HEADERS = 4 * MiB  # bytes of all headers of one member: its names, attributes and map of holes
 _LINKS = 40  # followed for one name, as Linux does
 _DEPTH = 256  # directories in each other: each is a descriptor while a name is walked, and a process has 1024
 _OPEN = 256  # directories kept open between members
 _HOLE = 4 * KiB  # zeroes of this size, aligned, are not written
 _ZEROES = bytes(_HOLE)
+_NOWHERE = (b"", b".", b"..")  # as a part of a name
 
 WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -58,129 +59,20 @@ _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_S
 _DEVICES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO}
 
 
-class Unset(NamedTuple):
-    """What a layer says of a path, and only root could do."""
-
-    mode: int  # with the type
-    uid: int
-    gid: int
-    rdev: int
-    xattrs: dict[str, bytes]
-
-
 class Applied(NamedTuple):
     members: int
     data: int  # bytes of files, without holes that the layer has as such
 
 
-def apply(tar: Iterable[bytes], root: str | os.PathLike[str], unset: dict[bytes, Unset] | None = None) -> Applied:
+def apply(tar: Iterable[bytes], root: str | os.PathLike[str]) -> Applied:
     """Apply the layer whose uncompressed tar comes in pieces from `tar` to the directory `root`.
 
     All of `tar` is taken, and with the last piece it may still raise: then nothing of the layer is to be kept.
-    Without root nobody else's files can be made, nor devices, nor all attributes: `unset`, by path, then has what
-    was left out (a device is an empty file meanwhile), and goes from layer to layer; without it, owners and such
-    attributes are left out, and devices refused.
+    Who is not root becomes the owner of everything, without the attributes that only root can set; a device is refused.
     Raises Invalid and Error with the member's name, NoSpace, and OSError for a root that is none.
     """
-    with _Tree(root, unset) as tree:
-        return tree.apply(_Tape(tar))
-
-
-class _Tape:
-    """The tar as tarfile reads it: forward only, and headers of a bounded size."""
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self._chunks = iter(chunks)
-        self._chunk = b""
-        self._at = 0  # in the chunk
-        self._base = 0  # of the chunk, in the tar
-        self._budget = 0
-
-    def tell(self) -> int:
-        return self._base + self._at
-
-    def at_end(self) -> bool:
-        """Whether no member begins here: nothing, or a block of zeroes. Headers may be read then."""
-        self._budget = _HEADERS
-        self._fill(tarfile.BLOCKSIZE)
-        block = self._chunk[self._at : self._at + tarfile.BLOCKSIZE]
-        return not block or (block[0] == 0 and not any(block))
-
-    def read(self, size: int) -> bytes:
-        self._budget -= size
-        if self._budget < 0 or size < 0:
-            raise tarfile.ReadError("its headers are larger than any member needs")
-        self._fill(size)
-        data = self._chunk[self._at : self._at + size]
-        self._at += len(data)
-        return data
-
-    def _fill(self, size: int) -> None:
-        """Have `size` bytes in the chunk, or as many as there are."""
-        if len(self._chunk) - self._at >= size:
-            return
-        parts = [self._chunk[self._at :]]
-        have = len(parts[0])
-        while have < size and (chunk := next(self._chunks, b"")):
-            parts.append(chunk)
-            have += len(chunk)
-        self._base += self._at
-        self._chunk, self._at = b"".join(parts), 0
-
-    def seek(self, position: int) -> None:
-        """Forward to `position`."""
-        skip = position - self.tell()
-        if skip < 0:
-            raise tarfile.ReadError("its headers point back")
-        for _ in self.pieces(skip):
-            pass
-
-    def pieces(self, size: int) -> Iterator[tuple[bytes, int, int]]:
-        """The next `size` bytes, as parts of larger ones: each with its start and end. Fewer if the tar ends."""
-        while size:
-            start = self._at
-            end = min(start + size, len(self._chunk))
-            if start == end:
-                self._base += end
-                self._chunk, self._at = next(self._chunks, b""), 0
-                if not self._chunk:
-                    return
-                continue
-            self._at = end
-            size -= end - start
-            yield self._chunk, start, end
-
-    def drain(self) -> None:
-        """Take what is left: it counts for the digest."""
-        for _ in self._chunks:
-            pass
-
-
-class _Headers(tarfile.TarFile):
-    """A tar's members. TarFile's own `next` takes a damaged header for the end."""
-
-    fileobj: Any
-
-    def __init__(self, tape: _Tape) -> None:
-        super().__init__(fileobj=tape, mode="r", encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
-
-    def next(self) -> tarfile.TarInfo | None:
-        try:
-            self.fileobj.seek(self.offset)
-            if self.fileobj.at_end():
-                return None
-            member = tarfile.TarInfo.fromtarfile(self)
-        except (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:
-            raise Invalid(f"the layer's tar is damaged at byte {self.offset}: {error}") from None
-        if len(self.pax_headers) > 1000:  # they count for each member from here on
-            raise Invalid("the layer's tar has more global headers than any needs")
-        return member
-
-    def all(self) -> Iterator[tarfile.TarInfo]:
-        member = self.firstmember  # type: ignore[attr-defined]  # read by the constructor
-        while member is not None:
-            yield member
-            member = self.next()
+    with _Tree(root) as tree:
+        return tree.apply(Tape(tar))
 
 
 class _Refused(Exception):
@@ -198,14 +90,15 @@ class _Wanted(NamedTuple):
 class _Tree:
     """A root that one layer is being applied to. A path is relative to it, bytes, without links; the root is empty."""
 
-    def __init__(self, root: str | os.PathLike[str], unset: dict[bytes, Unset] | None) -> None:
+    def __init__(self, root: str | os.PathLike[str]) -> None:
         self._open = {b"": os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)}  # directories by path
-        self._aliases: dict[bytes, bytes] = {}  # paths of directories by what members call them, through links
+        self._known: dict[bytes, bytes] = {}  # paths of directories that are open, by what members call them
         self._directories: dict[bytes, _Wanted] = {}  # those that this layer lists or changes
+        self._bequeath: set[bytes] = set()  # directories that give what is made in them an access list
         self._added = {b""}  # what this layer brings, and the directories that has it in them
         self._privileged = os.geteuid() == 0
-        self._unset = unset
         self._data = 0
+        self._look_for_list(b"")
 
     def __enter__(self) -> Self:
         return self
@@ -214,9 +107,9 @@ class _Tree:
         for fd in self._open.values():
             os.close(fd)
 
-    def apply(self, tape: _Tape) -> Applied:
+    def apply(self, tape: Tape) -> Applied:
         count = 0
-        for member in _Headers(tape).all():
+        for member in Headers(tape, "the layer's tar").all():
             count += 1
             if count > MEMBERS:
                 raise Invalid(f"a layer of more than {MEMBERS} members is refused")
@@ -230,31 +123,39 @@ class _Tree:
 
     # -- members
 
-    def _apply(self, name: bytes, member: tarfile.TarInfo, tape: _Tape) -> None:
-        self._keep_few_open()
-        parts = _parts(name)
-        if not parts:
-            if member.type != tarfile.DIRTYPE:
-                raise _Refused("the root can only be a directory")
-            self._directories[b""] = _Wanted(_mtime(member), member.mode & 0o7777, member)
-            return
-        named, last = b"/".join(parts[:-1]), parts[-1]
-        if WHITEOUT in name and self._whiteout(parts, named, last):
-            return
-        parent = named if named in self._open else self._directory(named, create=True)
-        assert parent is not None
+    def _apply(self, name: bytes, member: tarfile.TarInfo, tape: Tape) -> None:
+        head, _, last = name.rpartition(b"/")
+        parent = self._known.get(head)
+        if parent is None or last in _NOWHERE or last.startswith(WHITEOUT):
+            self._keep_few_open()
+            parts = _parts(name)
+            if not parts:
+                if member.type != tarfile.DIRTYPE:
+                    raise _Refused("the root can only be a directory")
+                self._directories[b""] = _Wanted(_mtime(member), member.mode & 0o7777, member)
+                return
+            named, last = b"/".join(parts[:-1]), parts[-1]
+            if WHITEOUT in name and self._whiteout(parts, named, last):
+                return
+            parent = self._directory(named, create=True)
+            assert parent is not None
+            if name.endswith(last):
+                self._known[head] = parent
         path = parent + b"/" + last if parent else last
-        self._change(parent)
+        if parent not in self._directories:
+            self._change(parent)
         kind = member.type
         if kind in _FILES:
             self._file(path, parent, last, member, tape)
         elif kind == tarfile.DIRTYPE:
             self._new(path, parent, last, lambda fd: os.mkdir(last, 0o700, dir_fd=fd), directory=True)
+            if not self._privileged:
+                os.chmod(last, 0o700, dir_fd=self._open[parent])
             self._directories[path] = _Wanted(_mtime(member), member.mode & 0o7777, member)
         elif kind == tarfile.SYMTYPE:
             target = _text(member.linkname)
             self._new(path, parent, last, lambda fd: os.symlink(target, last, dir_fd=fd))
-            self._describe(path, parent, last, member, stat.S_IFLNK)
+            self._describe(parent, last, member)
         elif kind == tarfile.LNKTYPE:
             self._link(path, parent, last, _text(member.linkname))
         elif kind in _DEVICES:
@@ -264,7 +165,7 @@ class _Tree:
         if path not in self._added:
             self._bring(path, parent)
 
-    def _file(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo, tape: _Tape) -> None:
+    def _file(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo, tape: Tape) -> None:
         try:
             out = os.open(last, _NEW_FILE, 0o600, dir_fd=self._open[parent])
         except FileExistsError:
@@ -273,9 +174,8 @@ class _Tree:
         try:
             if member.size:
                 self._data += _copy(tape, out, member)
-            mode = member.mode & 0o7777
-            self._own(out, path, member, stat.S_IFREG | mode)
-            os.fchmod(out, mode)
+            self._own(out, parent, member)
+            os.fchmod(out, member.mode & 0o7777)
             mtime = _mtime(member)
             os.utime(out, ns=(mtime, mtime))
         finally:
@@ -289,6 +189,8 @@ class _Tree:
         original = source + b"/" + parts[-1] if source else parts[-1]
         if original == path:
             return
+        if original.startswith(path + b"/"):
+            raise _Refused(f"it is a hard link to {shown(target)}, which it would replace")
         try:
             kind = os.stat(parts[-1], dir_fd=self._open[source], follow_symlinks=False).st_mode
         except FileNotFoundError:
@@ -302,51 +204,39 @@ class _Tree:
             last,
             lambda fd: os.link(name, last, src_dir_fd=from_fd, dst_dir_fd=fd, follow_symlinks=False),
         )
-        if self._unset is not None and original in self._unset:
-            self._unset[path] = self._unset[original]
 
     def _device(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo) -> None:
-        mode = member.mode & 0o7777
         kind = _DEVICES[member.type]
-        if self._privileged or kind == stat.S_IFIFO:
-            number = 0 if kind == stat.S_IFIFO else os.makedev(member.devmajor, member.devminor)
-            self._new(path, parent, last, lambda fd: os.mknod(last, kind | 0o600, number, dir_fd=fd))
-        elif self._unset is not None:
-            kind_here = stat.S_IFREG
-            self._new(path, parent, last, lambda fd: os.mknod(last, kind_here | 0o600, dir_fd=fd))
-        else:
+        if not self._privileged and kind != stat.S_IFIFO:
             raise _Refused("only root can make a device")
-        self._describe(path, parent, last, member, kind)
-        os.chmod(last, mode, dir_fd=self._open[parent])
+        number = 0 if kind == stat.S_IFIFO else os.makedev(member.devmajor, member.devminor)
+        self._new(path, parent, last, lambda fd: os.mknod(last, kind | 0o600, number, dir_fd=fd))
+        self._describe(parent, last, member)
+        os.chmod(last, member.mode & 0o7777, dir_fd=self._open[parent])
 
-    def _describe(self, path: bytes, parent: bytes, last: bytes, member: tarfile.TarInfo, kind: int) -> None:
+    def _describe(self, parent: bytes, last: bytes, member: tarfile.TarInfo) -> None:
         """Owner, attributes and time of what cannot be opened: a link, a device."""
         fd = self._open[parent]
-        self._own(b"/proc/self/fd/%d/%b" % (fd, last), path, member, kind | (member.mode & 0o7777))
+        self._own(b"/proc/self/fd/%d/%b" % (fd, last), parent, member)
         mtime = _mtime(member)
         os.utime(last, ns=(mtime, mtime), dir_fd=fd, follow_symlinks=False)
 
-    def _own(self, where: int | bytes, path: bytes, member: tarfile.TarInfo, mode: int) -> None:
+    def _own(self, where: int | bytes, parent: bytes, member: tarfile.TarInfo) -> None:
         """Owner and attributes: in this order, as a new owner takes capabilities away; and before the mode."""
-        xattrs = _xattrs(member) if member.pax_headers else {}
+        follow = isinstance(where, int)  # a descriptor, which leads nowhere else
         if self._privileged:
-            if isinstance(where, int):
-                os.fchown(where, member.uid, member.gid)
-            else:
-                os.chown(where, member.uid, member.gid, follow_symlinks=False)
-        elif self._unset is not None:
-            rdev = os.makedev(member.devmajor, member.devminor) if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
-            theirs = {name: value for name, value in xattrs.items() if not name.startswith("user.")}
-            self._unset[path] = Unset(mode, member.uid, member.gid, rdev, theirs)
-        for name, value in xattrs.items():
+            os.chown(where, member.uid, member.gid, follow_symlinks=follow)
+        if parent in self._bequeath:
+            with suppress(OSError):
+                os.removexattr(where, "system.posix_acl_access", follow_symlinks=follow)
+        if not member.pax_headers:
+            return
+        for name, value in _xattrs(member).items():
             if self._privileged or name.startswith("user."):
                 try:
-                    if isinstance(where, int):
-                        os.setxattr(where, name, value)
-                    else:
-                        os.setxattr(where, name, value, follow_symlinks=False)
+                    os.setxattr(where, name, value, follow_symlinks=follow)
                 except OSError as error:
-                    raise _Refused(f"its attribute {shown(name.encode())}: {error.strerror}") from None
+                    raise _Refused(f"its attribute {shown(name)}: {error.strerror}") from None
 
     def _finish(self, path: bytes, wanted: _Wanted) -> None:
         found = self._directory(path, create=False)
@@ -354,11 +244,11 @@ class _Tree:
         fd = self._open[path]
         if wanted.member is not None:
             mine = _xattrs(wanted.member) if wanted.member.pax_headers else {}
-            for name in os.listxattr(fd):
-                if name not in mine and not name.startswith(NOT_OURS):
-                    with suppress(PermissionError):
+            with suppress(OSError):  # not all file systems have any, and not all users may
+                for name in os.listxattr(fd):
+                    if name not in mine and not name.startswith(NOT_OURS):
                         os.removexattr(fd, name)
-            self._own(fd, path, wanted.member, stat.S_IFDIR | wanted.member.mode & 0o7777)
+            self._own(fd, path, wanted.member)
         if wanted.mode is not None:
             os.fchmod(fd, wanted.mode)
         os.utime(fd, ns=(wanted.mtime, wanted.mtime))
@@ -395,7 +285,7 @@ class _Tree:
         if last.startswith(_AUFS) and last != _OPAQUE:
             return True
         target = last[len(WHITEOUT) :]
-        if target in (b"", b".", b".."):
+        if target in _NOWHERE:
             raise _Refused("a whiteout of nothing")
         parent = self._directory(named, create=False)
         if parent is None:
@@ -435,17 +325,14 @@ class _Tree:
         if not stat.S_ISDIR(mode):
             os.unlink(last, dir_fd=fd)
             if stat.S_ISLNK(mode):
-                self._aliases.clear()
-            if self._unset is not None:
-                self._unset.pop(path, None)
+                self._known.clear()
             return
         below = path + b"/"
-        self._aliases.clear()
+        self._known.clear()
         for gone in [known for known in self._open if known == path or known.startswith(below)]:
             os.close(self._open.pop(gone))
-        for kept in (self._directories, self._unset or {}):
-            for gone in [known for known in kept if known == path or known.startswith(below)]:
-                del kept[gone]
+        for gone in [known for known in self._directories if known == path or known.startswith(below)]:
+            del self._directories[gone]
         shutil.rmtree(last, dir_fd=fd)
 
     # -- directories
@@ -461,13 +348,19 @@ class _Tree:
                 os.fchmod(fd, mode | 0o700)
             self._directories[path] = _Wanted(status.st_mtime_ns, mode, None)
 
+    def _look_for_list(self, path: bytes) -> None:
+        """What is made in a directory with a default access list has that for a start, which no layer says."""
+        with suppress(OSError):
+            os.getxattr(self._open[path], "system.posix_acl_default")
+            self._bequeath.add(path)
+
     def _keep_few_open(self) -> None:
         if len(self._open) > _OPEN:
             root = self._open.pop(b"")
             for fd in self._open.values():
                 os.close(fd)
             self._open = {b"": root}
-            self._aliases.clear()
+            self._known.clear()
 
     def _directory(self, named: bytes, *, create: bool) -> bytes | None:
         """The path of the directory that a member calls `named`, which is open then.
@@ -476,8 +369,8 @@ class _Tree:
         """
         if named in self._open:
             return named
-        if named in self._aliases:
-            return self._aliases[named]
+        if named in self._known:
+            return self._known[named]
         path = b""
         link = b""  # the last that was followed
         links = 0
@@ -513,7 +406,7 @@ class _Tree:
                 path = b""
             ahead += [(part, True) for part in reversed(target.split(b"/"))]
         if path != named:
-            self._aliases[named] = path
+            self._known[named] = path
         return path
 
     def _enter(self, path: bytes, below: bytes, part: bytes, *, create: bool) -> bool:
@@ -523,6 +416,7 @@ class _Tree:
         parent = self._open[path]
         try:
             self._open[below] = os.open(part, _DIRECTORY, dir_fd=parent)
+            self._look_for_list(below)
             return True
         except FileNotFoundError:
             if not create:
@@ -552,13 +446,6 @@ def _named(name: bytes, work: Callable[..., None], *args: object) -> None:
         raise kind(f"{shown(name)}: {error.strerror or error}") from error
     except (ValueError, OverflowError) as error:
         raise Invalid(f"{shown(name)}: {error}") from None
-
-
-def shown(name: bytes) -> str:
-    """A name for a message: one line whatever it has in it, and not too long."""
-    text = name.decode("utf-8", "backslashreplace")
-    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
 
 
 def _text(text: str) -> bytes:
@@ -608,11 +495,18 @@ def _xattrs(member: tarfile.TarInfo) -> dict[str, bytes]:
 # -- data
 
 
-def _copy(tape: _Tape, out: int, member: tarfile.TarInfo) -> int:
+def _copy(tape: Tape, out: int, member: tarfile.TarInfo) -> int:
     """A member's data to a new file; returns how many bytes the tar has of them."""
-    if member.size < 0:
+    size = member.size
+    if size < 0:
         raise _Refused("a negative size")
-    runs = [(0, member.size)] if member.sparse is None else _runs(member)
+    if size < _HOLE and member.sparse is None:
+        data = tape.take(size)
+        _put(out, data, 0, len(data), 0)
+        if len(data) != size:
+            raise _Refused("the layer ends inside it")
+        return size
+    runs = [(0, size)] if member.sparse is None else _runs(member)
     end = 0  # of what is written
     for position, length in runs:
         at = position
@@ -621,8 +515,8 @@ def _copy(tape: _Tape, out: int, member: tarfile.TarInfo) -> int:
             at += stop - start
         if at != position + length:
             raise _Refused("the layer ends inside it")
-    if end != member.size:
-        os.ftruncate(out, member.size)
+    if end != size:
+        os.ftruncate(out, size)
     return sum(length for _, length in runs)
 
 

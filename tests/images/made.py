@@ -1,60 +1,32 @@
-"""Small images for tests: layers member by member, and the OCI layouts that hold them."""
+"""Small images for tests: layers of members, and the OCI layouts that hold them."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MTIME = 1_700_000_000  # of every member
+from tests.images.trees import Member
 
 
-def directory(name: str, mode: int = 0o755) -> tuple[tarfile.TarInfo, bytes]:
-    return _member(name, tarfile.DIRTYPE, mode), b""
+def file(name: str, content: bytes | str = "", mode: int = 0o644) -> Member:
+    return Member(name, content.encode() if isinstance(content, str) else content, mode=mode)
 
 
-def file(name: str, content: bytes | str = "", mode: int = 0o644) -> tuple[tarfile.TarInfo, bytes]:
-    data = content.encode() if isinstance(content, str) else content
-    member = _member(name, tarfile.REGTYPE, mode)
-    member.size = len(data)
-    return member, data
+def owned(member: Member, uid: int, gid: int) -> Member:
+    return member._replace(owner=(uid, gid))
 
 
-def owned(member: tuple[tarfile.TarInfo, bytes], uid: int, gid: int) -> tuple[tarfile.TarInfo, bytes]:
-    member[0].uid, member[0].gid = uid, gid
-    return member
+def device(name: str, major: int, minor: int) -> Member:
+    return Member(name, type=tarfile.CHRTYPE, mode=0o600, device=(major, minor))
 
 
-def attributed(member: tuple[tarfile.TarInfo, bytes], **xattrs: bytes) -> tuple[tarfile.TarInfo, bytes]:
-    """With extended attributes; in their names a dot is written as two underscores."""
-    for name, value in xattrs.items():
-        key = f"SCHILY.xattr.{name.replace('__', '.')}"
-        member[0].pax_headers = {**member[0].pax_headers, key: value.decode("utf-8", "surrogateescape")}
-    return member
-
-
-def device(name: str, major: int, minor: int) -> tuple[tarfile.TarInfo, bytes]:
-    member = _member(name, tarfile.CHRTYPE, 0o600)
-    member.devmajor, member.devminor = major, minor
-    return member, b""
-
-
-def _member(name: str, kind: bytes, mode: int) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.mode, member.mtime = kind, mode, MTIME
-    return member
-
-
-def layer(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for member, data in members:
-            tar.addfile(member, io.BytesIO(data))
-    return packed.getvalue()
+def attributed(member: Member, xattrs: Mapping[str, bytes]) -> Member:
+    records = ((f"SCHILY.xattr.{name}", value.decode("utf-8", "surrogateescape")) for name, value in xattrs.items())
+    return member._replace(pax=tuple(records))
 
 
 def layout(path: Path, images: Mapping[str, Sequence[bytes]], *, run: Mapping[str, object] | None = None) -> Path:

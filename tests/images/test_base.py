@@ -14,7 +14,8 @@ from nbdthin.units import GiB, MiB
 from tests.clients.daemon import Daemon, run
 from tests.clients.hostmount import check_file_system
 from tests.conftest import need_root
-from tests.images.made import file, layer, layout
+from tests.images.made import file, layout
+from tests.images.trees import make_tar
 
 TAKES = {"ext4": 6 * MiB, "xfs": MiB}  # bytes of 10 GiB; mkfs itself writes 68 and 64 MiB, most of them zero
 
@@ -83,7 +84,7 @@ def test_a_base_grows_for_images_to_come_and_those_that_are_there_stay(
     tmp_path: Path, daemon: Daemon, pool: nbdthin.Client
 ) -> None:
     need_root()
-    archive = layout(tmp_path / "web", {"1": [layer(file("hello", "hello"))]})
+    archive = layout(tmp_path / "web", {"1": [make_tar(file("hello", "hello"))]})
     base.create(pool, "base", "ext4", "1 GiB")
     (before,) = loading.load(pool, archive, on="base")
     with pytest.raises(nbdthin.Invalid, match=r"'base' has 1 GiB already, and a base never shrinks"):

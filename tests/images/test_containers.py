@@ -19,9 +19,10 @@ from tests.clients import libnbd
 from tests.clients.daemon import PATIENCE, Daemon, run
 from tests.clients.hostmount import check_file_system
 from tests.conftest import need, need_root
-from tests.images.made import directory, file, layer, layout
+from tests.images.made import file, layout
+from tests.images.trees import directory, make_tar
 
-SYSTEM = layer(directory("etc"), file("etc/name", "system\n"), file("etc/old", "old\n"), directory("srv"))
+SYSTEM = make_tar(directory("etc"), file("etc/name", "system\n"), file("etc/old", "old\n"), directory("srv"))
 KINDS = ("ext4", "xfs")
 
 
@@ -328,7 +329,7 @@ def test_the_diff_of_a_container_is_what_docker_would_say(system: str, pool: nbd
 def test_programs_run_in_a_started_container(tmp_path: Path, pool: nbdthin.Client) -> None:
     need_root()
     busybox = Path(need("busybox")).read_bytes()
-    tools = layer(directory("bin"), file("bin/busybox", busybox, 0o755))
+    tools = make_tar(directory("bin"), file("bin/busybox", busybox, 0o755))
     base.create(pool, size="256 MiB")
     loading.load(pool, layout(tmp_path / "tools", {"1": [SYSTEM, tools]}))
     containers.create(pool, "tools:1", "a")

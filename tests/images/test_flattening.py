@@ -19,24 +19,24 @@ from nbdthin.units import MiB
 from tests.clients.daemon import Daemon, nbdthin_command, run
 from tests.clients.hostmount import check_file_system
 from tests.conftest import need, need_root
-from tests.images.made import attributed, device, directory, file, layer, layout, owned
-from tests.images.trees import tree
+from tests.images.made import attributed, device, file, layout, owned
+from tests.images.trees import directory, make_tar, tree
 
 NOBODY = 65534
 NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")  # cap_net_raw=ep, as the kernel keeps it
-LOWER = layer(
+LOWER = make_tar(
     owned(directory(".", 0o750), 5, 6),
     directory("etc"),
     file("etc/name", "lower\n"),
     file("etc/gone", "gone\n"),
     owned(file("etc/setuid", "#!", 0o4711), 7, 8),
 )
-UPPER = layer(
+UPPER = make_tar(
     file("etc/.wh.gone"),
     owned(directory("srv", 0o700), 33, 33),
     owned(file("srv/page", "<p>"), 33, 34),
     device("etc/null", 1, 3),
-    attributed(file("srv/ping", "#!", 0o755), user__color=b"red", security__capability=NET_RAW),
+    attributed(file("srv/ping", "#!", 0o755), {"user.color": b"red", "security.capability": NET_RAW}),
     file("srv/zeroes", bytes(3 * MiB)),
 )
 
@@ -102,7 +102,7 @@ def test_an_image_flattened_without_root_is_what_root_unpacks(unprivileged: Unpr
 
 
 def test_a_hostile_archive_is_refused_by_its_members_name_and_leaves_nothing(unprivileged: Unprivileged) -> None:
-    archive = layout(unprivileged.directory / "bad", {"1": [LOWER, layer(file("etc/../../escape", "x"))]})
+    archive = layout(unprivileged.directory / "bad", {"1": [LOWER, make_tar(file("etc/../../escape", "x"))]})
     done = run_verb(unprivileged, "image", "load", archive, "--flatten")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

@@ -23,11 +23,12 @@ from nbdthin.units import MiB
 from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command
 from tests.clients.hostmount import check_file_system
 from tests.conftest import need_root
-from tests.images.made import device, digest, directory, file, layer, layout, owned
+from tests.images.made import device, digest, file, layout, owned
+from tests.images.trees import directory, make_tar
 
-SYSTEM = layer(directory("etc"), file("etc/name", "system\n"), directory("bin"), file("bin/tool", "#!\n", 0o755))
-WEB = layer(file("etc/name", "web\n"), directory("srv"), owned(file("srv/page", "<p>"), 33, 33))
-MAIL = layer(file("etc/.wh.name"), file("etc/mail", "mail\n"), device("etc/null", 1, 3))
+SYSTEM = make_tar(directory("etc"), file("etc/name", "system\n"), directory("bin"), file("bin/tool", "#!\n", 0o755))
+WEB = make_tar(file("etc/name", "web\n"), directory("srv"), owned(file("srv/page", "<p>"), 33, 33))
+MAIL = make_tar(file("etc/.wh.name"), file("etc/mail", "mail\n"), device("etc/null", 1, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -139,9 +140,9 @@ def test_a_config_that_labels_cannot_hold_is_refused_and_leaves_nothing(tmp_path
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        (layer(file("../escape", "x")), r"\.\./escape"),
-        (layer(file("big", os.urandom(240 * MiB))), "no space|No space|too large|more than"),
-        (layer(file("big", bytes(257 * MiB))), "more than 256 MiB"),
+        (make_tar(file("../escape", "x")), r"\.\./escape"),
+        (make_tar(file("big", os.urandom(240 * MiB))), "no space|No space|too large|more than"),
+        (make_tar(file("big", bytes(257 * MiB))), "more than 256 MiB"),
     ],
     ids=["hostile", "too large for the base", "bomb"],
 )
@@ -193,7 +194,7 @@ def stopped_in_the_second_layer(
 def test_a_load_that_was_killed_shows_no_image_and_the_next_goes_on_with_its_layers(
     tmp_path: Path, daemon: Daemon, pool: nbdthin.Client
 ) -> None:
-    big = layer(*(file(f"big{number}", os.urandom(8 * MiB)) for number in range(20)))
+    big = make_tar(*(file(f"big{number}", os.urandom(8 * MiB)) for number in range(20)))
     archive = layout(tmp_path / "web", {"1": [SYSTEM, big]})
     killed_in_the_second_layer(daemon, pool, archive)
     assert Catalogue.of(pool).images == []
@@ -213,7 +214,7 @@ def files_of_size(pool: nbdthin.Client, name: str, size: int) -> list[Path]:
 def test_what_a_killed_load_left_goes_with_the_next_removal(
     tmp_path: Path, daemon: Daemon, pool: nbdthin.Client
 ) -> None:
-    big = layer(*(file(f"big{number}", os.urandom(8 * MiB)) for number in range(20)))
+    big = make_tar(*(file(f"big{number}", os.urandom(8 * MiB)) for number in range(20)))
     used = daemon.data_used()
     killed_in_the_second_layer(daemon, pool, layout(tmp_path / "web", {"1": [SYSTEM, big]}))
     with command(daemon, "image", "rm", "--unfinished") as removal:
@@ -224,7 +225,7 @@ def test_what_a_killed_load_left_goes_with_the_next_removal(
 
 
 def test_a_load_that_is_interrupted_leaves_nothing(tmp_path: Path, daemon: Daemon, pool: nbdthin.Client) -> None:
-    big = layer(*(file(f"big{number}", os.urandom(8 * MiB)) for number in range(20)))
+    big = make_tar(*(file(f"big{number}", os.urandom(8 * MiB)) for number in range(20)))
     archive = layout(tmp_path / "web", {"1": [SYSTEM, big]})
     stopped_in_the_second_layer(daemon, pool, archive, signal.SIGINT, 130)
     assert names(pool) == {"base/default"}
@@ -274,7 +275,7 @@ def test_what_is_no_tag_is_refused(tag: str, tmp_path: Path, pool: nbdthin.Clien
 def test_removing_an_image_frees_its_own_layers_and_leaves_shared_ones(
     tmp_path: Path, daemon: Daemon, pool: nbdthin.Client
 ) -> None:
-    big = layer(file("big", os.urandom(32 * MiB)))
+    big = make_tar(file("big", os.urandom(32 * MiB)))
     (web,) = load(pool, tmp_path / "web", {"1": [SYSTEM, WEB]})
     used = daemon.data_used()
     (large,) = load(pool, tmp_path / "large", {"1": [SYSTEM, big]})
@@ -338,7 +339,7 @@ def test_one_of_several_tags_takes_only_itself_away(tmp_path: Path, pool: nbdthi
 
 
 def test_the_history_says_what_each_layer_added(tmp_path: Path, pool: nbdthin.Client) -> None:
-    big = layer(file("big", os.urandom(8 * MiB)))
+    big = make_tar(file("big", os.urandom(8 * MiB)))
     (image,) = load(pool, tmp_path / "large", {"1": [SYSTEM, big]})
     newest, oldest = store.history(pool, "large:1")
     assert (oldest.layer, newest.layer) == image.layers
