@@ -53,10 +53,11 @@ def _show_attached(result: Device | dict[str, list[str]]) -> None:
         print(result.path)
 
 
-def _detach(arguments: Namespace) -> None:
+def _detach(arguments: Namespace) -> dict[str, str]:
     from nbdthin import devices
 
     devices.detach(arguments.name_or_path)
+    return {"detached": arguments.name_or_path}
 
 
 def _mount(arguments: Namespace) -> Device:
@@ -70,10 +71,11 @@ def _mount(arguments: Namespace) -> Device:
         return devices.mount(pool, arguments.name, directory, read_only=arguments.read_only, options=options)
 
 
-def _umount(arguments: Namespace) -> None:
+def _umount(arguments: Namespace) -> dict[str, str]:
     from nbdthin import devices
 
     devices.unmount(arguments.dir_or_name)
+    return {"unmounted": arguments.dir_or_name}
 
 
 def _devices(_: Namespace) -> list[Device]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from nbdthin.devices import fuse, kernel, loop, mounts, state, watch
 from nbdthin.devices.state import Attachment, Phase, Way
@@ -42,6 +42,8 @@ __all__ = [
     "unmount",
 ]
 
+MOST_CONNECTIONS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -56,7 +58,7 @@ class Device:
 def attach(client: Client, name: str, *, read_only: bool = False, connections: int | None = None) -> Device:
     """Make volume or snapshot `name` a block device. Raises NotFound, InUse where it is one already, or Error.
 
-    `connections` to the server are at most as many as there are processors that use them; None: what is good.
+    `connections` to the server: None is what is good; one where the server allows no more.
     """
     uri, fixed = _where(client, name)
     with _attaching(uri, name, read_only or fixed, connections) as attachment:
@@ -101,11 +103,11 @@ def mount_uri(uri: str, directory: Path, *, read_only: bool = False, options: Se
 def grow(uri: str) -> None:
     """Have the devices of an export be as large as it is now, where they can: the kernel's, not loop devices.
 
-    They would be within seconds, anyway.
+    The watcher sees to it too, within seconds.
     """
     for attachment in state.load_all():
         if attachment.uri == uri and attachment.way == "nbd" and attachment.phase.stays:
-            with contextlib.suppress(OSError):  # it is being detached
+            with contextlib.suppress(Error, OSError):  # the watcher will try again
                 kernel.grow(attachment)
 
 
@@ -172,8 +174,8 @@ def _name_in(uri: str) -> str:
 
 def _absolute(uri: str) -> str:
     """It is used by processes that work elsewhere."""
-    base, found, path = uri.partition("socket=")
-    return uri if not found or path.startswith("/") else f"{base}{found}{quote(os.getcwd())}/{path}"
+    path, *_ = parse_qs(urlsplit(uri).query).get("socket", ["/"])
+    return uri if path.startswith("/") else f"{uri.partition('?')[0]}?socket={quote(os.path.abspath(path))}"
 
 
 @contextlib.contextmanager
@@ -212,6 +214,8 @@ def _device(attachment: Attachment) -> Device:
 def _attaching(uri: str, name: str, read_only: bool, connections: int | None) -> Iterator[Attachment]:
     """With a device; undone if the block raises."""
     _need_root()
+    if connections is not None and not 1 <= connections <= MOST_CONNECTIONS:
+        raise Invalid(f"a device has 1 to {MOST_CONNECTIONS} connections, not {connections}")
     way: Way = "nbd" if kernel.available() else "loop"
     with state.begun(name, uri, way, read_only, connections) as attachment:
         try:
@@ -244,13 +248,15 @@ def _mount(attachment: Attachment, directory: Path, options: Sequence[str]) -> A
 
 
 def _unmount(attachment: Attachment) -> None:
-    if attachment.directory and Path(attachment.directory) in mounts.mounted_at(Path(attachment.device)):
-        mounts.unmount(Path(attachment.directory))
+    directory = Path(attachment.directory)
+    for device in _find_devices(attachment):
+        if directory in mounts.mounted_at(device):
+            mounts.unmount(directory)
     _detach(attachment)
 
 
 def _detach(attachment: Attachment) -> None:
-    lost = _flush(attachment)
+    lost = _flush(attachment) if _find_devices(attachment) else None
     _undo(attachment)
     if lost is not None:
         what = f"{attachment.name!r} is detached, but what was written to it last is lost"
@@ -264,7 +270,7 @@ def _flush(attachment: Attachment) -> OSError | None:
     try:
         device = os.open(attachment.device, os.O_RDONLY | os.O_EXCL)
     except OSError as error:
-        if error.errno != errno.EBUSY:
+        if error.errno != errno.EBUSY:  # it has died
             return error
         places = ", ".join(map(str, mounts.mounted_at(Path(attachment.device))))
         why = f"is mounted on {places} (umount it first)" if places else "is in use, maybe in another mount namespace"
@@ -280,11 +286,10 @@ def _flush(attachment: Attachment) -> OSError | None:
 
 def _alive(attachment: Attachment) -> bool:
     """Its device answers, and is what it was attached for."""
-    if attachment.phase is Phase.MOUNTED and not mounts.mounted_at(Path(attachment.device)):
+    found = _find_devices(attachment)
+    if attachment.phase is Phase.MOUNTED and not any(map(mounts.mounted_at, found)):
         return False
-    if attachment.way == "loop" and not any(fuse.find(attachment.disk)):
-        return False
-    return Path(attachment.device) in _find_devices(attachment)
+    return bool(found) and (attachment.way == "nbd" or any(fuse.find(attachment.disk)))
 
 
 def _find_devices(attachment: Attachment) -> list[Path]:

@@ -41,7 +41,7 @@ def diagnose(data: Path | None) -> Diagnosis:
     rights, system = _rights(), _system()
     by_kernel = (*_driver(), _netlink())
     by_loop = (_fuse(), _nbdfuse(), _loop())
-    others = (*_udev(), _mount(), _memlock(), *_data(data))
+    others = (*_udev(), _memlock(), *_data(data))
     can = rights.good and system.good
     way: Way | None = None
     if can and all(fact.good for fact in by_kernel):
@@ -96,14 +96,10 @@ def _netlink() -> Fact:
         return Fact(subject, False, "not installed", "pip install 'nbdthin[attach]' (nbdfuse is used)")
     if not kernel.MODULE.exists():
         return Fact(subject, True, "installed")
-    from nbdthin.devices import netlink
-
-    try:
-        with netlink.driver():
-            return Fact(subject, True, "installed, and the driver answers")
-    except OSError:
-        where = "the driver answers only in the machine's own network namespace"
-        return Fact(subject, False, where, "attach outside of the container (nbdfuse is used)")
+    if kernel.answers():
+        return Fact(subject, True, "installed, and the driver answers")
+    where = "the driver answers only in the machine's own network namespace"
+    return Fact(subject, False, where, "attach outside of the container (nbdfuse is used)")
 
 
 def _udev() -> Iterator[Fact]:
@@ -145,11 +141,6 @@ def _loop() -> Fact:
     except OSError as error:
         return Fact("loop", False, f"{loop.CONTROL}: {error.strerror}", "modprobe loop; for a container: --privileged")
     return Fact("loop", True, f"{loop.CONTROL}")
-
-
-def _mount() -> Fact:
-    path = shutil.which("mount")
-    return Fact("mount", path is not None, path or "not installed", "" if path else "apt-get install mount")
 
 
 def _memlock() -> Fact:

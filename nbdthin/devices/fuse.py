@@ -19,7 +19,8 @@ from nbdthin.devices.processes import ended, spawn
 from nbdthin.devices.state import Attachment
 from nbdthin.errors import Error
 
-PATIENCE = 30.0  # seconds for nbdfuse to connect, and to answer what is left at its end
+PATIENCE = 30.0  # seconds for nbdfuse to connect
+LAST_PATIENCE = 5.0  # seconds for its end: everything has been flushed by then
 
 
 def start(attachment: Attachment) -> None:
@@ -59,9 +60,9 @@ def stop(file: Path) -> None:
     for pid in processes:
         if not unmounted:  # it has not come so far, and would mount when nobody knows of it
             _end(pid, file)
-        if not ended(pid, PATIENCE):
+        if not ended(pid, LAST_PATIENCE):  # its mount is in another mount namespace too
             _end(pid, file)
-            ended(pid, PATIENCE)
+            ended(pid, LAST_PATIENCE)
     while mounts.is_mount(file):  # it came so far after all
         mounts.unmount(file)
 

@@ -41,7 +41,18 @@ def available() -> bool:
     if not MODULE.exists() and Path("/proc/modules").exists():
         with contextlib.suppress(OSError):
             subprocess.run(["modprobe", "-q", "nbd"], stderr=subprocess.DEVNULL)
-    return MODULE.exists()
+    return MODULE.exists() and answers()
+
+
+def answers() -> bool:
+    """It does so in the machine's first network namespace only."""
+    from nbdthin.devices import netlink
+
+    try:
+        with netlink.driver():
+            return True
+    except OSError:
+        return False
 
 
 def attach(attachment: Attachment) -> Attachment:

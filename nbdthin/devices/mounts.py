@@ -6,16 +6,40 @@ import ctypes
 import errno
 import os
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from nbdthin.errors import Error, InUse, Invalid
 
-FileSystem = Literal["ext4", "xfs"]
+FileSystem = Literal["ext4", "xfs", "btrfs"]
+
+_MAGIC: tuple[tuple[FileSystem, int, bytes], ...] = (
+    ("xfs", 0, b"XFSB"),
+    ("ext4", 0x438, b"\x53\xef"),
+    ("btrfs", 0x10040, b"_BHRfS_M"),
+)
+# Options that are flags of mount(2); all others are the file system's own.
+_FLAGS = {
+    "defaults": 0,
+    "rw": 0,
+    "ro": 1 << 0,
+    "nosuid": 1 << 1,
+    "nodev": 1 << 2,
+    "noexec": 1 << 3,
+    "sync": 1 << 4,
+    "dirsync": 1 << 7,
+    "noatime": 1 << 10,
+    "nodiratime": 1 << 11,
+    "relatime": 1 << 21,
+    "strictatime": 1 << 24,
+    "lazytime": 1 << 25,
+}
+_MNT_DETACH = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 
 
 def is_mount(path: Path) -> bool:
@@ -41,8 +65,9 @@ def _unescaped(text: str) -> str:
 
 
 def mount(device: Path, directory: Path, *, read_only: bool, options: Sequence[str]) -> None:
-    """Raises Invalid or Error with what `mount` says.
+    """Raises Invalid, or Error with what the kernel says.
 
+    By the system call itself: a mount(8) would live on when this process is killed, and mount what was cleaned up.
     xfs gets `nouuid`, because a clone has its parent's UUID. Where nothing can be written, no journal can be replayed:
     what is only there is not seen then (nothing, where it was unmounted cleanly).
     """
@@ -55,16 +80,31 @@ def mount(device: Path, directory: Path, *, read_only: bool, options: Sequence[s
     elif kind == "ext4" and read_only:
         chosen.append("noload")
     chosen += options
-    command = ["mount", *(["-t", kind] if kind else []), *(["-o", ",".join(chosen)] if chosen else [])]
-    done = subprocess.run([*command, "--", device, directory], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        said = next(filter(None, done.stderr.splitlines()), f"status {done.returncode}").removeprefix("mount: ")
-        raise Error(f"cannot mount: {said.strip()}")
+    flags = 0
+    for option in chosen:
+        flags |= _FLAGS.get(option, 0)
+    data = ",".join(option for option in chosen if option not in _FLAGS)
+    number = errno.ENODEV
+    for each in [kind] if kind else _file_systems():
+        arguments = (os.fsencode(device), os.fsencode(directory), each.encode(), flags, data.encode())
+        if _libc.mount(*arguments) == 0:
+            return
+        number = ctypes.get_errno()
+    if kind is None:
+        raise Error(f"cannot mount {device}: it has no file system that this kernel knows (mkfs makes one)")
+    more = ": a bad option, or damage? (dmesg says more)" if number == errno.EINVAL else ""
+    raise Error(f"cannot mount the {kind} on {device}: {os.strerror(number)}{more}")
+
+
+def _file_systems() -> list[str]:
+    """Those of devices that the kernel knows by now."""
+    rows = Path("/proc/filesystems").read_text().splitlines()
+    return [row.strip() for row in rows if not row.startswith("nodev")]
 
 
 def unmount(path: Path, *, lazily: bool = False) -> None:
     """Raises InUse. `lazily`: also where it is in use, for a device that has died."""
-    if _libc.umount2(os.fsencode(path), 2 if lazily else 0) == 0:  # 2: MNT_DETACH
+    if _libc.umount2(os.fsencode(path), _MNT_DETACH if lazily else 0) == 0:
         return
     number = ctypes.get_errno()
     if number == errno.EBUSY:
@@ -74,9 +114,9 @@ def unmount(path: Path, *, lazily: bool = False) -> None:
 
 
 def file_system(device: Path) -> FileSystem | None:
-    """What the superblock on `device` says; None: none of those that need options of their own."""
+    """What the superblock on `device` says; None: none of those that are told apart here."""
     with open(device, "rb", buffering=0) as disk:
-        start = os.pread(disk.fileno(), 4096, 0)
-    if start[:4] == b"XFSB":
-        return "xfs"
-    return "ext4" if start[1080:1082] == b"\x53\xef" else None
+        for kind, offset, magic in _MAGIC:
+            if os.pread(disk.fileno(), len(magic), offset) == magic:
+                return kind
+    return None

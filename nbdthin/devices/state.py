@@ -22,6 +22,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -31,6 +32,8 @@ from typing import Literal
 from nbdthin.errors import Error, InUse
 
 Way = Literal["nbd", "loop"]
+
+LAST_GASP = 5.0  # seconds
 
 
 class Phase(StrEnum):
@@ -54,6 +57,7 @@ class Attachment:
     way: Way
     read_only: bool
     connections: int | None  # None: as many as the way thinks good
+    tool: str  # who works, or worked last, on it: a process and when it began
     phase: Phase = Phase.ATTACHING
     device: str = ""  # its path, once there is one
     directory: str = ""  # where it is mounted, or was to be
@@ -72,7 +76,7 @@ class Attachment:
 
     def save(self, **changes: object) -> Attachment:
         """Write it with `changes`, before what they announce is done."""
-        changed = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        changed = dataclasses.replace(self, tool=_process(os.getpid()), **changes)  # type: ignore[arg-type]
         new = self.home / "state.new"
         new.write_text(json.dumps(dataclasses.asdict(changed)))
         new.replace(self.home / "state.json")
@@ -100,10 +104,11 @@ def load(identity: str) -> Attachment | None:
     """None where it is gone, or so new that it has made nothing."""
     path = run_directory() / identity / "state.json"
     try:
-        facts = json.loads(path.read_text())
+        text = path.read_text()
     except FileNotFoundError:
         return None
     try:
+        facts = json.loads(text)
         return Attachment(**{**facts, "phase": Phase(facts["phase"])})
     except (TypeError, KeyError, ValueError) as error:
         raise Error(f"{path} is not of this version of nbdthin ({error}): detach with the one that wrote it") from error
@@ -117,7 +122,7 @@ def begun(name: str, uri: str, way: Way, read_only: bool, connections: int | Non
             if other.uri == uri and not (other.read_only and read_only):
                 where = other.device or "by a tool that is at it, or was (nbdthin attach --cleanup)"
                 raise InUse(f"{name!r} is attached already: {where} (two can share only what both only read)")
-        attachment = Attachment(secrets.token_hex(8), name, uri, way, read_only, connections)
+        attachment = Attachment(secrets.token_hex(8), name, uri, way, read_only, connections, "")
         attachment.home.mkdir(mode=0o700)
         lock = _lock(attachment.home, wait=False)
         assert lock is not None  # nobody knows it yet
@@ -132,6 +137,10 @@ def held(identity: str, *, wait: bool = True) -> Iterator[Attachment | None]:
     """An attachment, locked, as it is now; None where it is gone or, without `wait`, another tool is at work on it."""
     try:
         lock = _lock(run_directory() / identity, wait)
+        deadline = time.monotonic() + LAST_GASP
+        while lock is None and _is_dead_tools(identity) and time.monotonic() < deadline:
+            time.sleep(0.005)
+            lock = _lock(run_directory() / identity, wait)
     except FileNotFoundError:
         lock = None
     if lock is None:
@@ -141,6 +150,21 @@ def held(identity: str, *, wait: bool = True) -> Iterator[Attachment | None]:
         yield load(identity)
     finally:
         os.close(lock)
+
+
+def _is_dead_tools(identity: str) -> bool:
+    """Its lock is then held by a process that the tool had just forked, and which lets go of it as it begins."""
+    attachment = load(identity)
+    return attachment is not None and _process(int(attachment.tool.split()[0])) != attachment.tool
+
+
+def _process(pid: int) -> str:
+    """Itself and no later one of that number; empty where it has ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] not in "ZX":
+            return f"{pid} {fields[19]}"  # its start, in ticks since the boot
+    return ""
 
 
 def forget(attachment: Attachment) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nbdthin.devices import kernel, state
 from nbdthin.devices.processes import spawn
-from nbdthin.devices.state import Attachment
+from nbdthin.devices.state import Attachment, Phase
 from nbdthin.errors import Error
 
 PERIOD = 5.0  # seconds between two looks at sizes
@@ -52,7 +52,8 @@ def main() -> None:
 
 
 def watched() -> list[Attachment]:
-    return [each for each in state.load_all() if each.way == "nbd" and each.device]
+    every = (each for each in state.load_all() if each.way == "nbd" and each.device)
+    return [each for each in every if each.phase is not Phase.DETACHING]
 
 
 class Watcher:

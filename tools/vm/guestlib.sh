@@ -71,6 +71,3 @@ make_files() {
 }
 check_files() { (cd "$1" && sha256sum -c SUMS > /tmp/sums 2>&1) || { grep -v OK /tmp/sums; return 1; }; }
 drop_caches() { sync; echo 3 > /proc/sys/vm/drop_caches; }
-
-# nbdthin VERB...: this checkout's, where run.sh was given a --python
-nbdthin() { python3 -m nbdthin "$@"; }

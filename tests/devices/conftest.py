@@ -1,0 +1,61 @@
+"""A daemon for the module, volumes with a file system in them, and a look at the machine behind every test."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import nbdthin
+from nbdthin import devices
+from nbdthin.devices import state
+from nbdthin.units import MiB
+from tests.clients.daemon import Daemon, running
+from tests.conftest import need, need_root
+
+SIZE = 320 * MiB  # the least that mkfs.xfs takes is 300
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with running(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def pool(served: Daemon) -> Iterator[nbdthin.Client]:
+    """Of a daemon whose pool is empty. After the test nothing may be left on the machine."""
+    need_root()
+    need("nbdfuse")
+    with served.connect() as pool:
+        yield pool
+    left = what_is_left()
+    for device in devices.attached():
+        devices.unmount(device.path)
+    with served.connect() as pool:  # the test may have restarted the daemon
+        pool.remove(*(row.name for row in pool.list()), force=True)
+    assert not left
+
+
+def what_is_left() -> list[str]:
+    """Of all attachments ever made here: directories, mounts, loop devices, processes."""
+    run = state.run_directory()
+    places = [*Path("/sys/block").glob("loop*/loop/backing_file"), Path("/proc/self/mountinfo")]
+    lines = [line for place in places for line in place.read_text().splitlines() if str(run) in line]
+    return [*lines, *(str(path) for path in run.glob("*/*")), *(f"process {pid}" for pid in nbdfuse_processes())]
+
+
+def nbdfuse_processes() -> list[int]:
+    run = str(state.run_directory())
+    return [each.pid for each in psutil.process_iter(["cmdline"]) if run in " ".join(each.info["cmdline"] or [])]
+
+
+def make_file_system(pool: nbdthin.Client, name: str, kind: str = "ext4") -> None:
+    """A new volume with one."""
+    pool.create(name, SIZE)
+    device = devices.attach(pool, name)
+    subprocess.run([need(f"mkfs.{kind}"), "-q", device.path], check=True)
+    devices.detach(device.path)
