@@ -15,7 +15,7 @@ from nbdthin import devices
 from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
 from nbdthin.devices import state
-from nbdthin.errors import InUse, NotFound
+from nbdthin.errors import Error, InUse, NotFound
 from nbdthin.images import store
 from nbdthin.images.changes import Change, changes
 from nbdthin.images.programs import run
@@ -165,7 +165,8 @@ def stop(pool: Client, *names: str) -> None:
         if (root := _roots().get(export.uri)) is not None:
             devices.unmount(root)
             if root.parent == _home(pool):
-                root.rmdir()
+                with contextlib.suppress(OSError):  # it is started again already
+                    root.rmdir()
 
 
 def diff(pool: Client, name: str) -> list[Change]:
@@ -244,7 +245,11 @@ def frozen(root: Path, lock: int) -> Iterator[None]:
         thawing.stdout.read(1)
         directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.ioctl(directory, _FIFREEZE)
+            try:
+                fcntl.ioctl(directory, _FIFREEZE)
+            except OSError as error:
+                thawing.kill()  # if it is frozen, then by somebody else
+                raise Error(f"cannot freeze the file system at {root}: {error.strerror}") from error
             try:
                 yield
             finally:

@@ -8,7 +8,6 @@ finished; one commit takes the labels away, and gives the image its name. Of a l
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +94,7 @@ def _unpack(
     with devices.mounted(pool, volume) as root:
         for layer in layers:
             progress.layer(layer.name)
-            with _space_named(layer.name, below), layer.chunks(file_system.size) as tar:
+            with _space_explained(below), layer.chunks(file_system.size) as tar:
                 apply(_watched(tar, progress.advance), root)
                 name = catalogue.free_name("layer", layer.chain_id, file_system.uuid)
                 labels = {store.KIND: "layer", store.CHAIN: layer.chain_id, store.BUILDING: "1", **file_system.labels()}
@@ -112,16 +111,12 @@ def _watched(chunks: Iterator[bytes], advance: Callable[[int], None]) -> Iterato
 
 
 @contextlib.contextmanager
-def _space_named(layer: str, below: Base) -> Iterator[None]:
+def _space_explained(below: Base) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoSpace(
-            f"no space to unpack {layer}: base {below.name!r} has {format_size(below.file_system.size)} "
-            "(nbdthin base grow, or the pool is full: nbdthin info)"
-        ) from error
+    except NoSpace as error:
+        size = format_size(below.file_system.size)
+        raise NoSpace(f"{error} (base {below.name!r} has {size}: nbdthin base grow; the pool: nbdthin info)") from error
 
 
 def tags_of(image: archive.Image, path: Path) -> list[str]:

@@ -14,7 +14,6 @@ from nbdthin.control.client import Client
 from nbdthin.errors import Error
 from nbdthin.images import store
 from nbdthin.images.changes import changes, write_layer
-from nbdthin.images.config import Config
 from nbdthin.images.layout import GZIP, Layout, Written, new_layout
 from nbdthin.images.progress import SILENT, Progress
 from nbdthin.images.store import Catalogue
@@ -30,12 +29,8 @@ def save(
     """
     catalogue = Catalogue.of(pool)
     image = catalogue.find(reference)
-    export = catalogue.exports[image.name]
-    config = Config.parse(store.config_of(export), image.name)
-    history = config.history
-    if store.FLAT in export.labels:
-        history = [{"created": config.created, "created_by": "nbdthin image load --flatten"}]
-    elif len(image.layers) != len(config.diff_ids):
+    config = store.layered_config(catalogue.exports[image.name])
+    if len(image.layers) != len(config.diff_ids):
         raise Error(
             f"{image.shown!r} has {len(config.diff_ids)} layers and {len(image.layers)} are left: "
             "the others were removed by other means than nbdthin image rm"
@@ -45,7 +40,7 @@ def save(
         written = [
             _write(layout, old, new, compression, progress, name) for name, old, new in _trees(pool, image.layers)
         ]
-        saved = config.with_layers([layer.diff_id for layer in written], history)
+        saved = config.with_layers([layer.diff_id for layer in written], config.history)
         layout.image(saved, written, named or image.tags)
     return saved.digest
 

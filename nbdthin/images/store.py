@@ -20,7 +20,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -33,7 +32,7 @@ from nbdthin import devices
 from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
 from nbdthin.errors import Error, InUse, Invalid, NotFound
-from nbdthin.images.config import Config
+from nbdthin.images.config import Config, chain_ids
 from nbdthin.pool.commands import MAX_LABEL, MAX_LABELS
 
 KIND = "nbdthin.kind"  # base, layer, image or container
@@ -48,7 +47,6 @@ TAG = "nbdthin.tag."  # and REPO:TAG; the value says nothing
 FLAT = "nbdthin.flattened"  # of an image: its layers are one
 PARENT = "nbdthin.parent"  # of a committed image: the id of the one it was made from
 IMAGE = "nbdthin.image"  # of a container: the id of its image
-ROOT = "nbdthin.root"  # of a container that was started: where it is mounted
 BUILDING = "nbdthin.building"
 
 SHOWN = 12  # digits of an id, for people and in names
@@ -242,6 +240,15 @@ def config_of(export: Export) -> bytes:
         raise Error(f"labels of {export.name!r} are missing or changed: its config is lost") from error
 
 
+def layered_config(export: Export) -> Config:
+    """The config of an image, with as many layers as it has here. Raises Error."""
+    config = Config.parse(config_of(export), export.name)
+    if FLAT not in export.labels:
+        return config
+    step = {"created": config.created, "created_by": "nbdthin image load --flatten"}
+    return config.with_layers(chain_ids(config.diff_ids)[-1:], [step])
+
+
 # -- tags
 
 
@@ -418,10 +425,10 @@ def history(pool: Client, reference: str) -> list[Step]:
     """Raises NotFound or Invalid."""
     catalogue = Catalogue.of(pool)
     image = catalogue.find(reference)
-    config = json.loads(config_of(catalogue.exports[image.name]))
+    config = layered_config(catalogue.exports[image.name])
     layers = list(image.layers)
     steps = []
-    for entry in config.get("history") or [{} for _ in layers]:
+    for entry in config.history or [{} for _ in layers]:
         layer = layers.pop(0) if layers and not entry.get("empty_layer") else None
         size = 0 if layer is None else _size(pool, catalogue, layer)
         created, by, comment = (str(entry.get(key) or "") for key in ("created", "created_by", "comment"))

@@ -13,7 +13,7 @@ import pytest
 
 import nbdthin
 from nbdthin import devices
-from nbdthin.images import base, containers, flattening, loading
+from nbdthin.images import base, committing, containers, flattening, loading, saving, store
 from nbdthin.images.store import Catalogue
 from nbdthin.units import MiB
 from tests.clients.daemon import Daemon, nbdthin_command, run
@@ -127,7 +127,14 @@ def test_root_flattens_too_and_the_base_gives_size_and_options(
     containers.create(pool, "web:1", "a")
     root = containers.start(pool, "a")
     assert sorted(os.listdir(root)) == ["etc", "srv"]
+    (root / "srv/more").write_text("more")
+    committing.commit(pool, "a", "web:2")
     containers.stop(pool, "a")
+    saving.save(pool, "web:2", tmp_path / "saved")
+    (again,) = loading.load(pool, tmp_path / "saved", on="base")
+    assert len(again.layers) == len(store.history(pool, again.name)) == 2
+    with devices.mounted(pool, again.name, read_only=True) as root:
+        assert sorted(os.listdir(root / "srv")) == ["more", "page", "ping", "zeroes"]
     base.create(pool, "other", "xfs", "512 MiB")
     with pytest.raises(nbdthin.Invalid, match="only ext4"):
         flattening.load(pool, layout(tmp_path / "more", {"1": [UPPER]}), on="other")
