@@ -16,6 +16,7 @@ Not read: manifests of version 1, layers that lie elsewhere (foreign, nondistrib
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -31,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
-from nbdthin.errors import Corrupt, Invalid, NotFound
+from nbdthin.errors import Corrupt, Invalid, NoSpace, NotFound
 from nbdthin.images.config import Config, Platform, chain_ids, check_digest, digest_of, parse_json, parse_object
 from nbdthin.images.tape import FileTape, Headers, shown
 from nbdthin.units import GiB, KiB, MiB, format_size
@@ -77,9 +78,8 @@ class Limits(NamedTuple):
     """How large what an archive has may be, before it is taken for an attack."""
 
     document: int = 4 * MiB  # bytes of one index, manifest or configuration, as registries have it
-    documents: int = 1000  # indexes and manifests together
+    documents: int = 1000  # indexes, manifests and configurations together, and entries in one of them
     depth: int = 4  # indexes within indexes
-    layers: int = 1000  # of one image; Docker stops at 127
     members: int = 100_000  # of the archive itself, which has one for each blob
     spool: int = 256 * GiB  # bytes that an archive compressed as a whole may unpack to, in `scratch`
 
@@ -109,9 +109,11 @@ class _Directory:
         return os.listdir(self._path)
 
     def open(self, name: str) -> tuple[BinaryIO, int]:
+        parts = name.split("/")
+        if ".." in parts:
+            raise Corrupt(self._path, None, f"{shown(name)} leads out of it")
         where = os.open(self._path, os.O_PATH | os.O_DIRECTORY)
         try:
-            parts = name.split("/")
             for part in parts[:-1]:
                 below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=where)
                 os.close(where)
@@ -284,6 +286,9 @@ class Archive:
 
     def _document(self, name: str, digest: str | None = None) -> bytes:
         """All of a small file, verified if it has a digest."""
+        self._documents += 1
+        if self._documents > self._limits.documents:
+            raise Invalid(f"{self.path}: more than {self._limits.documents} indexes, manifests and configurations")
         file, size = self.blobs.open(name)
         with file:
             if size > self._limits.document:
@@ -295,9 +300,6 @@ class Archive:
 
     def _blob_document(self, descriptor: Mapping[str, Any], what: str) -> bytes:
         digest = check_digest(descriptor.get("digest"), f"{self.path}: {what}")
-        self._documents += 1
-        if self._documents > self._limits.documents:
-            raise Invalid(f"{self.path}: more than {self._limits.documents} manifests")
         return self._document(_blob_name(digest), digest)
 
     # -- OCI layouts
@@ -355,6 +357,8 @@ class Archive:
         items = document.get(key)
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise Invalid(f"{self.path}: {what}: its {key!r} is not a list of descriptors")
+        if len(items) > self._limits.documents:
+            raise Invalid(f"{self.path}: {what}: {len(items)} {key}; {self._limits.documents} are allowed")
         return items
 
     def _config_of(self, manifest: Mapping[str, Any]) -> Config:
@@ -388,8 +392,6 @@ class Archive:
             raise Invalid(
                 f"{self.path}: {len(blobs)} layers in the manifest, {len(config.diff_ids)} in the configuration"
             )
-        if len(blobs) > self._limits.layers:
-            raise Invalid(f"{self.path}: an image of {len(blobs)} layers; {self._limits.layers} are allowed")
         return tuple(
             Layer(diff_id, chain_id, size, f"layer {number} of {len(blobs)} ({shown(name)})", name, digest, self)
             for number, (diff_id, chain_id, (name, digest, size)) in enumerate(
@@ -447,21 +449,23 @@ def open_archive(
 
     Without one: of an index with several, the host's; a single image is taken whatever it is for. An archive that is
     compressed as a whole is unpacked to a file without a name in `scratch` (the system's place for such by default).
-    Raises NotFound (nothing there, no image of the platform), Invalid (no image archive), Corrupt, and OSError.
+    Raises NotFound (nothing there, no image of the platform), Invalid (no image archive), Corrupt, NoSpace, OSError.
     """
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise NotFound(f"{path}: no such file or directory") from None
+    if stat.S_ISDIR(mode):
         return Archive(path, _Directory(path), platform, limits)
+    if not stat.S_ISREG(mode):
+        raise Invalid(f"{path}: neither a directory nor a regular file")
     with ExitStack() as stack:
-        try:
-            file: BinaryIO = stack.enter_context(open(path, "rb"))
-        except FileNotFoundError:
-            raise NotFound(f"{path}: no such file") from None
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise Invalid(f"{path}: neither a directory nor a regular file")
+        file: BinaryIO = stack.enter_context(open(path, "rb"))
         magic = file.read(4)
         file.seek(0)
         if magic.startswith(_COMPRESSED):
-            file = stack.enter_context(_spooled(path, file, scratch, limits.spool))
+            with file:
+                file = stack.enter_context(_spooled(path, file, scratch, limits.spool))
         archive = Archive(path, _Tar(path, file, limits), platform, limits)
         stack.pop_all()
     return archive
@@ -469,21 +473,23 @@ def open_archive(
 
 def _spooled(path: Path, file: BinaryIO, scratch: Path | None, limit: int) -> BinaryIO:
     """A compressed file's content as a file, which is gone when it is closed."""
-    spool: BinaryIO = tempfile.TemporaryFile(dir=scratch)
-    try:
-        with file:
+    with ExitStack() as stack:
+        spool: BinaryIO = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+        try:
             for chunk in decompressed(_read_chunks(file)):
                 if spool.tell() + len(chunk) > limit:
                     raise Invalid(f"{path}: it unpacks to more than {format_size(limit)}")
                 spool.write(chunk)
-        spool.flush()
+            spool.flush()
+        except _BadStream as error:
+            raise Corrupt(path, None, str(error)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place = scratch or tempfile.gettempdir()
+            raise NoSpace(f"{path}: no space to unpack it in {place} (TMPDIR names another place)") from error
         spool.seek(0)
-    except _BadStream as error:
-        spool.close()
-        raise Corrupt(path, None, str(error)) from None
-    except BaseException:
-        spool.close()
-        raise
+        stack.pop_all()
     return spool
 
 

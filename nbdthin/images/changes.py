@@ -11,6 +11,7 @@ Neither tree may change meanwhile. Sockets are left out: a layer cannot have the
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import stat
 import tarfile
@@ -25,9 +26,7 @@ from nbdthin.units import GiB, MiB
 _CHUNK = 1 * MiB
 _SPARSE = 1 * MiB  # bytes of holes for which a file is written as sparse: not every tool reads that
 _TABLE = 1 * MiB  # bytes of the list of a sparse file's parts: with more, it is written whole
-_USTAR_SIZE = (
-    8 * GiB
-)  # from here on a size has no place in a header itself; with a sparse file, tarfile gets that wrong
+_USTAR_SIZE = 8 * GiB  # a size from here on needs a record of its own, with which tarfile reads no sparse file
 
 
 class Kind(enum.StrEnum):
@@ -47,7 +46,7 @@ def changes(old: str | os.PathLike[str] | None, new: str | os.PathLike[str]) -> 
     """What turns the tree `old` (None: an empty one) into `new`, a directory before what is in it.
 
     A directory that has a change in it counts as changed, as it does in `docker diff`; with the root, which that does
-    not show. Raises Error for names that no layer can have, and OSError.
+    not show. Raises Invalid for a path that no layer can have, and OSError.
     """
     trees = _Trees(None if old is None else os.fsencode(old), os.fsencode(new))
     trees.walk()
@@ -150,11 +149,13 @@ def _entries(root: bytes | None, path: bytes) -> dict[bytes, os.stat_result]:
 
 def xattrs(path: bytes) -> dict[str, bytes]:
     """The extended attributes of a file that belong to the image, by name."""
-    return {
-        name: os.getxattr(path, name, follow_symlinks=False)
-        for name in sorted(os.listxattr(path, follow_symlinks=False))
-        if not name.startswith(NOT_OURS)
-    }
+    try:
+        names = sorted(os.listxattr(path, follow_symlinks=False))
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return {}
+        raise
+    return {name: os.getxattr(path, name, follow_symlinks=False) for name in names if not name.startswith(NOT_OURS)}
 
 
 def _same_content(one: bytes, two: bytes) -> bool:

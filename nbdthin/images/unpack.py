@@ -16,8 +16,6 @@ Directories get their owner, mode, attributes and times at the end: until then, 
 that the layer does not list keeps the time it had.
 
 A refusal leaves the tree half made. The caller works on something that it can throw away, such as a new volume.
-
-Python's tarfile reads the headers; what it would do with names, links and data is not used.
 """
 
 from __future__ import annotations
@@ -52,6 +50,7 @@ _AUFS = b".wh..wh."
 XATTR = "SCHILY.xattr."
 # Of the host, not of the image: labels that its policy gives, and what its overlayfs keeps.
 NOT_OURS = ("security.selinux", "trusted.overlay.", "user.overlay.")
+_ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -95,7 +94,7 @@ class _Tree:
         self._known: dict[bytes, bytes] = {}  # paths of directories that are open, by what members call them
         self._directories: dict[bytes, _Wanted] = {}  # those that this layer lists or changes
         self._bequeath: set[bytes] = set()  # directories that give what is made in them an access list
-        self._added = {b""}  # what this layer brings, and the directories that has it in them
+        self._added = {b""}  # what this layer brings, and the directories that have it in them
         self._privileged = os.geteuid() == 0
         self._data = 0
         self._look_for_list(b"")
@@ -228,7 +227,7 @@ class _Tree:
             os.chown(where, member.uid, member.gid, follow_symlinks=follow)
         if parent in self._bequeath:
             with suppress(OSError):
-                os.removexattr(where, "system.posix_acl_access", follow_symlinks=follow)
+                os.removexattr(where, _ACLS[0], follow_symlinks=follow)
         if not member.pax_headers:
             return
         for name, value in _xattrs(member).items():
@@ -351,7 +350,7 @@ class _Tree:
     def _look_for_list(self, path: bytes) -> None:
         """What is made in a directory with a default access list has that for a start, which no layer says."""
         with suppress(OSError):
-            os.getxattr(self._open[path], "system.posix_acl_default")
+            os.getxattr(self._open[path], _ACLS[1])
             self._bequeath.add(path)
 
     def _keep_few_open(self) -> None:
@@ -428,6 +427,9 @@ class _Tree:
         self._change(path)
         os.mkdir(part, 0o700, dir_fd=parent)
         fd = self._open[below] = os.open(part, _DIRECTORY, dir_fd=parent)
+        if path in self._bequeath:
+            for name in _ACLS:
+                os.removexattr(fd, name)
         if self._privileged:
             os.fchown(fd, 0, 0)
         os.fchmod(fd, 0o755)
@@ -468,7 +470,7 @@ def _parts(name: bytes, whose: str = "") -> list[bytes]:
     return parts
 
 
-_TIME = re.compile(r"(-?)(\d{1,12})(?:\.(\d{0,30}))?")
+_TIME = re.compile(r"(-?)(\d{1,12})(?:\.(\d{0,30}))?", re.ASCII)
 
 
 def _mtime(member: tarfile.TarInfo) -> int:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from nbdthin.errors import Corrupt, Error, Invalid, NotFound
+from nbdthin.errors import Corrupt, Error, Invalid, NoSpace, NotFound
 from nbdthin.images.archive import LIMITS, Layer, open_archive
 from nbdthin.images.config import Platform, chain_ids
+from tests.conftest import need, need_root
 from tests.images.trees import Member, directory, make_tar
 
 AMD64, ARM64, ARMV7 = (Platform.parse(text) for text in ("linux/amd64", "linux/arm64/v8", "linux/arm/v7"))
@@ -385,6 +387,38 @@ def test_no_link_of_a_layout_is_followed(link: str, layout: Layout, tmp_path: Pa
         open_archive(path)
 
 
+def test_a_name_that_leads_out_of_the_layout_is_not_followed(tmp_path: Path) -> None:
+    path = docker_save(tmp_path / "saved")
+    (tmp_path / "secret").write_bytes(TARS[0])
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest[0]["Layers"][0] = "1/../../secret"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Corrupt, match="leads out of it"):
+        open_archive(path)
+
+
+def test_lists_are_of_a_bounded_length(layout: Layout) -> None:
+    attestation = {"mediaType": f"{OCI}manifest.v1+json", "platform": {"os": "unknown", "architecture": "unknown"}}
+    with pytest.raises(Invalid, match="1001 manifests; 1000 are allowed"):
+        open_archive(layout.top(*[attestation] * 1001))
+    index = layout.nested()
+    with pytest.raises(Invalid, match="more than 1000 indexes"):
+        open_archive(layout.top(*[index] * 1000))
+
+
+def test_no_space_to_unpack_an_archive_is_said_as_that(tmp_path: Path) -> None:
+    need_root()
+    (tmp_path / "archive.tar.gz").write_bytes(gzip.compress(bytes(1 << 20)))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    subprocess.run([need("mount"), "-t", "tmpfs", "-o", "size=64k", "none", scratch], check=True)
+    try:
+        with pytest.raises(NoSpace, match=r"no space to unpack it in .*scratch"):
+            open_archive(tmp_path / "archive.tar.gz", scratch=scratch)
+    finally:
+        subprocess.run(["umount", scratch], check=True)
+
+
 def damage_a_bit(data: bytes) -> bytes:
     return data[:2000] + bytes([data[2000] ^ 1]) + data[2001:]
 
@@ -482,7 +516,7 @@ def test_a_configuration_of_docker_save_is_verified_by_its_name(tmp_path: Path) 
 
 
 def test_nothing_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="no such file"):
+    with pytest.raises(NotFound, match="no such file or directory"):
         open_archive(tmp_path / "nothing")
     with pytest.raises(Invalid, match="neither a directory nor a regular file"):
         open_archive(Path("/dev/null"))

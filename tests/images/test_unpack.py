@@ -143,10 +143,11 @@ def test_the_default_access_list_of_a_directory_below_changes_nothing(tmp_path: 
         directory("dir/sub"),
         Member("dir/sub/file"),
         Member("dir/fifo", type=tarfile.FIFOTYPE, mode=0o640),
+        Member("dir/made/file"),
     ]
     apply([make_tar(*members)], tmp_path)
     found = tree(tmp_path)
-    for name in ("dir/file", "dir/sub", "dir/sub/file", "dir/fifo"):
+    for name in ("dir/file", "dir/sub", "dir/sub/file", "dir/fifo", "dir/made", "dir/made/file"):
         assert found[name].xattrs == ()
     assert stat.S_IMODE(found["dir/file"].mode) == stat.S_IMODE(found["dir/fifo"].mode) == 0o640
 
