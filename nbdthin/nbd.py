@@ -53,8 +53,7 @@ from nbdthin.wire.proto import (
     TransmissionFlag,
 )
 
-PATIENCE = 30  # seconds that a server may take over each answer of the handshake; later none has a limit
-GOODBYE = 5  # seconds that it may take to close a connection that says it has no more to ask
+PATIENCE = 30  # seconds that a server may take over an answer of the handshake, and to say goodbye; nothing else ends
 IN_FLIGHT = 64  # requests
 WINDOW = 8 * MiB  # bytes of the reads or writes in flight
 REQUEST = MiB  # bytes of one READ or WRITE
@@ -122,32 +121,44 @@ def describe(uri: str) -> ExportFacts:
 
 
 def _agree(uri: str, option: Option, structured: bool) -> tuple[socket.socket, ExportFacts]:
-    family, address, name = _parse(uri)
-    connected = socket.socket(family, socket.SOCK_STREAM)
+    address, name = _parse(uri)
+    connected = _connected(uri, address)
     try:
-        connected.settimeout(PATIENCE)
-        connected.connect(address)
-        if family != socket.AF_UNIX:
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         facts = _Handshake(connected, uri, name).run(option, structured)
         connected.settimeout(None)
-    except OSError as error:
+    except BaseException as error:
         connected.close()
-        raise Unreachable(f"cannot connect to {uri}: {error.strerror or error}") from error
-    except EOFError as error:
-        connected.close()
-        raise Unreachable(f"the server at {uri} closed the connection in the handshake") from error
-    except struct.error as error:
-        connected.close()
-        raise _foreign(uri) from error
-    except BaseException:
-        connected.close()
+        match error:
+            case EOFError():
+                raise Unreachable(f"the server at {uri} closed the connection in the handshake") from error
+            case OSError():
+                raise Unreachable(f"the server at {uri} does not answer: {error.strerror or error}") from error
+            case struct.error():
+                raise _foreign(uri) from error
         raise
     return connected, facts
 
 
-def _parse(uri: str) -> tuple[socket.AddressFamily, str | tuple[object, ...], str]:
-    """Family and address of the server, name of the export."""
+def _connected(uri: str, address: str | tuple[str, int]) -> socket.socket:
+    try:
+        if isinstance(address, tuple):
+            connected = socket.create_connection(address, PATIENCE)  # whichever of a host's addresses answers
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return connected
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected.settimeout(PATIENCE)
+            connected.connect(address)
+        except BaseException:
+            connected.close()
+            raise
+        return connected
+    except OSError as error:
+        raise Unreachable(f"cannot connect to {uri}: {error.strerror or error}") from error
+
+
+def _parse(uri: str) -> tuple[str | tuple[str, int], str]:
+    """Where the server is, a path or a host and its port, and the name of the export."""
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port or NBD_PORT
@@ -157,13 +168,9 @@ def _parse(uri: str) -> tuple[socket.AddressFamily, str | tuple[object, ...], st
     if len(name.encode()) > proto.MAX_STRING:
         raise Invalid(f"the name of an export has at most {proto.MAX_STRING} bytes")
     if parts.scheme == "nbd+unix" and (paths := parse_qs(parts.query).get("socket")):
-        return socket.AF_UNIX, paths[0], name
+        return paths[0], name
     if parts.scheme == "nbd" and host:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise Unreachable(f"cannot connect to {uri}: {error.strerror or error}") from error
-        return found[0][0], found[0][4], name
+        return (host, port), name
     raise Invalid(f"not a URI of NBD: {uri!r} (write nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH)")
 
 
@@ -373,7 +380,7 @@ class Disk:
         with contextlib.suppress(OSError):
             self._socket.sendall(proto.REQUEST.pack(proto.REQUEST_MAGIC, 0, Command.DISC, 0, 0, 0))
             if not self._requests:
-                self._socket.settimeout(GOODBYE)
+                self._socket.settimeout(PATIENCE)
                 self._socket.recv(1)
         self._socket.close()
 

@@ -301,8 +301,13 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
         "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
         "scrub": [],
         "delta": [tmp_path / "filled", "a", "a"],
+        "import": [tmp_path / "raw", "imported", "--format", "raw"],
+        "export": ["imported", tmp_path / "exported"],
+        "send": ["a@1", "--output", tmp_path / "stream"],
+        "receive": ["received", "--input", tmp_path / "stream"],
     }
     with_names(tmp_path / "filled")
+    (tmp_path / "raw").write_bytes(bytes(512))
     # Two end with the daemon, and those of devices need root: devices/test_verbs.py.
     assert uses.keys() == VERBS.keys() - {"serve", "events"} - devices.VERBS.keys()
     for verb, arguments in uses.items():
@@ -617,14 +622,19 @@ def test_output_onto_a_full_disk_is_one_line_for_every_verb(daemon: Daemon, tmp_
         "dump": [tmp_path / "pool"],
         "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
         "delta": [tmp_path / "replaced", "a", "a"],
+        "import": [tmp_path / "dump", "imported", "--format", "raw"],
+        "export": ["imported", tmp_path / "exported"],
+        "send": ["a@1", "--output", tmp_path / "stream"],
+        "receive": ["received", "--input", tmp_path / "stream"],
     }
     assert uses.keys() == VERBS.keys() - devices.VERBS.keys()  # those need root: devices/test_verbs.py
     for verb, arguments in uses.items():
         status, errors = onto_a_full_disk(daemon, "--json", verb, *arguments)
         last = errors.splitlines()[-1] if verb == "serve" else errors.rstrip("\n")  # its log goes before
         assert (status, last) == (1, "nbdthin: cannot write output: No space left on device"), (verb, errors)
-    for option in ("--help", "--version", "info", "dump"):
-        more = [tmp_path / "pool"] if option == "dump" else []
+    with_arguments: dict[str, list[str | Path]] = {"dump": [tmp_path / "pool"], "send": ["a@1"], "export": ["a", "-"]}
+    for option in ("--help", "--version", "info", *with_arguments):
+        more = with_arguments.get(option, [])
         for unbuffered in ("", "1"):
             status, errors = onto_a_full_disk(daemon, option, *more, unbuffered=unbuffered)
             assert (status, errors) == (1, "nbdthin: cannot write output: No space left on device\n")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
@@ -13,7 +15,7 @@ from nbdthin import display
 from nbdthin.cli.verb import Verb, connect, path_argument, wants_json
 from nbdthin.control.codec import printable
 from nbdthin.control.rows import Export
-from nbdthin.errors import Invalid
+from nbdthin.errors import Error, Invalid
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -84,13 +86,24 @@ def _receive_arguments(parser: ArgumentParser) -> None:
 def _stdin() -> io.BufferedIOBase:
     if sys.stdin is None:
         raise Invalid("stdin is closed: nothing can be read from it")
+    if sys.stdin.isatty():
+        raise Invalid("stdin is a terminal: name a file, or put a pipe before it")
     return cast(io.BufferedIOBase, sys.stdin.buffer)
 
 
-def _stdout() -> io.BufferedIOBase:
+@contextlib.contextmanager
+def _stdout() -> Iterator[io.BufferedIOBase]:
+    """For data. Nobody else inside raises an OSError that has no name in it."""
     if sys.stdout.isatty():
         raise Invalid("stdout is a terminal: name a file, or put a pipe behind it")
-    return cast(io.BufferedIOBase, sys.stdout.buffer)
+    try:
+        yield cast(io.BufferedIOBase, sys.stdout.buffer)
+    except BrokenPipeError:  # whoever reads has enough, or has said what is wrong
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise Error(f"cannot write output: {error.strerror or error}") from error
 
 
 def _import(arguments: Namespace) -> Export:
@@ -118,8 +131,8 @@ def _export(arguments: Namespace) -> dict[str, str] | None:
         if arguments.file == "-":
             if arguments.format != "raw":
                 raise Invalid("what goes to stdout is raw (an image needs a file)")
-            with connected(pool, name) as disk:
-                export_pipe(disk, _stdout(), progress=bar)
+            with _stdout() as output, connected(pool, name) as disk:
+                export_pipe(disk, output, progress=bar)
             return None
         export_file(pool, name, path, format=arguments.format, force=arguments.force, progress=bar)
     return {"exported": arguments.file}
@@ -143,7 +156,8 @@ def _send(arguments: Namespace) -> dict[str, int] | None:
 
     with connect(arguments) as pool, Bar(f"send {arguments.snapshot or ''}", arguments) as bar:
         if arguments.output is None:
-            write(_stdout())
+            with _stdout() as output:
+                write(output)
             return None
         path = Path(arguments.output)
         with replacing(path, force=False) as partial, open(partial, "xb") as file, about(path):

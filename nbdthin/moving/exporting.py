@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ def export_file(
 
     A volume that changes meanwhile is no good copy: snapshot it. Raises Error, OSError.
     """
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(pool.info().pool.path)):
+        raise Invalid(f"{path} is inside the pool: an export goes elsewhere")
     with connected(pool, name) as disk:
         kind = stat.S_IFMT(path.stat().st_mode) if path.exists() else stat.S_IFREG
         if kind not in (stat.S_IFREG, stat.S_IFDIR) and format != "raw":
@@ -42,17 +45,17 @@ def export_file(
             with device(path, disk.size) as target:
                 copy(disk, target, disk.extents(), fresh=False, progress=progress)
         else:
-            with replacing(path, force=force) as partial, _made(partial, format, disk.size) as file:
+            with replacing(path, force=force) as partial, _made(partial, path, format, disk.size) as file:
                 copy(disk, file, disk.extents(), progress=progress)
 
 
 @contextlib.contextmanager
-def _made(path: Path, format: str, size: int) -> Iterator[Target]:
+def _made(path: Path, final: Path, format: str, size: int) -> Iterator[Target]:
     if format == "raw":
         with new_file(path, size) as file:
             yield file
     else:
-        with images.opened(images.create(path, format, size), writable=True) as disk:
+        with images.opened(images.create(path, format, size), writable=True, name=str(final)) as disk:
             yield disk
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import io
@@ -11,6 +12,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +21,12 @@ from nbdthin.pool.rows import Extent
 from nbdthin.units import MiB
 
 STEP = MiB  # bytes read at a time
+BEHIND = 32 * MiB  # bytes that are written before the disk begins with them
 _BLKZEROOUT = 0x127F  # linux/fs.h
+_SYNC_FILE_RANGE_WRITE = 2
+
+_libc = ctypes.CDLL(None)
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
 @contextlib.contextmanager
@@ -100,6 +107,13 @@ class RawTarget:
     def __init__(self, fd: int, path: Path) -> None:
         self._fd = fd
         self._path = path
+        self._written = 0  # bytes since the disk was last told to begin
+        self._beginning: Future[int] | None = None
+        self._thread = ThreadPoolExecutor(1)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        os.close(self._fd)
 
     def pipelined(self) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
@@ -109,6 +123,11 @@ class RawTarget:
             while data:
                 count = os.pwritev(self._fd, (data,), offset)
                 offset, data = offset + count, data[count:]
+                self._written += count
+        # What lies on the disk by the end has not to be waited for then. A disk that is busy lets even the call wait.
+        if self._written >= BEHIND and (self._beginning is None or self._beginning.done()):
+            self._beginning = self._thread.submit(_libc.sync_file_range, self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+            self._written = 0
 
     def zero(self, offset: int, length: int) -> None:
         """Of a block device; where the device can, it keeps a hole."""
@@ -128,6 +147,8 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
         raise Invalid(f"{path} is a directory")
     if final.exists() and not force:
         raise Exists(f"{path} exists already (--force replaces it)")
+    if not final.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     partial = final.with_name(f".nbdthin-{secrets.token_hex(8)}")
     try:
         yield partial
@@ -149,25 +170,21 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
 def new_file(path: Path, size: int) -> Iterator[RawTarget]:
     """A new file, all hole."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
+    with contextlib.closing(RawTarget(fd, path)) as target:
         with about(path):
             os.ftruncate(fd, size)
-        yield RawTarget(fd, path)
-    finally:
-        os.close(fd)
+        yield target
 
 
 @contextlib.contextmanager
 def device(path: Path, size: int) -> Iterator[RawTarget]:
     """A block device that nobody uses, of at least `size` bytes. Raises Invalid."""
     fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
-    try:
+    with contextlib.closing(RawTarget(fd, path)) as target:
         room = os.lseek(fd, 0, os.SEEK_END)
         if room < size:
             raise Invalid(f"{path} is too small: it has {room} bytes, not {size}")
-        yield RawTarget(fd, path)
-    finally:
-        os.close(fd)
+        yield target
 
 
 def read_pipe(pipe: io.BufferedIOBase) -> Iterator[tuple[int, memoryview]]:

@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from nbdthin import nbd
+from nbdthin.addresses import UnixAddress
+from nbdthin.control.codec import printable, shortened
 from nbdthin.errors import Error, Unreachable
 from nbdthin.pool.rows import Extent
 
@@ -45,7 +47,11 @@ def _images(path: Path, format: str | None, options: tuple[str, ...]) -> list[Im
     known = () if format is None else ("-f", format)
     said = json.loads(_run("qemu-img", "info", "--output=json", *options, *known, str(path.absolute())))
     facts = cast(list[dict[str, object]], said if isinstance(said, list) else [said])
-    return [Image(Path(str(fact["filename"])), str(fact["format"]), cast(int, fact["virtual-size"])) for fact in facts]
+    paths = (path, *(Path(str(fact["filename"])) for fact in facts[1:]))
+    return [
+        Image(each, str(fact["format"]), cast(int, fact["virtual-size"]))
+        for each, fact in zip(paths, facts, strict=True)
+    ]
 
 
 def own_extents(image: Image) -> list[Extent]:
@@ -61,32 +67,38 @@ def create(path: Path, format: str, size: int) -> Image:
 
 
 @contextlib.contextmanager
-def opened(image: Image, *, writable: bool = False) -> Iterator[nbd.Disk]:
-    """The image as a disk. What was written to it is in the file at the end. Raises Error."""
+def opened(image: Image, *, writable: bool = False, name: str = "") -> Iterator[nbd.Disk]:
+    """The image as a disk. What was written to it is in the file at the end. Errors call it `name`. Raises Error."""
+    name = shortened(printable(name or str(image.path)))
     mode = ("--discard=unmap",) if writable else ("--read-only",)
     with tempfile.TemporaryDirectory(prefix="nbdthin-") as directory, tempfile.TemporaryFile() as said:
         path = f"{directory}/sock"
-        command = ("qemu-nbd", *mode, "--format", image.format, "--export-name", "", "--socket", path)
+        command = ("qemu-nbd", *mode, "--format", image.format, "--export-name", name, "--socket", path)
         with _found("qemu-nbd"):
             process = subprocess.Popen(
                 (*command, str(image.path.absolute())), stdin=subprocess.DEVNULL, stdout=said, stderr=said
             )
         try:
-            with _connected(process, f"nbd+unix:///?socket={path}") as disk:
+            with _connected(process, UnixAddress(Path(path)).uri(name)) as disk:
                 yield disk
-            status = process.wait(PATIENCE)  # it ends with its last client
-        except Unreachable as error:
-            process.terminate()
-            process.wait()
-            said.seek(0)
-            raise Error(f"{image.path}: {_last_line(said.read()) or error}") from error
-        except BaseException:
-            process.terminate()
-            process.wait()
+            _check_end(process, said, name)  # it ends with its last client
+        except Unreachable:
+            _check_end(process, said, name)  # or is not what was lost
             raise
-        if status:
-            said.seek(0)
-            raise Error(f"{image.path}: {_last_line(said.read()) or f'qemu-nbd ended with status {status}'}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _check_end(process: subprocess.Popen[bytes], said: IO[bytes], name: str) -> None:
+    """Raises Error where qemu-nbd fails, with what it says of it."""
+    try:
+        status = process.wait(PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise Error(f"{name}: qemu-nbd has not finished it after {PATIENCE} s") from error
+    if status:
+        said.seek(0)
+        raise Error(f"{name}: {_last_line(said.read()) or f'qemu-nbd ended with status {status}'}")
 
 
 def _connected(process: subprocess.Popen[bytes], uri: str) -> nbd.Disk:
@@ -100,12 +112,12 @@ def _connected(process: subprocess.Popen[bytes], uri: str) -> nbd.Disk:
                 raise
 
 
-def _run(*command: str) -> bytes:
+def _run(*command: str) -> str:
     with _found(command[0]):
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
         raise Error(_last_line(done.stderr) or f"{command[0]} ended with status {done.returncode}")
-    return done.stdout
+    return done.stdout.decode(errors="surrogateescape")  # a file's name may be any bytes
 
 
 def _last_line(said: bytes) -> str:

@@ -146,7 +146,7 @@ class _Arrival:
                 if time.monotonic() >= due:
                     self._save()
                     due = time.monotonic() + SAVED_EVERY
-        self._disk.flush()
+        self._save()
 
     def _next(self, frames: Iterator[tuple[list[Record], int]]) -> tuple[list[Record], int] | None:
         try:
@@ -157,8 +157,9 @@ class _Arrival:
             raise
 
     def _save(self) -> None:
+        """Make durable what has come, and then say so. Raises what a write has failed with."""
+        self._disk.flush()
         if self._reached > self._saved:
-            self._disk.flush()
             token = Token(self._header.identity, self._header.base, self._reached)
             self._pool.label(self._volume, {TOKEN: str(token)})
             self._saved = self._reached

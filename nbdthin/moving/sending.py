@@ -16,6 +16,7 @@ from nbdthin.moving import identity, stream
 from nbdthin.moving.copying import Progress, unseen
 from nbdthin.moving.identity import Token
 from nbdthin.moving.reaching import connected
+from nbdthin.moving.stream import Batch
 from nbdthin.nbd import Disk
 from nbdthin.pool.rows import Extent
 
@@ -111,7 +112,7 @@ def _send(
     if base is None:
         ranges = [extent for extent in disk.extents(offset) if extent.data]
     else:
-        ranges = list(_from(offset, pool.diff(base.name, snapshot.name)))
+        ranges = list(_between(offset, snapshot.size, pool.diff(base.name, snapshot.name)))
     total = sum(extent.length for extent in ranges if extent.data)
     written = _write(output, writer.header(header))
     done = 0
@@ -124,52 +125,58 @@ def _send(
     return Sent(done, written)
 
 
-def _from(offset: int, extents: list[Extent]) -> Iterator[Extent]:
+def _between(start: int, end: int, extents: list[Extent]) -> Iterator[Extent]:
+    """Where a snapshot is smaller than the one before, they differ beyond its end, too."""
     for extent in extents:
-        end = extent.offset + extent.length
-        if end > offset:
-            start = max(offset, extent.offset)
-            yield Extent(start, end - start, extent.data)
+        first, last = max(start, extent.offset), min(end, extent.offset + extent.length)
+        if first < last:
+            yield Extent(first, last - first, extent.data)
 
 
 def _packed(disk: Disk, ranges: list[Extent], level: int) -> Iterator[tuple[bytes, int]]:
     """The payload of each frame, in order, and how much data is in it."""
-    waiting: deque[tuple[Future[bytes], int]] = deque()
+    waiting: deque[tuple[Future[bytes], Batch]] = deque()
+    spare = [Batch() for _ in range(AHEAD)]
     with ThreadPoolExecutor(THREADS) as threads:
-        for records, data in _frames(disk, ranges):
-            waiting.append((threads.submit(stream.pack_records, records, data, level), len(data)))
-            if len(waiting) >= AHEAD:
-                future, length = waiting.popleft()
-                yield future.result(), length
-        for future, length in waiting:
-            yield future.result(), length
+        batches = _batches(disk, ranges, spare)
+        while True:
+            if spare and (batch := next(batches, None)) is not None:
+                waiting.append((threads.submit(batch.packed, level), batch))
+            elif waiting:
+                future, batch = waiting.popleft()
+                yield future.result(), batch.data
+                spare.append(batch)
+            else:
+                return
 
 
-def _frames(disk: Disk, ranges: list[Extent]) -> Iterator[tuple[list[tuple[int, int, bool]], bytearray]]:
-    """Records and their data, as much as goes into one frame each."""
+def _batches(disk: Disk, ranges: list[Extent], spare: list[Batch]) -> Iterator[Batch]:
+    """Records and their data, as much as goes into one frame each; made of `spare`, which has one when this goes on."""
     pieces = disk.read_many((extent.offset, extent.length) for extent in ranges if extent.data)
-    records: list[tuple[int, int, bool]] = []
-    data = bytearray()
+    batch: Batch | None = None
     for extent in ranges:
         start, end = extent.offset, extent.offset + extent.length
         while start < end:
+            if batch is None:
+                batch = spare.pop()
+                batch.clear()
             if extent.data:
                 _, piece = next(pieces)
-                data += piece
-                length = len(piece)
+                batch.add(start, piece)
+                start += len(piece)
             else:
-                length = end - start
-            records.append((start, length, extent.data))
-            start += length
-            if len(data) >= stream.FULL or len(records) >= stream.RECORDS:
-                yield records, data
-                records, data = [], bytearray()
-    if records:
-        yield records, data
+                batch.add_zeroes(start, end - start)
+                start = end
+            if batch.full:
+                yield batch
+                batch = None
+    if batch is not None:
+        yield batch
 
 
-def _write(output: io.RawIOBase | io.BufferedIOBase, data: bytes) -> int:
-    view = memoryview(data)
-    while view:
-        view = view[output.write(view) or 0 :]
-    return len(data)
+def _write(output: io.RawIOBase | io.BufferedIOBase, parts: tuple[bytes, ...]) -> int:
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            view = view[output.write(view) or 0 :]
+    return sum(map(len, parts))

@@ -10,7 +10,7 @@ What is given to a reader's caller has been verified; nothing here knows pools o
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -29,7 +29,8 @@ VERSION = 1
 MAGIC = b"nbdthin stream\0\0"
 FRAME = struct.Struct("<III")  # kind, number, length of the payload; a checksum of these and the payload comes between
 CHECKSUM = struct.Struct("<Q")
-COUNT = struct.Struct("<Q")  # records in a frame; pairs follow: offset, twice the length and 1 where there is data
+COUNT = struct.Struct("<Q")  # records in a frame: the end of it, behind a PAIR for each, behind their data
+PAIR = struct.Struct("<QQ")  # offset, and twice the length, plus 1 where there is data
 
 MAX_PAYLOAD = 64 * MiB  # bytes, as they cross and as they are unpacked
 FULL = 4 * MiB  # bytes of data after which a writer ends a frame
@@ -70,27 +71,28 @@ class Input(Protocol):
 
 
 class Writer:
-    """Makes the bytes of a stream, in this order: `header`, any number of `frame`s, `end`."""
+    """Makes the bytes of a stream, in this order: `header`, any number of `frame`s, `end`. Each returns parts."""
 
     def __init__(self) -> None:
         self._number = 0
         self._seed = xxhash.xxh3_64_intdigest(MAGIC)
 
-    def header(self, header: Header) -> bytes:
-        return MAGIC + self._frame(Kind.HEADER, msgpack.packb(codec.plain(header)))
+    def header(self, header: Header) -> tuple[bytes, bytes]:
+        head, payload = self._frame(Kind.HEADER, msgpack.packb(codec.plain(header)))
+        return MAGIC + head, payload
 
-    def frame(self, packed: bytes) -> bytes:
-        """Of what `pack_records` made."""
+    def frame(self, packed: bytes) -> tuple[bytes, bytes]:
+        """Of what `Batch.packed` made."""
         return self._frame(Kind.RECORDS, packed)
 
-    def end(self) -> bytes:
+    def end(self) -> tuple[bytes, bytes]:
         return self._frame(Kind.END, b"")
 
-    def _frame(self, kind: Kind, payload: bytes) -> bytes:
+    def _frame(self, kind: Kind, payload: bytes) -> tuple[bytes, bytes]:
         head = FRAME.pack(kind, self._number, len(payload))
         self._number += 1
         self._seed = checksum(self._seed, head, payload)
-        return b"".join((head, CHECKSUM.pack(self._seed), payload))
+        return head + CHECKSUM.pack(self._seed), payload
 
 
 def checksum(seed: int, head: bytes, payload: bytes) -> int:
@@ -99,10 +101,37 @@ def checksum(seed: int, head: bytes, payload: bytes) -> int:
     return digest.intdigest()
 
 
-def pack_records(ranges: Sequence[tuple[int, int, bool]], data: bytes | bytearray, level: int = LEVEL) -> bytes:
-    """A frame's payload. `ranges`: offset, length and whether there is data, ascending; `data`: all of it, in order."""
-    pairs = np.array([(offset, length << 1 | holds) for offset, length, holds in ranges], dtype="<u8")
-    return zstandard.ZstdCompressor(level).compress(b"".join((COUNT.pack(len(ranges)), pairs.tobytes(), data)))
+class Batch:
+    """The records of a frame, collected in a buffer that is used again and again: new memory costs page faults."""
+
+    def __init__(self) -> None:
+        self._buffer = memoryview(bytearray(FULL + MiB + RECORDS * PAIR.size + COUNT.size))
+        self._pairs: list[int] = []
+        self.data = 0  # bytes
+
+    def clear(self) -> None:
+        self._pairs.clear()
+        self.data = 0
+
+    def add(self, offset: int, data: memoryview) -> None:
+        """Up to a MiB, to a batch that is not full."""
+        self._pairs += (offset, len(data) << 1 | 1)
+        self._buffer[self.data : self.data + len(data)] = data
+        self.data += len(data)
+
+    def add_zeroes(self, offset: int, length: int) -> None:
+        self._pairs += (offset, length << 1)
+
+    @property
+    def full(self) -> bool:
+        return self.data >= FULL or len(self._pairs) >= 2 * RECORDS
+
+    def packed(self, level: int) -> bytes:
+        """A frame's payload."""
+        pairs = np.array(self._pairs, dtype="<u8").tobytes() + COUNT.pack(len(self._pairs) // 2)
+        end = self.data + len(pairs)
+        self._buffer[self.data : end] = pairs
+        return zstandard.ZstdCompressor(level).compress(self._buffer[:end])
 
 
 class Reader:
@@ -170,18 +199,16 @@ class Reader:
             raw = memoryview(zstandard.ZstdDecompressor().decompress(payload))
         except zstandard.ZstdError as error:
             raise self._corrupt(f"a frame cannot be unpacked: {error}") from error
-        count = COUNT.unpack_from(raw)[0] if len(raw) >= COUNT.size else MAX_PAYLOAD
-        data = raw[COUNT.size + 16 * count :]
+        count = COUNT.unpack(raw[-COUNT.size :])[0] if len(raw) >= COUNT.size else MAX_PAYLOAD
+        start = len(raw) - COUNT.size - PAIR.size * count
         records = []
-        if COUNT.size + 16 * count <= len(raw):
-            pairs = np.frombuffer(raw, "<u8", 2 * count, COUNT.size).tolist()
-            for offset, tagged in zip(pairs[::2], pairs[1::2], strict=True):
+        position = 0
+        if start >= 0:
+            for offset, tagged in PAIR.iter_unpack(raw[start : -COUNT.size]):
                 length, holds = tagged >> 1, tagged & 1
-                if holds and length > len(data):
-                    break
-                records.append(Record(offset, length, data[:length] if holds else None))
-                data = data[length:] if holds else data
-        if len(records) != count or len(data):
+                records.append(Record(offset, length, raw[position : position + length] if holds else None))
+                position += length if holds else 0
+        if position != start:
             raise self._corrupt("a frame's records and its data do not match")
         return records
 

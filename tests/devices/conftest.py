@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +44,12 @@ def pool(served: Daemon) -> Iterator[nbdthin.Client]:
 def what_is_left() -> list[str]:
     """Of all attachments ever made here: directories, mounts, loop devices, processes."""
     run = state.run_directory()
-    places = [*Path("/sys/block").glob("loop*/loop/backing_file"), Path("/proc/self/mountinfo")]
-    lines = [line for place in places for line in place.read_text().splitlines() if str(run) in line]
-    return [*lines, *(str(path) for path in run.glob("*/*")), *(f"process {pid}" for pid in nbdfuse_processes())]
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # another's, which has just been detached
+            lines.append(f"{backing}: {backing.read_text()}")
+    lines += map(str, run.glob("*/*"))
+    return [*(line for line in lines if str(run) in line), *(f"process {pid}" for pid in nbdfuse_processes())]
 
 
 def nbdfuse_processes() -> list[int]:

@@ -71,6 +71,7 @@ def mend() -> None:
     assert what_is_left() == []
 
 
+@pytest.mark.slow
 def test_a_death_before_any_step_is_mended(pool: nbdthin.Client, served: Daemon, tmp_path: Path) -> None:
     make_file_system(pool, "v")
     status, step = DIED, 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import random
 import signal
 import stat
@@ -187,6 +189,7 @@ def test_a_device_is_read_and_overwritten(served: Daemon, pool: nbdthin.Client, 
         (("export", "nobody", "out"), "no volume or snapshot 'nobody'"),
         (("export", "taken", "."), "is a directory"),
         (("export", "taken", "no/where"), "No such file or directory"),
+        (("export", "taken", "no/where", "--format", "qcow2"), "no/where: No such file or directory"),
         (("export", "taken", "out", "--format", "wrong"), "wrong"),
         (("export", "taken", "-", "--format", "qcow2"), "raw"),
     ],
@@ -312,6 +315,23 @@ def test_two_imports_of_one_name_do_not_disturb_each_other(
     assert content(pool, "disk") == b"\1" * 4 * MiB
 
 
+def test_an_export_does_not_go_into_the_pool(served: Daemon, pool: nbdthin.Client) -> None:
+    pool.create("disk", MiB)
+    for path in (served.pool / "data", served.pool / "journal/x"):
+        assert "inside the pool" in refused(served, "export", "disk", path, "--force")
+    assert content(pool, "disk") == bytes(MiB)
+
+
+def test_without_qemu_raw_files_come_in_all_the_same(
+    served: Daemon, pool: nbdthin.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse(tmp_path / "in")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refused(served, "import", tmp_path / "in", "disk").startswith("qemu-img is missing (apt-get install")
+    said(served, "import", tmp_path / "in", "disk", "--format", "raw")
+    assert refused(served, "export", "disk", tmp_path / "out", "--format", "qcow2").startswith("qemu-img is missing")
+
+
 def test_a_full_pool_is_one_line_and_the_space_comes_back(tmp_path: Path) -> None:
     with running(tmp_path) as daemon:
         daemon.stop()
@@ -363,10 +383,23 @@ def test_a_full_file_system_below_an_export_is_one_line_and_leaves_nothing(
     run("mount", "-t", "tmpfs", "-o", "size=4m", "none", small)
     try:
         assert refused(served, "export", "disk", small / "out") == f"{small}/out: No space left on device"
-        assert "No space left" in refused(served, "export", "disk", small / "out", "--format", "qcow2")
+        image = refused(served, "export", "disk", small / "out", "--format", "qcow2")
+        assert image.startswith(f"no space is left to write '{small}/out'")
         assert list(small.iterdir()) == []
     finally:
         run("umount", small)
+
+
+def test_any_name_of_a_file_will_do(served: Daemon, pool: nbdthin.Client, tmp_path: Path) -> None:
+    expected = sparse(tmp_path / "in")
+    said(served, "import", tmp_path / "in", "disk")
+    for name in ("nbd:x", "a, b='c' %20?", "ä\n", os.fsdecode(b"\xff\xfe")):
+        path = tmp_path / name
+        said(served, "export", "disk", path, "--format", "qcow2")
+        said(served, "import", path, "again")
+        assert content(pool, "again") == expected
+        assert "exists already" in refused(served, "export", "disk", path)
+        pool.remove("again")
 
 
 def test_progress_counts_the_data(served: Daemon, pool: nbdthin.Client, tmp_path: Path) -> None:
@@ -374,6 +407,21 @@ def test_progress_counts_the_data(served: Daemon, pool: nbdthin.Client, tmp_path
     seen: list[tuple[int, int]] = []
     import_file(pool, tmp_path / "in", "disk", format="raw", progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] < SIZE
+
+
+def test_a_bar_shows_how_far_it_is_on_a_terminal_alone(served: Daemon, pool: nbdthin.Client, tmp_path: Path) -> None:
+    sparse(tmp_path / "in")
+    ours, theirs = pty.openpty()
+    line = [*nbdthin_command("import", tmp_path / "in", "disk", "--format", "raw"), "--socket", str(served.control)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    drawn = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while part := os.read(ours, 4096):
+            drawn += part
+    os.close(ours)
+    assert done.returncode == 0 and done.stdout.decode().strip() == served.uri("disk")
+    assert b"import disk" in drawn and b"MB/s" in drawn
 
 
 def test_json_says_what_was_made(served: Daemon, pool: nbdthin.Client, tmp_path: Path) -> None:

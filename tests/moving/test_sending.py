@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 import nbdthin
-from nbdthin.errors import Corrupt, Error, Exists, InUse, Invalid, NoSpace, NotFound
+from nbdthin.errors import Corrupt, Error, Exists, InUse, Invalid, NoSpace, NotFound, PoolFailed
 from nbdthin.moving import receiving
 from nbdthin.moving.identity import LABEL
 from nbdthin.moving.receiving import TOKEN, receive, resume_token
 from nbdthin.moving.sending import resume, send
-from nbdthin.units import GiB, KiB, MiB, TiB
+from nbdthin.units import KiB, MiB, TiB
 from tests.clients.daemon import Daemon, nbdthin_command, running
 
 from .conftest import content, disk, holes, names, refused, said
@@ -90,7 +90,7 @@ def test_differences_arrive_on_top_of_each_other(web: nbdthin.Client, other: nbd
 
 
 def test_a_difference_holds_what_differs_and_nothing_else(pool: nbdthin.Client, other: nbdthin.Client) -> None:
-    pool.create("disk", GiB)
+    pool.create("disk", 64 * MiB)
     with disk(pool, "disk") as each:
         each.write(0, random.Random(1).randbytes(8 * MiB))
         pool.snapshot("disk", "disk@1")
@@ -368,9 +368,8 @@ def test_a_write_that_fails_is_not_counted_as_come(tmp_path: Path, large: nbdthi
             same(large, "large@1", pool, "copy")
 
 
-def test_a_pool_that_cannot_keep_an_identity_sends_all_the_same(web: nbdthin.Client, other: nbdthin.Client) -> None:
-    labels = {f"label{number}": "x" for number in range(64)}
-    web.label("web@1", {"number": None, **labels})
+def test_the_label_of_an_identity_needs_its_place(web: nbdthin.Client, other: nbdthin.Client) -> None:
+    web.label("web@1", {f"label{number}": "x" for number in range(63)})
     with pytest.raises(Invalid, match="too many labels"):
         sent(web, "web@1")
     web.label("web@1", {"label0": None})
@@ -378,11 +377,25 @@ def test_a_pool_that_cannot_keep_an_identity_sends_all_the_same(web: nbdthin.Cli
     same(web, "web@1", other, "copy")
 
 
+def test_a_pool_that_can_keep_nothing_any_more_sends_all_the_same(
+    web: nbdthin.Client, other: nbdthin.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PoolFailed("the disk refused a sync")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nbdthin.Client, "label", refuse)
+        data = sent(web, "web@1")
+    received(other, "copy", data)
+    assert content(other, "copy") == content(web, "web@1")
+    assert LABEL not in web.show("web@1").labels
+
+
 def test_how_far_it_has_come_is_kept_on_the_way(
     large: nbdthin.Client, other: nbdthin.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiving, "SAVED_EVERY", 0)
-    tokens = []
+    tokens: list[str] = []
 
     class Looking(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:

@@ -11,7 +11,7 @@ import xxhash
 import zstandard
 
 from nbdthin.errors import Corrupt, Error, Invalid
-from nbdthin.moving.stream import Header, Reader, Record, Writer, checksum, pack_records
+from nbdthin.moving.stream import Batch, Header, Reader, Record, Writer, checksum
 from nbdthin.units import MiB
 
 HEADER = Header(
@@ -27,15 +27,27 @@ HEADER = Header(
 MAGIC = b"nbdthin stream\0\0"
 
 
+def packed(*records: tuple[int, int, bytes | None]) -> bytes:
+    batch = Batch()
+    for offset, length, data in records:
+        if data is None:
+            batch.add_zeroes(offset, length)
+        else:
+            batch.add(offset, memoryview(data))
+    return batch.packed(3)
+
+
+def joined(*parts: tuple[bytes, bytes]) -> bytes:
+    return b"".join(b"".join(each) for each in parts)
+
+
 def stream() -> bytes:
     writer = Writer()
-    return b"".join(
-        (
-            writer.header(HEADER),
-            writer.frame(pack_records([(0, 5, True), (4096, 8192, False), (65536, 3, True)], b"helloabc")),
-            writer.frame(pack_records([(MiB - 1, 1, True)], b"z")),
-            writer.end(),
-        )
+    return joined(
+        writer.header(HEADER),
+        writer.frame(packed((0, 5, b"hello"), (4096, 8192, None), (65536, 3, b"abc"))),
+        writer.frame(packed((MiB - 1, 1, b"z"))),
+        writer.end(),
     )
 
 
@@ -87,8 +99,8 @@ def test_a_stream_is_what_the_document_says() -> None:
         "offset": 0,
     }
     raw = zstandard.ZstdDecompressor().decompress(first[20:])
-    assert struct.unpack("<7Q", raw[:56]) == (3, 0, 11, 4096, 16384, 65536, 7)
-    assert raw[56:] == b"helloabc"
+    assert raw[:8] == b"helloabc"
+    assert struct.unpack("<7Q", raw[8:]) == (0, 11, 4096, 16384, 65536, 7, 3)
     assert end[20:] == b""
 
 
@@ -140,7 +152,7 @@ def test_frames_that_are_not_in_their_place_are_refused() -> None:
 
 def test_a_frame_of_another_stream_is_refused() -> None:
     writer = Writer()
-    other = writer.header(Header(1, "web@3", HEADER.identity, MiB, {}, None, None, 0))
+    other = joined(writer.header(Header(1, "web@3", HEADER.identity, MiB, {}, None, None, 0)))
     _, _, first, second, end = frames(stream())
     with pytest.raises(Corrupt):
         read(other + first + second + end)
@@ -157,7 +169,7 @@ def test_damage_is_reported_with_its_place() -> None:
 
 
 def _packed(count: int, pairs: list[int], data: bytes = b"") -> bytes:
-    raw = struct.pack(f"<{1 + len(pairs)}Q", count, *pairs) + data
+    raw = data + struct.pack(f"<{len(pairs) + 1}Q", *pairs, count)
     return zstandard.ZstdCompressor().compress(raw)
 
 
@@ -179,7 +191,7 @@ def _packed(count: int, pairs: list[int], data: bytes = b"") -> bytes:
         _packed(2, [0, 4, 1, 2]),
         _packed(0, [], bytes(65 * MiB)),
         _packed(1, [0, 2])[:-2],
-        zstandard.ZstdCompressor(write_content_size=False).compress(struct.pack("<3Q", 1, 0, 2)),
+        zstandard.ZstdCompressor(write_content_size=False).compress(struct.pack("<3Q", 0, 2, 1)),
     ],
 )
 def test_records_that_do_not_add_up_are_refused_although_their_checksum_is_right(payload: bytes) -> None:
@@ -234,7 +246,7 @@ def test_what_is_no_stream_is_refused() -> None:
 
 def test_an_empty_difference_is_a_stream() -> None:
     writer = Writer()
-    assert read(writer.header(HEADER) + writer.end()) == (HEADER, [])
+    assert read(joined(writer.header(HEADER), writer.end())) == (HEADER, [])
 
 
 def test_checksums_hang_on_what_came_before() -> None:
