@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 
 import nbdthin
+from nbdthin.cli import images
 from nbdthin.images.saving import save
 from tests.clients.daemon import Daemon
 from tests.conftest import need_root
 from tests.images.made import file, layout
 from tests.images.trees import directory, make_tar
-from tests.test_cli import as_json, refused, said
+from tests.test_cli import as_json, onto_a_full_disk, refused, said
 
 SYSTEM = make_tar(directory("etc"), file("etc/name", "system\n"), file("etc/old", "old\n"), directory("srv"))
 WEB = make_tar(file("srv/page", "<p>"))
@@ -101,6 +103,46 @@ def test_what_cannot_be_is_one_line(web: str, tmp_path: Path, daemon: Daemon) ->
         (("base", "grow", "default", "1M"), "a base never shrinks"),
     ):
         assert complaint in refused(daemon, *arguments)
+
+
+def uses(path: Path) -> dict[str, list[str | Path]]:
+    """Each verb with arguments that are good, in an order in which they are."""
+    return {
+        "base create": ["other", "--size", "64M"],
+        "base ls": [],
+        "base grow": ["other", "65M"],
+        "base rm": ["other"],
+        "image load": [path / "web"],
+        "image ls": [],
+        "image history": ["web:1"],
+        "image config": ["web:1"],
+        "image tag": ["web:1", "web:2"],
+        "container create": ["web:1", "a"],
+        "container start": ["a"],
+        "container ls": [],
+        "container diff": ["a"],
+        "image commit": ["a", "mine"],
+        "image save": ["mine", path / "saved"],
+        "container stop": ["a"],
+        "container rm": ["a"],
+        "image rm": ["mine"],
+    }
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_every_verb_prints_json(before: bool, web: str, tmp_path: Path, daemon: Daemon) -> None:
+    assert uses(tmp_path).keys() == images.VERBS.keys()
+    for verb, arguments in uses(tmp_path).items():
+        words = ["--json", *verb.split(), *arguments] if before else [*verb.split(), *arguments, "--json"]
+        value = json.loads(said(daemon, *words))
+        lists = (" ls", " load", " history", " diff")
+        assert isinstance(value, list if verb.endswith(lists) else dict), verb
+
+
+def test_output_onto_a_full_disk_is_one_line_for_every_verb(web: str, tmp_path: Path, daemon: Daemon) -> None:
+    for verb, arguments in uses(tmp_path).items():
+        status, errors = onto_a_full_disk(daemon, "--json", *verb.split(), *arguments)
+        assert (status, errors) == (1, "nbdthin: cannot write output: No space left on device\n"), verb
 
 
 def test_a_save_that_fails_leaves_nothing(web: str, tmp_path: Path, daemon: Daemon) -> None:
