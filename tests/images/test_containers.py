@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -321,6 +323,29 @@ def test_the_diff_of_a_container_is_what_docker_would_say(system: str, pool: nbd
     assert changed(pool, "a") == expected
     committing.commit(pool, "a", "mine")
     assert changed(pool, "a") == expected  # what it was made of stays its image
+
+
+DIES_FROZEN = """
+import os, pathlib, signal, sys
+import nbdthin
+from nbdthin.images import containers, store
+with nbdthin.connect(sys.argv[1]) as pool, store.locked(pool) as lock:
+    with containers.frozen(pathlib.Path(sys.argv[2]), lock):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_container_goes_on_when_what_froze_it_is_killed(
+    kind: str, tmp_path: Path, daemon: Daemon, pool: nbdthin.Client
+) -> None:
+    loaded(tmp_path, pool, kind)
+    containers.create(pool, "system:1", "a")
+    root = containers.start(pool, "a")
+    killed = subprocess.run([sys.executable, "-c", DIES_FROZEN, daemon.control, root])
+    assert killed.returncode == -signal.SIGKILL
+    with store.locked(pool):  # nobody has it before the file system is thawed
+        subprocess.run(["touch", root / "srv/thawed"], check=True, timeout=PATIENCE)
+    containers.stop(pool, "a")
 
 
 # -- running
