@@ -155,6 +155,26 @@ def test_of_a_clone_only_what_changed_is_read(old: Path, tmp_path: Path) -> None
         assert (before / "etc/passwd").stat().st_atime_ns == (after / "etc/passwd").stat().st_atime_ns == 0
 
 
+def test_a_change_time_of_whole_seconds_proves_nothing(tmp_path: Path) -> None:
+    need_root()
+    disks = tmp_path / "one", tmp_path / "two"
+    for disk in disks:
+        source = disk.with_suffix(".source")
+        source.mkdir()
+        (source / "file").write_text(disk.name)
+        for path in (source / "file", source):
+            os.utime(path, ns=(0, 10**9))
+        disk.touch()
+        os.truncate(disk, 8 << 20)
+        subprocess.run([need("mkfs.ext4"), "-q", "-I", "128", "-d", source, disk], check=True, stderr=subprocess.PIPE)
+        subprocess.run(["debugfs", "-w", "-R", "set_inode_field /file ctime 20200101000000", disk], check=True)
+    with mounted(disks[0], tmp_path / "before") as before, mounted(disks[1], tmp_path / "after") as after:
+        statuses = [(root / "file").stat() for root in (before, after)]
+        assert statuses[0].st_ctime_ns == statuses[1].st_ctime_ns
+        assert statuses[0].st_ino == statuses[1].st_ino
+        assert listed(before, after) == ["C /file"]
+
+
 @contextmanager
 def mounted(disk: Path, place: Path) -> Iterator[Path]:
     place.mkdir()

@@ -253,6 +253,13 @@ def test_a_hard_link_to_itself_changes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"x"
 
 
+def test_a_hard_link_that_would_replace_what_it_is_a_link_to_leaves_it(tmp_path: Path) -> None:
+    apply([make_tar(Member("dir/sub/file", b"x"))], tmp_path)
+    with pytest.raises(Error, match=r"^dir: it is a hard link to dir/sub/file, which it would replace$"):
+        apply([make_tar(hardlink("dir", "dir/sub/file"))], tmp_path)
+    assert (tmp_path / "dir/sub/file").read_bytes() == b"x"
+
+
 def test_a_hard_link_to_a_file_of_a_layer_below_is_that_file(tmp_path: Path) -> None:
     apply([make_tar(Member("usr/lib/file", b"x"), symlink("lib", "usr/lib"))], tmp_path)
     apply([make_tar(hardlink("link", "lib/file"))], tmp_path)

@@ -5,15 +5,17 @@
 URI=nbd://$NBD_HOST:$NBD_PORT
 
 # One process runs all verbs: under TCG, each start of Python would take seconds. Requests are sent again after 3 seconds
-# instead of 10. `die URI` is an attach that dies when the kernel has made a device, before anybody has heard which.
+# instead of 10. `die STEP URI` is an attach that dies before it saves its state for the STEPth time: before the second,
+# the kernel has made a device, and nobody has heard which.
 mkfifo /tmp/verbs /tmp/statuses
 python3 -c '
-import os
+import itertools, os, sys
 from nbdthin import cli, devices
 from nbdthin.devices import kernel
 
-def die(uri):
-    kernel.node = lambda name: os._exit(9)
+def die(step, uri):
+    steps = itertools.count(1)
+    sys.addaudithook(lambda event, _: event == "os.rename" and next(steps) == step and os._exit(9))
     devices.attach_uri(uri)
 
 kernel.REQUEST_TIMEOUT = 3
@@ -23,7 +25,7 @@ with open("/tmp/statuses", "w", buffering=1) as statuses:
         if words[0] != "die":
             status = cli.main(words)
         elif not (child := os.fork()):
-            die(words[1])
+            die(int(words[1]), words[2])
         else:
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(status, file=statuses)
@@ -94,6 +96,7 @@ touch /tmp/enough
 until_true [ -e /tmp/stopped ]
 [ -e /tmp/failed ] && fail "a write or a sync failed"
 step umount nbdthin umount /mnt
+step SIGKILL-behind host SIGKILL
 
 step attach-read-only nbdthin attach --read-only $URI/disk
 [ "$(cat /sys/block/nbd0/ro)" = 1 ] || fail "it can be written"
@@ -104,10 +107,12 @@ step umount-again umount /mnt
 step detach-again nbdthin detach /dev/nbd0
 dmesg | grep -E "I/O error|EXT4-fs (error|warning)" && fail "the kernel met an error"
 
-refused die nbdthin die $URI/disk
-is_free nbd0 && fail "there is no device to clean up"
-step mend nbdthin attach --cleanup
-is_free nbd0 || fail "the device is not free"
-step nothing-left nothing_left
+for number in 1 2 3; do
+    refused die-$number nbdthin die $number $URI/disk
+    [ $number = 1 ] || { is_free nbd0 && fail "there is no device to clean up"; }
+    step mend-$number nbdthin attach --cleanup
+    is_free nbd0 || fail "the device is not free"
+    nothing_left || fail "not all is gone: $(ls -R /run/nbdthin)"
+done
 no_watcher() { ! watcher >/dev/null; }
 step watcher-ends until_true no_watcher
