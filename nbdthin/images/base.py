@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nbdthin.control.client import Client
-from nbdthin.errors import Error, Exists, Invalid, NotFound
+from nbdthin.errors import Exists, Invalid, NotFound
 from nbdthin.images import store
 from nbdthin.images.programs import run
 from nbdthin.images.store import Base, Catalogue, FileSystem
@@ -120,6 +120,5 @@ def filled(pool: Client, file: Path) -> Iterator[str]:
             copy(source, disk, source.extents())
         yield volume
     except BaseException:
-        with contextlib.suppress(Error):  # else the next who holds the lock does it
-            pool.remove(volume)
+        store.give_up(pool)
         raise

@@ -238,13 +238,13 @@ def frozen(root: Path, lock: int) -> Iterator[None]:
     """
     # Below `root`, so that it cannot be unmounted while it is frozen. The trap: a Ctrl-C is for all of a terminal.
     command = ["sh", "-c", "trap '' INT TERM HUP; echo; read _; exec fsfreeze --unfreeze ."]
-    with subprocess.Popen(
+    thawing = subprocess.Popen(
         command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[lock]
-    ) as thawing:
-        assert thawing.stdin is not None and thawing.stdout is not None
+    )
+    assert thawing.stdin is not None and thawing.stdout is not None
+    try:
         thawing.stdout.read(1)
-        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        with _open_directory(root) as directory:
             try:
                 fcntl.ioctl(directory, _FIFREEZE)
             except OSError as error:
@@ -256,5 +256,16 @@ def frozen(root: Path, lock: int) -> Iterator[None]:
                 thawing.stdin.close()
                 if thawing.wait():
                     fcntl.ioctl(directory, _FITHAW)
-        finally:
-            os.close(directory)
+    finally:  # not Popen's own context: after a Ctrl-C that waits for a moment only
+        thawing.stdin.close()
+        thawing.stdout.close()
+        thawing.wait()
+
+
+@contextlib.contextmanager
+def _open_directory(path: Path) -> Iterator[int]:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield directory
+    finally:
+        os.close(directory)

@@ -16,7 +16,7 @@ from pathlib import Path
 from nbdthin import devices
 from nbdthin.control.client import Client
 from nbdthin.errors import Error, Invalid, NoSpace
-from nbdthin.images import archive, base, containers, store
+from nbdthin.images import archive, base, containers, interrupts, store
 from nbdthin.images.archive import Layer
 from nbdthin.images.config import Platform
 from nbdthin.images.progress import SILENT, Progress
@@ -77,8 +77,7 @@ def _load(
             store.seal(pool, volume, name, labels)
             store.move_tags(pool, catalogue, tags, name)
     except BaseException:
-        with contextlib.suppress(Error):  # else the next who holds the lock does it
-            store.drop_unfinished(pool)
+        store.give_up(pool)
         raise
     return Catalogue.of(pool).find(name)
 
@@ -91,11 +90,11 @@ def _unpack(
     if os.geteuid() != 0:
         raise Error("only root can mount a file system to unpack layers into it (or load it as one layer: --flatten)")
     names = []
-    with devices.mounted(pool, volume) as root:
+    with interrupts.held() as interrupt, devices.mounted(pool, volume) as root:
         for layer in layers:
             progress.layer(layer.name)
             with _space_explained(below), layer.chunks(file_system.size) as tar:
-                apply(_watched(tar, progress.advance), root)
+                apply(_watched(tar, progress.advance, interrupt), root)
                 name = catalogue.free_name("layer", layer.chain_id, file_system.uuid)
                 labels = {store.KIND: "layer", store.CHAIN: layer.chain_id, store.BUILDING: "1", **file_system.labels()}
                 with containers.frozen(root, lock):
@@ -104,8 +103,9 @@ def _unpack(
     return names
 
 
-def _watched(chunks: Iterator[bytes], advance: Callable[[int], None]) -> Iterator[bytes]:
+def _watched(chunks: Iterator[bytes], advance: Callable[[int], None], interrupt: Callable[[], None]) -> Iterator[bytes]:
     for chunk in chunks:
+        interrupt()
         advance(len(chunk))
         yield chunk
 

@@ -6,15 +6,15 @@ So the layers have the files of those that were loaded, and other digests; and a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from nbdthin import devices
 from nbdthin.control.client import Client
 from nbdthin.errors import Error
-from nbdthin.images import store
+from nbdthin.images import interrupts, store
 from nbdthin.images.changes import changes, write_layer
-from nbdthin.images.layout import GZIP, Layout, Written, new_layout
+from nbdthin.images.layout import GZIP, new_layout
 from nbdthin.images.progress import SILENT, Progress
 from nbdthin.images.store import Catalogue
 
@@ -36,16 +36,23 @@ def save(
             "the others were removed by other means than nbdthin image rm"
         )
     named = [tag for tag in image.tags if store.as_tag(reference) == tag]
-    with new_layout(path) as layout:
-        written = [
-            _write(layout, old, new, compression, progress, name) for name, old, new in _trees(pool, image.layers)
-        ]
+    written = []
+    with (
+        interrupts.held() as interrupt,
+        new_layout(path) as layout,
+        contextlib.closing(_trees(pool, image.layers)) as trees,
+    ):
+        for name, old, new in trees:
+            progress.layer(name)
+            with layout.layer(compression) as writer:
+                write_layer(changes(old, new), new, _watched(writer.write, progress.advance, interrupt))
+            written.append(writer.written)
         saved = config.with_layers([layer.diff_id for layer in written], config.history)
         layout.image(saved, written, named or image.tags)
     return saved.digest
 
 
-def _trees(pool: Client, layers: tuple[str, ...]) -> Iterator[tuple[str, Path | None, Path]]:
+def _trees(pool: Client, layers: tuple[str, ...]) -> Generator[tuple[str, Path | None, Path], None, None]:
     """Each layer with what is below it and what it is, mounted."""
     with contextlib.ExitStack() as last:
         old = None
@@ -58,19 +65,11 @@ def _trees(pool: Client, layers: tuple[str, ...]) -> Iterator[tuple[str, Path | 
             old = new
 
 
-def _write(
-    layout: Layout, old: Path | None, new: Path, compression: str | None, progress: Progress, name: str
-) -> Written:
-    progress.layer(name)
-    with layout.layer(compression) as writer:
-        write_layer(changes(old, new), new, _watched(writer.write, progress.advance))
-    return writer.written
-
-
 def _watched(
-    write: Callable[[bytes | memoryview], object], advance: Callable[[int], None]
+    write: Callable[[bytes | memoryview], object], advance: Callable[[int], None], interrupt: Callable[[], None]
 ) -> Callable[[bytes | memoryview], object]:
     def watched(data: bytes | memoryview) -> None:
+        interrupt()
         write(data)
         advance(len(data))
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from nbdthin import devices
-from nbdthin.control.client import Client
+from nbdthin.control.client import Client, connect
 from nbdthin.control.rows import Export
 from nbdthin.errors import Error, InUse, Invalid, NotFound
 from nbdthin.images.config import Config, chain_ids
@@ -336,6 +336,15 @@ def drop_unfinished(pool: Client, *, keep: Iterable[str] = ()) -> list[str]:
             devices.cleanup()  # it died with a volume mounted
             pool.remove(*names)
     return names
+
+
+def give_up(pool: Client) -> None:
+    """After a failure: remove what is unfinished. What cannot be, the next who holds the lock removes.
+
+    Over another connection, because one that was interrupted is closed.
+    """
+    with contextlib.suppress(Error), connect(pool.path) as other:
+        drop_unfinished(other)
 
 
 def remove(pool: Client, *references: str) -> list[str]:

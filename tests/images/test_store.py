@@ -191,7 +191,8 @@ def stopped_in_the_second_layer(
             assert loader.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         loader.send_signal(number)
-        assert loader.wait() == status
+        _, errors = loader.communicate()
+        assert loader.returncode == status, errors
 
 
 def test_a_load_that_was_killed_shows_no_image_and_the_next_goes_on_with_its_layers(
