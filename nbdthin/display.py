@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from nbdthin.control.codec import printable
@@ -83,13 +83,13 @@ def show_uri(export: Export) -> None:
 
 
 def show_exports(exports: Sequence[Export]) -> None:
-    show_table(_COLUMNS, _NUMBERS, [_cells(export) for export in exports])
+    show_table(_COLUMNS, [_cells(export) for export in exports], _NUMBERS)
 
 
-def show_table(columns: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """`numbers` are the columns that stand to the right."""
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()) -> None:
+    """Cells are printable text; `numbers` are the columns that are set to the right."""
     if sys.stdout.isatty():
-        _draw_table(columns, numbers, rows)
+        _draw_table(columns, rows, numbers)
         return
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
@@ -108,13 +108,13 @@ def _cells(export: Export) -> tuple[str, ...]:
     return (
         *_row_cells(export),
         export.parent or "-",
-        _moment(export.created),
+        moment(export.created),
         printable(", ".join(export.connections)) or "-",
         " ".join(_labels(export)) or "-",
     )
 
 
-def _draw_table(columns: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _draw_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -148,7 +148,7 @@ def _export_facts(export: Detail) -> Facts:
         yield "Reservation", "none" if export.reservation is None else _bytes(export.reservation)
         yield "Charged", _bytes(export.charged)
     yield "Parent", export.parent or "-"
-    yield "Created", _moment(export.created)
+    yield "Created", moment(export.created)
     yield "Read-only", "yes" if export.read_only else "no"
     yield "URI", export.uri or "-"
     for label in _labels(export):
@@ -158,7 +158,7 @@ def _export_facts(export: Detail) -> Facts:
 
 
 def show_event(event: Event) -> None:
-    print(f"{_moment(event.time)} {event.kind}: {printable(event.message)}")
+    print(f"{moment(event.time)} {event.kind}: {printable(event.message)}")
 
 
 def show_tree(nodes: Sequence[Node]) -> None:
@@ -173,11 +173,11 @@ def show_tree(nodes: Sequence[Node]) -> None:
         rows.append((f"{stems}{branch}{name}", *others))
     if not _can_draw():
         rows = [(name.translate(_ASCII), *others) for name, *others in rows]
-    show_table(ROW_COLUMNS, _NUMBERS, rows[::-1])
+    show_table(ROW_COLUMNS, rows[::-1], _NUMBERS)
 
 
 def show_disk_use(use: DiskUse) -> None:
-    show_table(ROW_COLUMNS, _NUMBERS, [_row_cells(row) for row in use.rows])
+    show_table(ROW_COLUMNS, [_row_cells(row) for row in use.rows], _NUMBERS)
     what = "this" if len(use.rows) == 1 else "all of these"
     print(f"removing {what} frees {_bytes(use.freed)} of {format_size(use.used)} in use")
 
@@ -241,7 +241,7 @@ def _pool_facts(pool: PoolInfo) -> Facts:
 
 
 def _process_facts(process: ProcessFacts) -> Facts:
-    yield "Started", _moment(process.started)
+    yield "Started", moment(process.started)
     yield "Memory", format_size(process.memory)
     yield "CPU", f"{process.cpu:.1f} s"
     yield "Threads", str(process.threads)
@@ -280,5 +280,5 @@ def _bytes(size: int) -> str:
     return f"{format_size(size)} ({size} bytes)"
 
 
-def _moment(seconds: float) -> str:
+def moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

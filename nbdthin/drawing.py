@@ -146,7 +146,7 @@ def show_map(shown: Map) -> None:
             for start in range(0, len(cells), TEXT_WIDTH):
                 print("".join(cells[start : start + TEXT_WIDTH]))
     rows = [_owner_cells(owner, _letter(ranks[place]), shown) for place, owner in enumerate(shown.owners)]
-    show_table(_OWNERS, _OWNERS[2:], rows)
+    show_table(_OWNERS, rows, _OWNERS[2:])
 
 
 def _text(cell: Cell, shown: Map, ranks: dict[int, int]) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from nbdthin.cli import VERBS, devices, main
+from nbdthin.cli import GROUPS, VERBS, devices, images, main
 from nbdthin.control.codec import MAX_MESSAGE
 from nbdthin.pool.pool import Pool
 from nbdthin.units import GiB, KiB
@@ -321,8 +321,8 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
     }
     with_names(tmp_path / "filled")
     (tmp_path / "raw").write_bytes(bytes(512))
-    # Two end with the daemon, and those of devices need root: devices/test_verbs.py.
-    assert uses.keys() == VERBS.keys() - {"serve", "events"} - devices.VERBS.keys()
+    # Two end with the daemon, and those of devices and images need root: devices/test_verbs.py, images/test_verbs.py.
+    assert uses.keys() == VERBS.keys() - {"serve", "events"} - devices.VERBS.keys() - images.VERBS.keys()
     for verb, arguments in uses.items():
         value = json.loads(said(daemon, "--json", verb, *arguments))
         assert isinstance(value, list if verb in ("ls", "tree", "diff", "delta") else dict), verb
@@ -573,8 +573,10 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 def test_help_names_every_verb() -> None:
-    text = said(None, "--help")
-    assert all(f"\n    {verb} " in text for verb in VERBS)
+    texts = {"": said(None, "--help"), **{group: said(None, group, "--help") for group in GROUPS}}
+    for verb in (*VERBS, *GROUPS):
+        group, _, last = verb.rpartition(" ")
+        assert f"\n    {last} " in texts[group]
 
 
 # -- where the output goes
@@ -645,7 +647,8 @@ def test_output_onto_a_full_disk_is_one_line_for_every_verb(daemon: Daemon, tmp_
         "receive": ["received", "--input", tmp_path / "stream"],
         "import-thin": no_devices(tmp_path),
     }
-    assert uses.keys() == VERBS.keys() - devices.VERBS.keys()  # those need root: devices/test_verbs.py
+    # Those of devices and images need root: devices/test_verbs.py, images/test_verbs.py.
+    assert uses.keys() == VERBS.keys() - devices.VERBS.keys() - images.VERBS.keys()
     for verb, arguments in uses.items():
         status, errors = onto_a_full_disk(daemon, "--json", verb, *arguments)
         last = errors.splitlines()[-1] if verb == "serve" else errors.rstrip("\n")  # its log goes before

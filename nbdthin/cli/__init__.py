@@ -20,7 +20,7 @@ from io import TextIOWrapper
 from typing import TextIO
 
 from nbdthin import __version__
-from nbdthin.cli import completion, devices, looking, moving, pools, thin, volumes
+from nbdthin.cli import completion, devices, images, looking, moving, pools, thin, volumes
 from nbdthin.cli.verb import DEFAULT_SOCKET, Verb, path_argument, print_json, wants_json
 from nbdthin.control.codec import printable, shortened
 from nbdthin.errors import Error
@@ -32,12 +32,13 @@ VERBS: dict[str, Verb] = {
     **pools.VERBS,
     **volumes.VERBS,
     **looking.VERBS,
+    **devices.VERBS,
+    **images.VERBS,
     **moving.VERBS,
     **thin.VERBS,
-    **devices.VERBS,
     **completion.VERBS,
 }
-GROUPS: dict[str, str] = {}  # the first words of verbs that have two
+GROUPS: dict[str, str] = {**images.GROUPS}  # the first words of verbs that have two
 
 
 def make_parser() -> ArgumentParser:

@@ -228,7 +228,7 @@ class Client(Changes[None]):
 
     def __init__(self, connected: socket.socket, path: str) -> None:
         self._socket = connected
-        self._path = path
+        self.path = path  # of the control socket
         self._batch: Batch | None = None  # while `batch` is open
 
     def close(self) -> None:
@@ -339,7 +339,7 @@ class Client(Changes[None]):
             raise
         except (OSError, EOFError, BadFrame) as error:
             self.close()
-            raise _lost(self._path, call, error) from error
+            raise _lost(self.path, call, error) from error
         except BaseException:
             self.close()
             raise

@@ -1,4 +1,6 @@
-"""Container images as files: reading archives, applying layers to a directory, comparing trees, writing OCI layouts.
+"""Container images and containers.
 
-Nothing here knows of pools: it is directories, files and tar streams.
+As files, in `config`, `archive`, `unpack`, `changes`, `layout`: reading archives, applying layers to a directory,
+comparing trees, writing OCI layouts; these know of no pool. As names of a pool, in `store`, `base`, `loading`,
+`committing`, `saving`, `containers`.
 """

@@ -551,10 +551,8 @@ def _gunzip(data: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _unzstd(data: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
     """All frames of the stream: zstd:chunked writes many, some of them skippable."""
-    try:
-        import zstandard
-    except ImportError:
-        raise Invalid("zstd needs a library: pip install 'nbdthin[images]'") from None
+    import zstandard
+
     source = _Joined(data, chunks)
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(

@@ -257,10 +257,8 @@ def _compressor(compression: str | None) -> _Compressor | None:
     if compression == GZIP:
         return zlib.compressobj(wbits=31)
     if compression == ZSTD:
-        try:
-            import zstandard
-        except ImportError:
-            raise Invalid("zstd needs a library: pip install 'nbdthin[images]'") from None
+        import zstandard
+
         return zstandard.ZstdCompressor(write_checksum=True).compressobj()
     if compression is None:
         return None

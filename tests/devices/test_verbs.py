@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import pytest
 
 import nbdthin
 from nbdthin.cli import devices as verbs
-from nbdthin.devices import doctor
+from nbdthin.devices import doctor, kernel
 from tests.clients.daemon import Daemon, nbdthin_command
 from tests.conftest import need, need_root
 from tests.devices.conftest import make_file_system
-from tests.test_cli import onto_a_full_disk, refused, said
+from tests.test_cli import onto_a_full_disk, refused, said, start
 
 
 def test_a_session(pool: nbdthin.Client, served: Daemon, tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_who_is_not_root_is_told_what_to_do(served: Daemon) -> None:
 def test_doctor_says_which_way_is_used_and_tries_the_pools_file_system(served: Daemon) -> None:
     need_root()
     lines = said(served, "doctor").splitlines()
-    assert lines[-1] == "attach uses nbdfuse and a loop device"
+    assert lines[-1] == f"attach uses {verbs.WAYS['nbd' if kernel.available() else 'loop']}"
     subjects = [line[4:].split(":")[0] for line in lines[:-1]]
     assert {"nbd module", "pyroute2", "fuse", "nbdfuse", "loop", "memlock"} <= set(subjects)
     assert any(line.startswith("ok  hole punching:") and str(served.pool) in line for line in lines)
@@ -101,11 +100,12 @@ def test_doctor_says_which_way_is_used_and_tries_the_pools_file_system(served: D
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(kernel, "MODULE", tmp_path / "none")
     need_root()
     diagnosis = doctor.diagnose(None)
     assert diagnosis.way is None
     assert doctor.Fact("nbdfuse", False, "not installed", "apt-get install libnbd-bin fuse3") in diagnosis.facts
-    done = subprocess.run(nbdthin_command("doctor"), capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 1
-    assert done.stderr == "nbdthin: nothing can be attached here: what says NO above is in the way\n"
+    done = start(None, "doctor")
+    assert done.status == 1
+    assert done.errors == "nbdthin: nothing can be attached here: what says NO above is in the way\n"
     assert all(fact.advice for fact in diagnosis.facts if not fact.good)
