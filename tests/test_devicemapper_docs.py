@@ -1,4 +1,4 @@
-"""What docs/devicemapper.md claims and no other test shows: of mounts on a full pool, of `info`, of options that change."""
+"""What docs/devicemapper.md claims and no other test shows."""
 
 from __future__ import annotations
 
