@@ -27,9 +27,9 @@ def test_a_mounted_file_system_on_a_full_pool_waits_for_space_and_goes_on(kind: 
     """Where Docker's XFS tried for ever, or shut down."""
     need_root()
     need("nbdfuse")
-    daemon = Daemon(tmp_path, size=128 * MiB)
+    daemon = Daemon(tmp_path, size=48 * MiB)
     daemon.config.write_text(daemon.config.read_text().replace("[server]", "auto_extend = false\n[server]"))
-    data = os.urandom(160 * MiB)
+    data = os.urandom(64 * MiB)
     with contextlib.closing(daemon):
         daemon.start()
         make_file_system(daemon.create("v", 320 * MiB), kind)
@@ -49,7 +49,7 @@ def test_a_mounted_file_system_on_a_full_pool_waits_for_space_and_goes_on(kind: 
                 pass
             assert writing.is_alive()
             assert (directory / "before").read_text() == "there"
-            pool.extend(256 * MiB)
+            pool.extend(128 * MiB)
             writing.join()
             assert (directory / "file").read_bytes() == data
         check_file_system(daemon.uri("v"), kind)
@@ -58,26 +58,19 @@ def test_a_mounted_file_system_on_a_full_pool_waits_for_space_and_goes_on(kind: 
 
 
 def test_every_field_of_docker_info_is_where_the_document_says(tmp_path: Path) -> None:
-    rows = re.findall(r"^\| (.+) \| `(info|show|base ls)`: (.+) \|$", DOCUMENT, re.MULTILINE)
+    rows = re.findall(r"^\| (.+) \| `(info|base ls)`: (.+) \|$", DOCUMENT, re.MULTILINE)
     assert rows
     with running(tmp_path) as daemon:
-        daemon.create("web", "1 MiB")
         daemon.create("gone", "1 MiB")
         client = rawclient.Client(daemon.socket, "gone")
         with daemon.connect() as pool:
             pool.remove("gone", deferred=True)
-        shown = {
-            "info": said(daemon, "info"),
-            "show": said(daemon, "show", "web"),
-            "base ls": said(daemon, "base", "ls"),
-        }
+        info, (columns, *_) = said(daemon, "info"), said(daemon, "base", "ls").splitlines()
         client.close()
     for _, verb, fields in rows:
         for field in re.findall(r"\*([^*]+)\*", fields):
-            if verb == "base ls":
-                assert field in shown[verb].splitlines()[0].split()
-            else:
-                assert re.search(rf"^ *{field}: ", shown[verb], re.MULTILINE), f"{verb} says no {field!r}"
+            there = field in columns.split() if verb == "base ls" else re.search(rf"^ *{field}: ", info, re.MULTILINE)
+            assert there, f"{verb} says no {field!r}"
 
 
 def test_what_a_pool_does_about_space_may_change_with_each_start(tmp_path: Path) -> None:
