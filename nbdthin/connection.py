@@ -193,13 +193,13 @@ class Connection(asyncio.BufferedProtocol):
         """Take what this client sends next past the transport: while nobody else asks for anything, a turn of the loop
         for each request would only cost. What ends the connection is left for the transport to find.
         """
-        poller, ready, fd = self._poller, self._ready, self._outbox.fd
+        poller, ready, fd, view, readv = self._poller, self._ready, self._outbox.fd, self._view, os.readv
         until = poller.time + TURN
         while poller.time < until and not (self._tasks or self._paused or self._closing):
             if not ready(0) and not poller.wait(ready):
                 return
             try:
-                nbytes = os.readv(fd, (self.get_buffer(-1),))
+                nbytes = readv(fd, (view[self._end :] if self._payload is None else self.get_buffer(-1),))
             except OSError:
                 return
             if not nbytes:

@@ -109,6 +109,9 @@ class Outbox:
 
     def flush(self) -> None:
         new, used = self._new, self.used
+        if used and not new and not self._queue and not self._closed:
+            self._flush_arena(used)
+            return
         if used:
             self.used = 0
             self.pending += used
@@ -142,6 +145,25 @@ class Outbox:
                 self.slow = True
                 self._changed()
         elif self.slow and not self.pending:  # what was put while the rest was sent kept it so
+            self.slow = False
+            self._loop.call_soon(self._changed)
+
+    def _flush_arena(self, used: int) -> None:
+        """Nothing but small replies, and nothing before them, as most of the time."""
+        self.used = 0
+        self._live.publish()
+        try:
+            sent = os.write(self.fd, self.arena[:used])
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._fail(error)
+            return
+        if sent < used:
+            self.pending += used - sent
+            self._queue.append(bytes(self.arena[sent:used]))
+            self._watch()
+        elif self.slow:
             self.slow = False
             self._loop.call_soon(self._changed)
 
