@@ -22,6 +22,7 @@ from nbdthin.pool import views
 TOP = Path(__file__).parent.parent
 CLI = (TOP / "docs/cli.md").read_text()
 PYTHON = (TOP / "docs/python.md").read_text()
+DEVICEMAPPER = (TOP / "docs/devicemapper.md").read_text()
 KEYS = {
     "pool": config.PoolConfig,
     "server": config.ServerConfig,
@@ -116,3 +117,60 @@ def test_every_attribute_is_documented(kind: type) -> None:
 
 def test_the_limits_are_those_of_the_pool() -> None:
     assert f"up to {pool_commands.MAX_LABELS}, text of up to {pool_commands.MAX_LABEL} bytes" in CLI
+
+
+def rows_of_devicemapper() -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in DEVICEMAPPER.splitlines() if re.match(r"\| [FP]\d+ \|", line)]
+
+
+def test_each_row_of_devicemapper_is_answered_once_and_with_tests() -> None:
+    rows = rows_of_devicemapper()
+    assert [row[0] for row in rows] == [f"F{n}" for n in range(1, 91)] + [f"P{n}" for n in range(1, 16)]
+    for row in rows:
+        assert row[2] in ("same", "better", "less", "not applicable"), row
+        assert len(row) == 5 or (len(row) == 4 and row[2] == "not applicable"), f"no test shows it: {row}"
+
+
+def test_every_test_that_devicemapper_names_is_there() -> None:
+    for row in rows_of_devicemapper():
+        for name in row[4].split() if len(row) > 4 else ():
+            found = re.fullmatch(r"`(tests/[\w/]+\.py)::(test_\w+)`", name)
+            assert found is not None, f"not the name of a test: {name}"
+            text = (TOP / found[1]).read_text()
+            assert re.search(rf"^(async )?def {found[2]}\(", text, re.MULTILINE), f"there is no {name}"
+
+
+def test_devicemapper_knows_the_options_and_the_keys_by_their_names() -> None:
+    keys = re.findall(r"`\[+(\w+)\]+ (\w+)", DEVICEMAPPER)
+    assert keys
+    for table, key in keys:
+        assert key in {field.name for field in dataclasses.fields(KEYS[table])}, key
+    options = re.findall(r"`(?!lvconvert)([a-z][a-z -]*?) (--[a-z-]+)`", DEVICEMAPPER)
+    assert options
+    for verb, option in options:
+        parser = argparse.ArgumentParser(add_help=False)
+        cli.VERBS[verb].arguments(parser)
+        assert option in parser._option_string_actions, f"{verb} has no {option}"
+
+
+def test_the_options_and_fields_of_docker_are_all_answered() -> None:
+    def rows(title: str) -> list[str]:
+        text = DEVICEMAPPER.split(f"\n### {title}\n")[1].split("\n#")[0]
+        return re.findall(r"^\| (.+?) \| .+ \|$", text, re.MULTILINE)[1:]
+
+    assert (len(set(rows("The options"))), len(set(rows("The fields of docker info")))) == (23, 20)
+    assert sum(len(row.split(", ")) for row in rows("The tools")) == 13
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of its headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (TOP / "docs").glob("*.md"))])
+def test_every_link_leads_somewhere(page: str) -> None:
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", (TOP / page).read_text()):
+        target = (TOP / page).parent / file if file else TOP / page
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"

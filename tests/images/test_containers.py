@@ -19,7 +19,7 @@ from nbdthin.images.store import Catalogue
 from nbdthin.units import GiB, KiB, MiB
 from tests.clients import libnbd
 from tests.clients.daemon import PATIENCE, Daemon, run
-from tests.clients.hostmount import check_file_system
+from tests.clients.hostmount import check_file_system, wait_until
 from tests.conftest import need, need_root
 from tests.images.made import file, layout
 from tests.images.trees import directory, make_tar
@@ -109,6 +109,24 @@ def test_starting_twice_and_stopping_twice_change_nothing(system: str, pool: nbd
     containers.stop(pool, "a")
     containers.stop(pool, "a")
     assert found(pool, "a").root is None
+
+
+def test_a_container_that_is_mounted_with_options_is_started(
+    system: str, tmp_path: Path, daemon: Daemon, pool: nbdthin.Client
+) -> None:
+    """With `discard` it gives back the space of a removed file by itself."""
+    containers.create(pool, system, "a")
+    root = tmp_path / "root"
+    root.mkdir()
+    devices.mount(pool, "container/a", root, options=["discard"])
+    assert containers.start(pool, "a") == root
+    (root / "srv/big").write_bytes(os.urandom(32 * MiB))
+    run("sync", "-f", root)
+    full = daemon.data_used()
+    (root / "srv/big").unlink()
+    run("sync", "-f", root)
+    wait_until(lambda: daemon.data_used() < full - 31 * MiB, "the file's space has come back")
+    containers.stop(pool, "a")
 
 
 def test_names_with_slashes_have_roots_of_their_own(system: str, pool: nbdthin.Client) -> None:

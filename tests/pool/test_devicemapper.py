@@ -9,6 +9,7 @@ import pytest
 
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.rows import Extent
+from nbdthin.pool.volume import ZERO
 from nbdthin.units import GiB, KiB, MiB
 
 from .conftest import BLOCK, SUB, Pools, Writes, contents, pattern, used
@@ -149,3 +150,24 @@ def test_a_thousand_containers_cost_one_record_each_and_no_block(image: Pool) ->
             image.clone("app:1", f"c{number}")
     assert used(image) == before
     assert image.info().journal - journal < 1000 * 100
+
+
+def test_containers_of_one_image_are_read_from_one_place(image: Pool) -> None:
+    """So the page cache below the pool holds an image once: what one container has read, the others find there."""
+    for number in range(5):
+        image.clone("app:1", f"c{number}")
+    names = ["app:1", *(f"c{number}" for number in range(5))]
+    (places,) = {tuple(image.volume(name).segments(0, 8 * BLOCK)) for name in names}
+    assert sum(length for _, length in places) == 8 * BLOCK and ZERO not in dict(places)
+
+
+def test_what_a_removed_container_held_goes_back_to_the_file_system(image: Pool) -> None:
+    def taken() -> int:
+        return image.data.path.stat().st_blocks * 512
+
+    before = taken()
+    image.volume("web").write(100 * BLOCK, pattern(16 * MiB))
+    image.commit()
+    assert taken() >= before + 16 * MiB
+    image.remove("web")
+    assert taken() <= before + BLOCK, "the file system may need a block to say where the holes are"
