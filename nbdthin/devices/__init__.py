@@ -143,7 +143,7 @@ def cleanup() -> list[str]:
         with state.held(found.id, wait=False) as attachment:
             if attachment is not None and not (attachment.phase.stays and _alive(attachment)):
                 try:
-                    _undo(attachment)
+                    _undo(attachment, dead=attachment.phase.stays)
                     names.append(attachment.name)
                 except Error as error:
                     problems.append(str(error))
@@ -291,7 +291,10 @@ def _alive(attachment: Attachment) -> bool:
     found = _find_devices(attachment)
     if attachment.phase is Phase.MOUNTED and not any(map(mounts.mounted_at, found)):
         return False
-    return bool(found) and (attachment.way == "nbd" or any(fuse.find(attachment.disk)))
+    if attachment.way == "nbd" or not found:
+        return bool(found)
+    # nbdfuse learns that its server is gone when it asks for something.
+    return any(fuse.find(attachment.disk)) and all(map(loop.answers, found))
 
 
 def _find_devices(attachment: Attachment) -> list[Path]:
@@ -299,10 +302,13 @@ def _find_devices(attachment: Attachment) -> list[Path]:
     return list(kernel.find(attachment.id) if attachment.way == "nbd" else loop.find(attachment.disk))
 
 
-def _undo(attachment: Attachment) -> None:
-    """Take away whatever there is of it, from any point of its making or undoing on. Raises InUse."""
+def _undo(attachment: Attachment, *, dead: bool = False) -> None:
+    """Take away whatever there is of it, from any point of its making or undoing on; its server may be `dead`.
+
+    Raises InUse.
+    """
     attachment = attachment.save(phase=Phase.DETACHING)
-    dead = attachment.way == "loop" and not any(fuse.find(attachment.disk))
+    dead = attachment.way == "loop" and (dead or not any(fuse.find(attachment.disk)))
     for device in _find_devices(attachment):
         for directory in mounts.mounted_at(device):
             mounts.unmount(directory, lazily=dead)

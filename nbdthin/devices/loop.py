@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from struct import Struct
@@ -17,6 +18,7 @@ from nbdthin.devices.nodes import BLOCK, node, wait_free
 from nbdthin.errors import Error
 
 CONTROL = Path("/dev/loop-control")
+PATIENCE = 5.0  # seconds for a read
 
 _CLR_FD = 0x4C01
 _CONFIGURE = 0x4C0A  # since Linux 5.8
@@ -66,6 +68,24 @@ def find(file: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # it has just been detached
             if backing.read_text().rstrip("\n") == str(file):
                 yield node(backing.parts[3])
+
+
+def answers(device: Path) -> bool:
+    """Can its first sector be read? It is held to be where that takes long, as of a server that has stopped for a while.
+
+    By another process: one that waits for a disk cannot be ended.
+    """
+    reader = subprocess.Popen(
+        ["dd", f"if={device}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        return reader.wait(PATIENCE) == 0
+    except subprocess.TimeoutExpired:
+        reader.kill()
+        return True
 
 
 def detach(device: Path) -> None:

@@ -287,6 +287,19 @@ def test_a_device_whose_server_has_died_is_cleaned_up_though_it_is_in_use(
     served.start()
 
 
+def test_devices_whose_server_has_died_are_cleaned_up_though_nobody_has_asked_them_for_anything_since(
+    pool: nbdthin.Client, served: Daemon, directory: Path
+) -> None:
+    make_file_system(pool, "v")
+    pool.create("other", MiB)
+    devices.mount(pool, "v", directory)
+    devices.attach(pool, "other")
+    served.kill()
+    assert sorted(devices.cleanup()) == ["other", "v"]
+    assert what_is_left() == []
+    served.start()
+
+
 def test_what_was_written_after_the_server_died_is_said_to_be_lost(pool: nbdthin.Client, served: Daemon) -> None:
     pool.create("v", MiB)
     disk = os.open(devices.attach(pool, "v").path, os.O_RDWR)
