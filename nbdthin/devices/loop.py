@@ -71,7 +71,7 @@ def find(file: Path) -> Iterator[Path]:
 
 
 def answers(device: Path) -> bool:
-    """Can its first sector be read? It is held to be where that takes long, as of a server that has stopped for a while.
+    """Can its first sector be read? Where that takes long it is held to be: a server may stop for a while.
 
     By another process: one that waits for a disk cannot be ended.
     """
