@@ -164,6 +164,23 @@ def test_mapped(tmp_path: Path) -> None:
     assert list(images.iterdir()) == []
 
 
+def test_containers(tmp_path: Path) -> None:
+    """They are told what they read back."""
+    need_root()
+    for program in ("nbdfuse", "fusermount3", "mkfs.ext4", "qemu-img"):
+        need(program)
+    report = tmp_path / "report.json"
+    images = tmp_path / "images"
+    images.mkdir()
+    with start(images, "--only", "^containers/", "--json", str(report)) as bench:
+        table, said = bench.communicate(timeout=240)
+    assert bench.returncode == 0, table + said
+    (trial,) = json.loads(report.read_text())["trials"]
+    assert trial["failure"] is None and trial["figures"]["at_once"] == 16
+    assert all(figure > 0 for figure in trial["figures"].values())
+    assert list(images.iterdir()) == []
+
+
 def test_a_server_that_gives_back_other_data_fails_the_bench(tmp_path: Path) -> None:
     with start(tmp_path, "--seconds", "1", "--only", "read-4k-d1/nbdkit file") as bench:
         until(lambda: "fio" in {process.name() for process in working_in(tmp_path)})  # the image is filled by then

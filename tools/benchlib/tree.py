@@ -55,20 +55,20 @@ class Tree:
         if not self._debian:
             return _smaller(self._directory / "root")
         root = self._directory / "root"
-        _tool("debootstrap", "--variant=minbase", _SUITE, root, _mirror())
+        run_tool("debootstrap", "--variant=minbase", _SUITE, root, _mirror())
         return root
 
     @cached_property
     def _image(self) -> Path:
         path = self._directory / "root.img"
         images.make_sparse(path, self.size)
-        _tool("mke2fs", "-q", "-t", "ext4", "-d", self._root, path)
+        run_tool("mke2fs", "-q", "-t", "ext4", "-d", self._root, path)
         return path
 
     @cached_property
-    def _archive(self) -> Path:
+    def archive(self) -> Path:
         path = self._directory / "root.tar"
-        _tool("tar", "-C", self._root, "--numeric-owner", "-cf", path, ".")
+        run_tool("tar", "-C", self._root, "--numeric-owner", "-cf", path, ".")
         return path
 
     def put_in(self, export: Export) -> None:
@@ -100,28 +100,28 @@ class Tree:
 
         try:
             yield go
-            _tool("cmp", image, copy)
+            run_tool("cmp", image, copy)
         finally:
             copy.unlink(missing_ok=True)
 
     @contextmanager
     def unpack(self, export: Export) -> Go:
         """The time ends when the file system is unmounted: all that tar wrote has been sent."""
-        archive = self._archive
+        archive = self.archive
         directory = self._directory / "mounted"
         directory.mkdir(exist_ok=True)
-        with _as_file(export.uri, self._directory) as disk, ExitStack() as mounted:
-            _tool("mkfs.ext4", "-q", "-F", disk)
-            mounted.enter_context(_mounted(disk, directory, "rw"))
+        with _as_file(export.uri, self._directory) as disk, ExitStack() as undo:
+            run_tool("mkfs.ext4", "-q", "-F", disk)
+            undo.enter_context(mounted(disk, directory, "rw"))
 
             def go() -> float:
-                _tool("tar", "-C", directory, "--numeric-owner", "-xpf", archive)
-                mounted.close()
+                run_tool("tar", "-C", directory, "--numeric-owner", "-xpf", archive)
+                undo.close()
                 return archive.stat().st_size / MiB
 
             yield go
-            with _mounted(disk, directory, "ro"):
-                _tool("tar", "-C", directory, "--numeric-owner", "--compare", "-f", archive)
+            with mounted(disk, directory, "ro"):
+                run_tool("tar", "-C", directory, "--numeric-owner", "--compare", "-f", archive)
 
 
 def _smaller(path: Path) -> Path:
@@ -137,7 +137,7 @@ def _allocated(path: Path) -> float:
 
 def _mirror() -> str:
     """Where this machine's own apt finds Debian."""
-    told = _tool("apt-get", "indextargets", "--format", "$(REPO_URI)", "Origin: Debian")
+    told = run_tool("apt-get", "indextargets", "--format", "$(REPO_URI)", "Origin: Debian")
     found = [url for url in told.split() if re.search("/debian/?$", url)]
     return found[0] if found else "http://deb.debian.org/debian"
 
@@ -164,12 +164,12 @@ def _as_file(uri: str, directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _mounted(disk: Path, directory: Path, how: str) -> Iterator[None]:
-    _tool("mount", "-o", f"loop,{how}", disk, directory)
+def mounted(disk: Path, directory: Path, how: str) -> Iterator[None]:
+    run_tool("mount", "-o", f"loop,{how}", disk, directory)
     try:
         yield
     finally:
-        _tool("umount", directory)
+        run_tool("umount", directory)
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
@@ -186,10 +186,10 @@ def _nbdcopy(source: str | Path, destination: str | Path) -> None:
     With several, nbdcopy 1.14 sends nbdkit's cow every third time or so what that takes for a bad message, and either
     says "external event 1 is invalid in state READY" or waits for ever.
     """
-    _tool("nbdcopy", "--connections=1", source, destination)
+    run_tool("nbdcopy", "--connections=1", source, destination)
 
 
-def _tool(*argv: str | Path) -> str:
+def run_tool(*argv: str | Path) -> str:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=_TOOL_ENDS)
     except subprocess.TimeoutExpired as error:

@@ -1,5 +1,6 @@
 """What depends on the size of the mapping, and has no peer to be compared with: nbdthin against its own limits.
 
+    containers  what images and containers take on this machine (containers.py)
     load        how long a pool of 16 times `mapped` blocks takes to open, and how much memory
     checkpoint  what writing a checkpoint of `mapped` blocks does to the reads beside it, one at a time and 16
     merge       what merging a removed snapshot does to them
@@ -23,12 +24,13 @@ import numpy as np
 
 from nbdthin.units import GiB, MiB
 
-from . import bigpool, images, latency
+from . import bigpool, containers, images, latency
 from .client import Client
 from .errors import BenchError
 from .latency import Span
 from .process import Daemon
 from .rounds import Plan
+from .tree import mount_missing
 
 LOADED = 16  # times as many blocks in the pool that is loaded
 LOAD_SECONDS = 2.0
@@ -47,12 +49,13 @@ class Trial:
     title: str
     run: Callable[[Path, Plan], dict[str, float]]
     limits: dict[str, float]
+    image: str = "mapped"
     figures: dict[str, float] = field(default_factory=dict)
     failure: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.key}/nbdthin/mapped"
+        return f"{self.key}/nbdthin/{self.image}"
 
     def missed(self, plan: Plan) -> list[str]:
         """The figures beyond their limits."""
@@ -153,9 +156,12 @@ def trials() -> list[Trial]:
             for kind, what in (("checkpoint", "checkpoints"), ("merge", "merges"))
             for depth in (1, 16)
         ),
+        *([] if mount_missing() else [Trial("containers", "images and containers", containers.run, _STARTS, "images")]),
     ]
 
 
 _LOAD_LIMITS = {"load_seconds": LOAD_SECONDS, "peak_bytes": float(LOAD_BYTES)}
+# containerd's devmapper snapshotter takes 66 ms to make one and 50 ms to mount it, one at a time (containerd #12335).
+_STARTS = {"load_over_tar": 1 / 0.6, "start_ms": 116.0, "at_once_seconds": 11.6}
 _P99_LIMIT = {"p99_ratio": P99_RATIO}
 assert LOADED * _LIMITS_FROM * bigpool.BLOCK_SIZE == 1024 * GiB
