@@ -60,14 +60,17 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nbdthin {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    of_group = {}
-    for group, doc in GROUPS.items():
-        own = verbs.add_parser(group, help=doc, description=doc, parents=[common], allow_abbrev=False)
-        of_group[group] = own.add_subparsers(metavar="VERB", required=True)
+    of_group = {"": verbs}
     for name, verb in VERBS.items():
         group, _, last = name.rpartition(" ")
-        among = of_group[group] if group else verbs
-        own = among.add_parser(last, help=verb.doc, description=verb.doc, parents=[common], allow_abbrev=False)
+        if group not in of_group:
+            own = verbs.add_parser(
+                group, help=GROUPS[group], description=GROUPS[group], parents=[common], allow_abbrev=False
+            )
+            of_group[group] = own.add_subparsers(metavar="VERB", required=True)
+        own = of_group[group].add_parser(
+            last, help=verb.doc, description=verb.doc, parents=[common], allow_abbrev=False
+        )
         own.set_defaults(verb=name)
         verb.arguments(own)
     return parser
