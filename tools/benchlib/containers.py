@@ -86,7 +86,7 @@ def _image(archive: Path, path: Path) -> Path:
 
 def _unpack(tree: Tree, disk: Path) -> float:
     """Seconds until all that tar wrote onto a fresh ext4 is in its file, as all of a loaded image is in the pool."""
-    directory = disk.with_suffix(".mounted")
+    directory = disk.with_name(f"{disk.name}.mounted")
     directory.mkdir()
     images.make_sparse(disk, tree.size * 2)
     run_tool("mkfs.ext4", "-q", "-F", disk)
