@@ -193,13 +193,13 @@ class Connection(asyncio.BufferedProtocol):
         """Take what this client sends next past the transport: while nobody else asks for anything, a turn of the loop
         for each request would only cost. What ends the connection is left for the transport to find.
         """
-        poller, ready, fd, view, readv = self._poller, self._ready, self._outbox.fd, self._view, os.readv
+        poller, ready, fd = self._poller, self._ready, self._outbox.fd
         until = poller.time + TURN
         while poller.time < until and not (self._tasks or self._paused or self._closing):
             if not ready(0) and not poller.wait(ready):
                 return
             try:
-                nbytes = readv(fd, (view[self._end :] if self._payload is None else self.get_buffer(-1),))
+                nbytes = os.readv(fd, (self.get_buffer(-1),))
             except OSError:
                 return
             if not nbytes:
@@ -442,10 +442,7 @@ class Connection(asyncio.BufferedProtocol):
             if command == _WRITE:
                 start, stop = position + _REQUEST_HEADER, position + _REQUEST_HEADER + length
                 if plain and stop <= end and length <= PIECE and overwrite(offset, view[start:stop]):
-                    self._writes += 1
-                    used = outbox.room(_SIMPLE_HEADER)
-                    _pack_simple_into(outbox.arena, used, _SIMPLE_MAGIC, 0, cookie)
-                    outbox.used = used + _SIMPLE_HEADER
+                    self._written(flags, cookie)
                     position = stop
                     continue
                 position = self._take_write(position, flags, cookie, offset, length, error)

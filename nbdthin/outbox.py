@@ -185,12 +185,10 @@ class Outbox:
         if self.fd >= 0:
             self._unwatch()
             self.fd = -1
-            if self._lent is not None and self._lent.unread():
-                self._lent.abandon()
-            else:
-                if self._lent is not None:
-                    self._live.lenders.discard(self._lent)
+            if self._lent is None:
                 self._socket.close()
+            else:
+                self._live.lenders.end(self._lent)
 
     def _fail(self, error: OSError) -> None:
         self.close()
@@ -203,7 +201,7 @@ class Outbox:
         while self._queue:
             head = self._queue[0]
             if self._lent is not None and isinstance(head, Range):
-                wanted = self._lendable(head)
+                wanted = self._ready(head, PIECE)
                 sent = self._lend(self._lent, head, wanted) if wanted else 0
             else:
                 parts, wanted = self._next()
@@ -219,14 +217,13 @@ class Outbox:
                 return
 
     def _next(self) -> tuple[list[Buffer], int]:
-        """What to send now, and its length."""
+        """What to send now, and its length; without ranges where they are lent."""
         parts: list[Buffer] = []
         wanted = 0
         for each in self._queue:
-            if not isinstance(each, Range):
-                part: Buffer | None = each
-            else:
-                part = self._mapped(each, PIECE - wanted) if self._lent is None else None
+            part: Buffer | None = each if not isinstance(each, Range) else None
+            if isinstance(each, Range) and self._lent is None:
+                part = self._mapped(each, PIECE - wanted)
             if part is None:
                 break
             parts.append(part)
@@ -235,27 +232,23 @@ class Outbox:
                 break
         return parts, wanted
 
-    def _mapped(self, each: Range, most: int) -> memoryview | None:
-        """Its next bytes; None: they are not cached any more, and a copy is under way."""
-        if each.taken:
-            return None
-        length = min(each.length, most)
-        if each.epoch < 0 or self._data.is_cached(each.position, length):
-            part = self._data.mapped(each.position, length)
-            if part is not None:
-                return part
-        self._take([each])
-        return None
-
-    def _lendable(self, each: Range) -> int:
-        """How many of its next bytes can be lent; 0: they are not cached any more, and a copy is under way."""
+    def _ready(self, each: Range, most: int) -> int:
+        """How many of its next bytes can be sent; 0: they are not cached any more, and a copy is under way."""
         if each.taken:
             return 0
-        length = min(each.length, PIECE)
+        length = min(each.length, most)
         if each.epoch < 0 or self._data.is_cached(each.position, length):
             return length
         self._take([each])
         return 0
+
+    def _mapped(self, each: Range, most: int) -> memoryview | None:
+        """Its next bytes; None: a copy is under way."""
+        length = self._ready(each, most)
+        part = self._data.mapped(each.position, length) if length else None
+        if length and part is None:
+            self._take([each])
+        return part
 
     def _lend(self, lent: Lent, each: Range, length: int) -> int:
         """Bytes that the socket took of the next `length`."""

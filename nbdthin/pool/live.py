@@ -26,9 +26,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
-
-import numpy as np
+from typing import TypeVar
 
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
 from nbdthin.pool import commands, events, merge, sums
@@ -36,7 +34,8 @@ from nbdthin.pool.commands import Command
 from nbdthin.pool.data import NOWAIT, is_device
 from nbdthin.pool.events import Event, Events, Levels, Listener
 from nbdthin.pool.journal import FULL_DISK
-from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer, Words
+from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer
+from nbdthin.pool.lenders import Lenders
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.readers import Readers
@@ -44,7 +43,7 @@ from nbdthin.pool.records import LEAF_BLOCKS, Name, former_name, is_deferred
 from nbdthin.pool.rows import Finding, Row, Scrubbed
 from nbdthin.pool.scrub import Scrub
 from nbdthin.pool.threads import Ended, Threads
-from nbdthin.pool.volume import SUB_BITS, Volume
+from nbdthin.pool.volume import Volume
 from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
 
@@ -103,21 +102,6 @@ class Pace:
         if self._free_at > now and not self._stopped.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), self._free_at - now)
-
-
-class Lender(Protocol):
-    """Somebody who looks at blocks without having entered (nbdthin.lent)."""
-
-    @property
-    def abandoned(self) -> bool:
-        """Nothing is lent any more: once all is read, it is to be closed."""
-        ...
-
-    def unread(self) -> list[tuple[int, int]]:
-        """(position, length) of what it may still look at."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class LiveVolume:
@@ -196,31 +180,10 @@ class LiveVolume:
         pieces.set_result(None)
 
     def overwrite(self, offset: int, payload: memoryview) -> bool:
-        """`write_now` of what lies in one block and is all this volume's own already, in as few steps as there can be;
-        False: ask that.
-        """
+        """`Volume.overwrite` where nobody else is at the volume; False: ask `write_now`."""
         if self._gate is not None or self._held or self._pool.failed is not None:
             return False
-        shift, length = self._shift, len(payload)
-        block = offset >> shift
-        own = self.volume.layer.own.get(block >> LEAF_SHIFT)
-        if own is None:
-            return False
-        within = offset - (block << shift)
-        last = within + length - 1
-        sub_shift = shift - SUB_BITS
-        touched = (2 << (last >> sub_shift)) - (1 << (within >> sub_shift))
-        entry = own[block & LEAF_MASK]
-        if last >> shift or entry & touched != touched:
-            return False
-        data = self._pool.data
-        try:
-            if data.pwritev(data.fd, (payload,), (entry >> 32 << shift) + within) != length:
-                return False
-        except OSError:
-            return False
-        data.dirty += length
-        return True
+        return self.volume.overwrite(offset, payload)
 
     def write_now(self, offset: int, payload: memoryview, pieces: Pieces | None = None) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
@@ -503,8 +466,7 @@ class LivePool:
         self._committing: asyncio.Task[None] | None = None
         self._sync_took = QUICK_SYNC  # seconds, the last time
         self._reclaiming: asyncio.Task[None] | None = None
-        self.lenders: set[Lender] = set()
-        self._held_back: list[Words] = []  # blocks that could be reclaimed, were they not lent
+        self.lenders = Lenders(pool.block_size)
         self._tasks: set[asyncio.Task[None]] = set()
         self.merging: asyncio.Task[None] | None = None  # the merge of layers without a name, while there are any
         self._merges = Waiting()  # commands, for a layer that is merged
@@ -830,7 +792,7 @@ class LivePool:
         self.pool.arm_growth()
         self._watch()
         self._free_removed_soon()  # what could not be when it was let go; what a batch has hidden that nobody used
-        self._drop_lenders()
+        self.lenders.drop()
         # Small frames where the journal is short: one that is larger than what is left keeps all behind it waiting.
         self._timer = self._loop.call_later(POLL if starved else COMMIT_INTERVAL, self._tick)
 
@@ -856,8 +818,7 @@ class LivePool:
             raise error
         waits = self._loop.time() < deadline
         # Space is coming, whatever the policy says; on a full disk perhaps not enough: then not for ever.
-        held_back = sum(map(len, self._held_back))
-        if self.pool.allocator.pending > held_back and (first or waits or not isinstance(error, _DiskFull)):
+        if self.pool.allocator.pending > self.lenders.held and (first or waits or not isinstance(error, _DiskFull)):
             await self._freed_space()
             return deadline
         self._tell_no_space(name, error, waits)
@@ -986,43 +947,24 @@ class LivePool:
     async def _reclaim(self) -> None:
         await asyncio.sleep(0)  # who waited for the commit is answered first: starting the thread may take milliseconds
         while (blocks := self.pool.take_reclaimable()) is not None:
-            if len(blocks := self._without_lent(blocks)):
+            none_held = not self.lenders.held
+            if len(blocks := self.lenders.without_lent(blocks)):
                 await self._upkeep.run(partial(self.pool.punch, blocks, partial(self._give_way, PUNCH_PAUSE)))
                 self.pool.allocator.release(blocks)
                 self.space_came()
+            if none_held and self.lenders.held:
+                self._loop.call_later(LENT_AGAIN, self._try_held)
         self._reclaiming = None
-        self._drop_lenders()
+        self.lenders.drop()
         if self.pool.journal.starved:
             self._prepare_soon(now=self.pool.journal.may_fit)
         if self.pool.allocator.used != self._watched or self._free_when_full is not None:
             self._watch()
 
-    def _without_lent(self, blocks: Words) -> Words:
-        """`blocks` but for those that clients have still to read; these are looked at again later."""
-        size = self.pool.block_size
-        lent: set[int] = set()
-        for lender in list(self.lenders):
-            for position, length in lender.unread():
-                lent.update(range(position // size, (position + length - 1) // size + 1))
-        if not lent:
-            return blocks
-        held = np.isin(blocks, np.fromiter(lent, dtype=blocks.dtype, count=len(lent)))
-        if held.any():
-            if not self._held_back:
-                self._loop.call_later(LENT_AGAIN, self._try_held_back)
-            self._held_back.append(blocks[held])
-        return blocks[~held]
-
-    def _try_held_back(self) -> None:
+    def _try_held(self) -> None:
         if not self._closing:
-            self.pool.reclaim_again(np.concatenate(self._held_back))
-            self._held_back.clear()
+            self.pool.reclaim_again(self.lenders.take_held())
             self._reclaim_soon()
-
-    def _drop_lenders(self) -> None:
-        for lender in [each for each in self.lenders if each.abandoned and not each.unread()]:
-            lender.close()
-            self.lenders.discard(lender)
 
     async def _sweep(self) -> None:
         """Give back what a crash left in free blocks: of writes that no commit followed, of frees that none punched."""
@@ -1225,8 +1167,7 @@ class LivePool:
             self.readers.close()
             for threads in (self._sync, self._io, self._upkeep):
                 threads.end()
-            for lender in self.lenders:
-                lender.close()
+            self.lenders.close()
             try:
                 self.pool.close()
             except NoSpace as error:

@@ -922,16 +922,15 @@ class Pool:
         return np.concatenate(self._limbo.popleft()[1]) if self.can_reclaim else None
 
     def reclaim_again(self, blocks: Words) -> None:
-        """What `take_reclaimable` returned, and was not released."""
+        """Pending blocks that are not among those to be reclaimed: what `take_reclaimable` returned, for one."""
         self._limbo.append((self._epoch, [blocks]))
-        self._epoch += 1
+        self._epoch += 1  # reads that begin from now on know nothing of them
 
     def sweep(self, start: int, end: int) -> None:
         """Have the free blocks between two bytes of the data file reclaimed as if they had just been freed."""
         blocks = self.allocator.hold_free(start // self.block_size, -(-end // self.block_size))
         if len(blocks):
-            self._limbo.append((self._epoch, [blocks]))
-            self._epoch += 1  # reads that begin from now on know nothing of them
+            self.reclaim_again(blocks)
 
     def punch(self, blocks: Words, give_way: Callable[[], None] = lambda: None) -> None:
         """Give the space of `blocks` back to the file system. An error there loses space, not data.

@@ -16,7 +16,6 @@ import numpy as np
 
 from nbdthin.errors import Invalid, NoSpace, ReadOnly
 from nbdthin.pool import sums
-from nbdthin.pool.data import FOLIO
 from nbdthin.pool.extents import data_masks
 from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, words
 from nbdthin.pool.records import LEAF_BLOCKS
@@ -248,6 +247,31 @@ class Volume:
             raise
         self.finish(write)
 
+    def overwrite(self, offset: int, payload: memoryview) -> bool:
+        """Write what lies in one block and is all this volume's own already, in as few steps as there can be.
+
+        False: it is not, or the disk did not take it: `write_block` and `write` have the errors, too.
+        """
+        shift, length = self._shift, len(payload)
+        block = offset >> shift
+        own = self.layer.own.get(block >> LEAF_SHIFT)
+        if own is None:
+            return False
+        within = offset & self._block_mask
+        last = within + length - 1
+        touched = (2 << (last >> self._sub_shift)) - (1 << (within >> self._sub_shift))
+        entry = own[block & LEAF_MASK]
+        if last >> shift or entry & touched != touched:
+            return False
+        data = self._data
+        try:
+            if data.pwritev(data.fd, (payload,), (entry >> 32 << shift) + within) != length:
+                return False
+        except OSError:
+            return False
+        data.dirty += length
+        return True
+
     def write_block(self, offset: int, payload: memoryview) -> bool:
         """The short way for a write inside one block that needs nothing read first; False: take the long way.
 
@@ -271,15 +295,8 @@ class Volume:
                 raise NoSpace(JOURNAL_LOW)
             if not physical:
                 fresh = physical = self.pool.allocator.allocate(layer.number, block, self._near(block))
-        data = self._data
         try:
-            if length <= FOLIO:
-                count = data.pwritev(data.fd, (payload,), (physical << self._shift) + within)
-                if count != length:
-                    data.write_rest(payload[count:], (physical << self._shift) + within + count)
-                data.dirty += length
-            else:
-                data.write(payload, (physical << self._shift) + within)
+            self._data.write(payload, (physical << self._shift) + within)
         except BaseException:
             if fresh is not None:
                 self.pool.give_back([fresh])
