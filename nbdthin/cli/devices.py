@@ -51,7 +51,7 @@ def _attach(arguments: Namespace) -> Device | dict[str, list[str]]:
 def _show_attached(result: Device | dict[str, list[str]]) -> None:
     if isinstance(result, dict):
         for name in result["undone"]:
-            print(f"undone: {name}")
+            print(f"undone: {printable(name)}")
     else:
         print(result.path)
 
