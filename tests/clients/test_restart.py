@@ -32,14 +32,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         yield daemon
 
 
-def end(daemon: Daemon, number: signal.Signals) -> None:
-    """All of its way down; nobody starts it again yet."""
-    if number == signal.SIGKILL:
-        daemon.kill()
-    else:
-        daemon.stop()
-
-
 # -- the queue
 
 
@@ -50,7 +42,7 @@ def test_clients_that_connect_while_no_daemon_runs_are_served_by_the_next(
     daemon.create("a", "1 MiB")
     with contextlib.closing(rawclient.Client(daemon.socket, "a")) as client:
         assert client.write(0, b"a" * 4096, flags=rawclient.FUA) == 0
-    end(daemon, number)
+    daemon.end(number)
     with (
         contextlib.closing(rawclient.Client(daemon.socket)) as queued,
         socket.create_connection(("127.0.0.1", daemon.port)) as tcp,
@@ -151,7 +143,7 @@ def test_ext4_on_qemus_client_rides_through_restarts(daemon: Daemon) -> None:
             busy = Busy(directory)
             for number in [*ENDINGS, signal.SIGKILL, *ENDINGS]:
                 busy.goes_on()
-                end(daemon, number)
+                daemon.end(number)
                 daemon.start()
                 busy.goes_on()
             busy.stop()
@@ -184,7 +176,7 @@ def test_so_does_one_on_a_disk_that_was_removed_meanwhile(daemon: Daemon) -> Non
             with pytest.raises(libnbd.load().Error, match="has no export"), libnbd.connected(uri):
                 pass
             for number in [*ENDINGS, *ENDINGS]:
-                end(daemon, number)
+                daemon.end(number)
                 daemon.start()
                 busy.goes_on()
             busy.stop()
