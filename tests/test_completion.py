@@ -15,10 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdthin import cli
-from nbdthin.cli import VERBS, make_parser, verb
+from nbdthin.cli import VERBS, make_parser
 from nbdthin.cli.completion import FILES, SCRIPTS, candidates
-from nbdthin.cli.verb import Verb
 from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command, running
 from tests.conftest import need
 
@@ -85,17 +83,12 @@ def test_a_name_that_is_to_be_made_is_not_completed() -> None:
 
 
 @pytest.mark.usefixtures("asked")
-def test_verbs_of_two_words_know_their_own_names_without_what_is_before_them(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verbs_of_two_words_know_their_own_names_without_what_is_before_them(daemon: Daemon) -> None:
     with daemon.connect() as pool:
         pool.create("container/web", "1M")
-    for name, arguments in {"container stop": "NAME", "container create": "NAME", "image commit": "CONTAINER"}.items():
-        monkeypatch.setitem(cli.GROUPS, name.split()[0], "")
-        monkeypatch.setitem(VERBS, name, Verb("", verb.names(arguments), lambda _: None))
     assert "stop" in words("container", "") and words("container", "c") == ["create"]
     assert words("container", "stop", "") == words("container", "stop", "w") == words("image", "commit", "") == ["web"]
-    assert words("container", "create", "") == []
+    assert words("container", "create", "") == words("container", "create", "image", "") == []
     with daemon.connect() as pool:
         pool.remove("container/web")
 
