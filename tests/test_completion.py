@@ -8,7 +8,6 @@ import re
 import select
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from nbdthin.cli import VERBS, make_parser
 from nbdthin.cli.completion import FILES, SCRIPTS, candidates
 from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command, running
 from tests.conftest import need
+from tests.test_cli import said_lightly
 
 NAMES = ("debian:12", "debian:13", "golden/base", "web", "web@before", "web@later")
 
@@ -118,17 +118,7 @@ def test_without_a_daemon_there_are_no_names_and_no_complaint(tmp_path: Path) ->
 
 
 def test_completing_a_name_loads_nothing_heavy(daemon: Daemon) -> None:
-    program = (
-        "import sys; from nbdthin.cli import main; main(['completion', 'bash', 'rm', 'w']);"
-        "sys.exit(str({'numpy', 'uvloop', 'rich', 'psutil'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "NBDTHIN_SOCKET": str(daemon.control)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.stdout, done.stderr) == ("web\nweb@before\nweb@later\n", "set()\n")
+    assert said_lightly(daemon, "completion", "bash", "rm", "w") == "web\nweb@before\nweb@later\n"
 
 
 # -- shells
