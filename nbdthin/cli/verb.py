@@ -48,9 +48,14 @@ def names(*names: str) -> Callable[[ArgumentParser], None]:
     return add
 
 
+def default_socket() -> str:
+    """Of the daemon that is asked where no --socket says which."""
+    return os.environ.get("NBDTHIN_SOCKET", "") or DEFAULT_SOCKET
+
+
 def connect(arguments: Namespace) -> Client:
     """The daemon that is asked."""
-    path: str = getattr(arguments, "socket", "") or os.environ.get("NBDTHIN_SOCKET", "") or DEFAULT_SOCKET
+    path: str = getattr(arguments, "socket", "") or default_socket()
     return client.connect(path)
 
 
