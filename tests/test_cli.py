@@ -23,14 +23,8 @@ from nbdthin.control.codec import MAX_MESSAGE
 from nbdthin.pool.pool import Pool
 from nbdthin.units import GiB, KiB
 from tests import rawclient
-from tests.clients.daemon import Daemon, nbdthin_command, run, running
+from tests.clients.daemon import Daemon, nbdthin_command, run
 from tests.conftest import need
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with running(tmp_path_factory.mktemp("daemon")) as daemon:
-        yield daemon
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 
 from nbdthin.cli import VERBS, make_parser
 from nbdthin.cli.completion import FILES, SCRIPTS, candidates
-from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command, running
+from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command
 from tests.conftest import need
 from tests.test_cli import said_lightly
 
@@ -24,16 +24,15 @@ NAMES = ("debian:12", "debian:13", "golden/base", "web", "web@before", "web@late
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def daemon(served: Daemon) -> Daemon:
     """One with NAMES: volumes, and for those with an @ snapshots of web."""
-    with running(tmp_path_factory.mktemp("daemon")) as daemon:
-        with daemon.connect() as pool:
-            for name in NAMES:
-                if "@" in name:
-                    pool.snapshot("web", name)
-                else:
-                    pool.create(name, "1M")
-        yield daemon
+    with served.connect() as pool:
+        for name in NAMES:
+            if "@" in name:
+                pool.snapshot("web", name)
+            else:
+                pool.create(name, "1M")
+    return served
 
 
 @pytest.fixture
