@@ -410,6 +410,8 @@ def test_names_that_are_no_text_are_refused(daemon: Daemon) -> None:
         ["restore", "", "pool"],
         ["restore", "dump", "pool", "--data", ""],
         ["serve", "--config", ""],
+        ["detach", ""],
+        ["umount", ""],
         ["--socket", "", "ls"],
     ],
 )

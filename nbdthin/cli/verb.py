@@ -14,6 +14,7 @@ from nbdthin.control.client import Client
 from nbdthin.control.codec import plain
 
 DEFAULT_SOCKET = "var/control.sock"
+PATHS = {"POOL", "FILE", "NAME_OR_PATH", "DIR_OR_NAME"}  # arguments that are, or may be, a place
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def names(*names: str) -> Callable[[ArgumentParser], None]:
 
     def add(parser: ArgumentParser) -> None:
         for name in names:
-            parser.add_argument(name.lower(), metavar=name, type=path_argument if name in ("POOL", "FILE") else str)
+            parser.add_argument(name.lower(), metavar=name, type=path_argument if name in PATHS else str)
 
     return add
 
