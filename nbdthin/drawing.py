@@ -99,7 +99,7 @@ def _write(plan: WritePlan) -> str:
 
 
 def _ranked(shown: Map) -> dict[int, int]:
-    """Each owner's rank by what it has: who has most is told from others best."""
+    """Each owner's rank by what it has, in that order: who has most is told from others best."""
     order = sorted(range(len(shown.owners)), key=lambda place: -shown.owners[place].data)
     return {place: rank for rank, place in enumerate(order)}
 
@@ -173,7 +173,7 @@ def _draw(shown: Map, ranks: dict[int, int]) -> None:
                 line.append(shade, style=_colour(ranks[cell.owner]))
         console.print(line, soft_wrap=True)
     legend = Text()
-    for place, rank in sorted(ranks.items(), key=lambda pair: pair[1])[: len(COLOURS)]:
+    for place, rank in list(ranks.items())[: len(COLOURS)]:
         owner = shown.owners[place]
         legend.append("█ ", style=_colour(rank))
         legend.append(f"{layer_name(owner.name, owner.layer)}  ")
@@ -212,7 +212,7 @@ svg { font: 13px system-ui, sans-serif; }
 def svg(shown: Map) -> str:
     """The picture as a document of its own, for light and dark backgrounds."""
     ranks = _ranked(shown)
-    legend = sorted(ranks.items(), key=lambda pair: pair[1])
+    legend = list(ranks.items())
     named, others = legend[: len(COLOURS)], legend[len(COLOURS) :]
     top = _MARGIN + 3 * _LINE
     rows = -(-len(shown.cells) // SVG_COLUMNS)

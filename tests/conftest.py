@@ -1,4 +1,4 @@
-"""What all tests share: the markers, and the programs from Debian that some of them need.
+"""What all tests share: the markers, a daemon for a module, and the programs from Debian that some of them need.
 
 Inside CI a missing program or missing rights fail the test; elsewhere they skip it, with the reason.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+
+from tests.clients.daemon import Daemon, running
 
 PACKAGES = Path(__file__).parent / "packages.txt"  # tools/test installs from it
 
@@ -32,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones last: what is wrong with the rest is then known sooner."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon for all tests of a module."""
+    with running(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
 
 
 class Ballast:

@@ -23,14 +23,8 @@ from nbdthin.control.codec import MAX_MESSAGE
 from nbdthin.pool.pool import Pool
 from nbdthin.units import GiB, KiB
 from tests import rawclient
-from tests.clients.daemon import Daemon, nbdthin_command, run, running
+from tests.clients.daemon import Daemon, nbdthin_command, run
 from tests.conftest import need
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with running(tmp_path_factory.mktemp("daemon")) as daemon:
-        yield daemon
 
 
 @pytest.fixture
@@ -416,6 +410,8 @@ def test_names_that_are_no_text_are_refused(daemon: Daemon) -> None:
         ["restore", "", "pool"],
         ["restore", "dump", "pool", "--data", ""],
         ["serve", "--config", ""],
+        ["detach", ""],
+        ["umount", ""],
         ["--socket", "", "ls"],
     ],
 )
@@ -708,15 +704,21 @@ def test_labels_that_the_output_cannot_show_are_escaped(daemon: Daemon) -> None:
     assert "note=größe ✓" in said(daemon, "show", "a")
 
 
-def test_asking_a_daemon_loads_neither_numpy_nor_uvloop_nor_rich(daemon: Daemon) -> None:
+def said_lightly(daemon: Daemon, *arguments: str) -> str:
+    """What a verb prints in a process of its own, in which it loads nothing that takes long."""
     program = (
-        "import sys; from nbdthin.cli import main; status = main(['ls']);"
+        "import sys; from nbdthin.cli import main; status = main(sys.argv[1:]);"
         "heavy = {'numpy', 'uvloop', 'rich', 'psutil'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else status)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
         env=os.environ | {"NBDTHIN_SOCKET": str(daemon.control)},
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_asking_a_daemon_loads_neither_numpy_nor_uvloop_nor_rich(daemon: Daemon) -> None:
+    said_lightly(daemon, "ls")

@@ -8,34 +8,31 @@ import re
 import select
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nbdthin import cli
-from nbdthin.cli import VERBS, make_parser, verb
+from nbdthin.cli import VERBS, make_parser
 from nbdthin.cli.completion import FILES, SCRIPTS, candidates
-from nbdthin.cli.verb import Verb
-from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command, running
+from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command
 from tests.conftest import need
+from tests.test_cli import said_lightly
 
 NAMES = ("debian:12", "debian:13", "golden/base", "web", "web@before", "web@later")
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def daemon(served: Daemon) -> Daemon:
     """One with NAMES: volumes, and for those with an @ snapshots of web."""
-    with running(tmp_path_factory.mktemp("daemon")) as daemon:
-        with daemon.connect() as pool:
-            for name in NAMES:
-                if "@" in name:
-                    pool.snapshot("web", name)
-                else:
-                    pool.create(name, "1M")
-        yield daemon
+    with served.connect() as pool:
+        for name in NAMES:
+            if "@" in name:
+                pool.snapshot("web", name)
+            else:
+                pool.create(name, "1M")
+    return served
 
 
 @pytest.fixture
@@ -85,17 +82,12 @@ def test_a_name_that_is_to_be_made_is_not_completed() -> None:
 
 
 @pytest.mark.usefixtures("asked")
-def test_verbs_of_two_words_know_their_own_names_without_what_is_before_them(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verbs_of_two_words_know_their_own_names_without_what_is_before_them(daemon: Daemon) -> None:
     with daemon.connect() as pool:
         pool.create("container/web", "1M")
-    for name, arguments in {"container stop": "NAME", "container create": "NAME", "image commit": "CONTAINER"}.items():
-        monkeypatch.setitem(cli.GROUPS, name.split()[0], "")
-        monkeypatch.setitem(VERBS, name, Verb("", verb.names(arguments), lambda _: None))
     assert "stop" in words("container", "") and words("container", "c") == ["create"]
     assert words("container", "stop", "") == words("container", "stop", "w") == words("image", "commit", "") == ["web"]
-    assert words("container", "create", "") == []
+    assert words("container", "create", "") == words("container", "create", "image", "") == []
     with daemon.connect() as pool:
         pool.remove("container/web")
 
@@ -125,17 +117,7 @@ def test_without_a_daemon_there_are_no_names_and_no_complaint(tmp_path: Path) ->
 
 
 def test_completing_a_name_loads_nothing_heavy(daemon: Daemon) -> None:
-    program = (
-        "import sys; from nbdthin.cli import main; main(['completion', 'bash', 'rm', 'w']);"
-        "sys.exit(str({'numpy', 'uvloop', 'rich', 'psutil'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "NBDTHIN_SOCKET": str(daemon.control)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.stdout, done.stderr) == ("web\nweb@before\nweb@later\n", "set()\n")
+    assert said_lightly(daemon, "completion", "bash", "rm", "w") == "web\nweb@before\nweb@later\n"
 
 
 # -- shells

@@ -299,10 +299,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         yield daemon
 
 
-def end(daemon: Daemon, number: signal.Signals) -> None:
-    daemon.kill() if number == signal.SIGKILL else daemon.stop()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_clients_that_come_back_to_the_next_daemon_find_what_they_held(daemon: Daemon, number: signal.Signals) -> None:
     """As the kernel and QEMU do, by the name that they know; what was answered is there though it was not flushed."""
@@ -310,7 +306,7 @@ def test_clients_that_come_back_to_the_next_daemon_find_what_they_held(daemon: D
     with contextlib.closing(Client(daemon.socket, "web")) as client, daemon.connect() as pool:
         pool.remove("web", deferred=True)
         client.write(0, pattern(4, 8 * KiB))
-        end(daemon, number)
+        daemon.end(number)
     daemon.start()
     with contextlib.closing(Client(daemon.socket, "web")) as client, daemon.connect() as pool:
         assert client.read(0, 8 * KiB) == pattern(4, 8 * KiB)
@@ -338,7 +334,7 @@ def test_who_comes_back_by_a_name_that_stands_for_something_else_finds_that(
             pool.remove(name, deferred=True)
             pool.create(name, "2 MiB")
         pool.remove("two")
-        end(daemon, number)
+        daemon.end(number)
     daemon.start()
     with contextlib.closing(Client(daemon.socket, "web")) as client:
         assert (client.size, client.read(0, 64 * KiB)) == (2 * MiB, bytes(64 * KiB))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,17 +18,11 @@ from nbdthin.pool.pool import Pool
 from nbdthin.pool.views import Cell, Map, Owner
 from nbdthin.units import GiB, KiB, MiB
 from tests import rawclient
-from tests.clients.daemon import Daemon, running
+from tests.clients.daemon import Daemon
 from tests.test_cli import as_json, on_terminal, refused, said
 
 BLOCK = 64 * KiB
 SUB = 4 * KiB
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with running(tmp_path_factory.mktemp("daemon")) as daemon:
-        yield daemon
 
 
 @pytest.fixture

@@ -172,28 +172,26 @@ def _usage(action: Action) -> str:
     return names if action.nargs == 0 else f"{names} *{action.metavar}*"
 
 
-def verb_page(name: str, section: str) -> str:
-    """`section` begins with the usage."""
+def verb_page(parser: ArgumentParser, name: str, section: str) -> str:
+    """`parser` is the whole command's; `section` begins with the usage."""
     usage, _, text = section.strip("\n").partition("\n\n")
     doc = VERBS[name].doc
     body = [
         f".SH SYNOPSIS\n{verbatim(usage.splitlines())}",
         f".SH DESCRIPTION\n{roff(text) or inline(f'{doc[0].upper()}{doc[1:]}.')}",
-        options(_parser_of(name)),
+        options(_parser_of(parser, name)),
     ]
     return page(page_name(name), 1, doc, body, ["nbdthin (1)"])
 
 
-def _parser_of(name: str) -> ArgumentParser:
-    parser = make_parser()
+def _parser_of(parser: ArgumentParser, name: str) -> ArgumentParser:
     for word in name.split():
         (verbs,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
         parser = verbs.choices[word]
     return parser
 
 
-def main_page(chapters: dict[str, str]) -> str:
-    parser = make_parser()
+def main_page(parser: ArgumentParser, chapters: dict[str, str]) -> str:
     intro = sections(chapters[""], 1)
     body = [
         ".SH SYNOPSIS\n" + verbatim(["nbdthin [--json] [--socket PATH] VERB ..."]),
@@ -223,12 +221,13 @@ def main_page(chapters: dict[str, str]) -> str:
 def pages() -> dict[str, str]:
     """By file name."""
     chapters = sections(DOCS.read_text(encoding="utf-8"), 2)
-    result = {"man1/nbdthin.1": main_page(chapters)}
+    parser = make_parser()
+    result = {"man1/nbdthin.1": main_page(parser, chapters)}
     for chapter in chapters.values():
         for heading, text in sections(chapter, 3).items():
             if heading:
                 verb = heading.removeprefix("nbdthin ")
-                result[f"man1/{page_name(verb)}.1"] = verb_page(verb, text)
+                result[f"man1/{page_name(verb)}.1"] = verb_page(parser, verb, text)
     config = f".SH DESCRIPTION\n{roff(chapters[CONFIG])}"
     name = f"nbdthin-{CONFIG}"
     result[f"man5/{name}.5"] = page(name, 5, "configuration of nbdthin serve", [config], ["nbdthin (1)"])

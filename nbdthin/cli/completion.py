@@ -7,13 +7,12 @@ come from the running daemon. A shell must not be held up or written to: where n
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nbdthin.cli.verb import DEFAULT_SOCKET, Verb
+from nbdthin.cli.verb import Verb, default_socket
 from nbdthin.control import client
 from nbdthin.errors import Error
 
@@ -104,7 +103,7 @@ def candidates(parser: ArgumentParser, words: Sequence[str]) -> list[Candidate]:
     *before, current = words
     verb: list[str] = []
     given: list[str] = []  # positional arguments of the verb
-    path = os.environ.get("NBDTHIN_SOCKET", "") or DEFAULT_SOCKET
+    path = default_socket()
     option: Action | None = None  # whose value is next
     for word in before:
         if option is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbdthin import display
 from nbdthin.cli.verb import Verb, connect, names, no_arguments, path_argument
 from nbdthin.control.codec import printable
 from nbdthin.errors import Invalid, Unreachable
@@ -50,7 +51,7 @@ def _attach(arguments: Namespace) -> Device | dict[str, list[str]]:
 def _show_attached(result: Device | dict[str, list[str]]) -> None:
     if isinstance(result, dict):
         for name in result["undone"]:
-            print(f"undone: {name}")
+            print(f"undone: {printable(name)}")
     else:
         print(result.path)
 
@@ -110,13 +111,17 @@ def _diagnosis_failed(diagnosis: Diagnosis) -> str:
 
 
 def _show_devices(found: Sequence[Device]) -> None:
-    rows = [("NAME", "PATH", "WAY", "ACCESS", "MOUNTED ON")]
-    for device in found:
-        access = "read only" if device.read_only else "read, write"
-        rows.append((device.name, str(device.path), device.way, access, printable(str(device.directory or "-"))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    rows = [
+        (
+            printable(device.name),
+            str(device.path),
+            device.way,
+            "read only" if device.read_only else "read, write",
+            printable(str(device.directory or "-")),
+        )
+        for device in found
+    ]
+    display.show_table(("NAME", "PATH", "WAY", "ACCESS", "MOUNTED ON"), rows)
 
 
 WAYS = {"nbd": "the kernel's nbd driver", "loop": "nbdfuse and a loop device"}

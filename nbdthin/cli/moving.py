@@ -9,49 +9,17 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import cast
 
 from nbdthin import display
 from nbdthin.cli.verb import Verb, connect, path_argument, wants_json
-from nbdthin.control.codec import printable
 from nbdthin.control.rows import Export
 from nbdthin.errors import Error, Invalid
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
-
-class Bar:
-    """How far something is, with rate and time left, on a terminal. On stderr: what is on stdout may be data."""
-
-    def __init__(self, what: str, arguments: Namespace) -> None:
-        self._progress: Progress | None = None
-        if sys.stderr.isatty() and not wants_json(arguments):
-            from rich.console import Console
-            from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-            self._progress = Progress(
-                *Progress.get_default_columns()[:2],
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=Console(file=sys.stderr),
-                transient=True,
-            )
-            self._task = self._progress.add_task(printable(what), total=None)
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=total or None)
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+def progress_bar(what: str, arguments: Namespace) -> display.Bar:
+    """On stderr: what is on stdout may be data."""
+    return display.Bar(what, sys.stderr, quiet=wants_json(arguments))
 
 
 def _import_arguments(parser: ArgumentParser) -> None:
@@ -114,7 +82,7 @@ def _import(arguments: Namespace) -> Export:
         raise Invalid("--size changes what the images of a --chain say: resize the volume afterwards")
     if arguments.file == "-" and (arguments.chain or arguments.format not in (None, "raw")):
         raise Invalid("what comes on stdin is raw (put an image into a file first)")
-    with connect(arguments) as pool, Bar(f"import {name}", arguments) as bar:
+    with connect(arguments) as pool, progress_bar(f"import {name}", arguments) as bar:
         if arguments.file == "-":
             return import_pipe(pool, _stdin(), name, size=arguments.size, progress=bar)
         if arguments.chain:
@@ -127,7 +95,7 @@ def _export(arguments: Namespace) -> dict[str, str] | None:
     from nbdthin.moving.reaching import connected
 
     path, name = Path(arguments.file), arguments.name
-    with connect(arguments) as pool, Bar(f"export {name}", arguments) as bar:
+    with connect(arguments) as pool, progress_bar(f"export {name}", arguments) as bar:
         if arguments.file == "-":
             if arguments.format != "raw":
                 raise Invalid("what goes to stdout is raw (an image needs a file)")
@@ -154,7 +122,7 @@ def _send(arguments: Namespace) -> dict[str, int] | None:
             return resume(pool, arguments.resume, output, level=arguments.level, progress=bar)
         return send(pool, arguments.snapshot, output, base=arguments.base, level=arguments.level, progress=bar)
 
-    with connect(arguments) as pool, Bar(f"send {arguments.snapshot or ''}", arguments) as bar:
+    with connect(arguments) as pool, progress_bar(f"send {arguments.snapshot or ''}", arguments) as bar:
         if arguments.output is None:
             with _stdout() as output:
                 write(output)
@@ -173,7 +141,7 @@ def _receive(arguments: Namespace) -> Export | dict[str, str]:
     with connect(arguments) as pool:
         if arguments.resume_token:
             return {"token": resume_token(pool, name)}
-        with Bar(f"receive {name}", arguments) as bar:
+        with progress_bar(f"receive {name}", arguments) as bar:
             if arguments.input is None:
                 return receive(pool, name, _stdin(), where="stdin", progress=bar)
             with open(arguments.input, "rb") as file:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbdthin.cli.moving import Bar
+from nbdthin.cli.moving import progress_bar
 from nbdthin.cli.verb import Verb, connect, path_argument
 from nbdthin.errors import Invalid
 from nbdthin.units import format_size, parse_size
@@ -69,7 +69,7 @@ def _import_thin(arguments: Namespace) -> _Result:
         docker=arguments.docker,
     ) as found:
         if not arguments.dry_run:
-            with Bar("import", arguments) as bar:
+            with progress_bar("import", arguments) as bar:
                 found.bring(lambda: connect(arguments), bar)
         return _Result(found.volumes, found.totals, arguments.dry_run)
 

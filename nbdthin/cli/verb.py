@@ -14,6 +14,7 @@ from nbdthin.control.client import Client
 from nbdthin.control.codec import plain
 
 DEFAULT_SOCKET = "var/control.sock"
+PATHS = {"POOL", "FILE", "NAME_OR_PATH", "DIR_OR_NAME"}  # arguments that are, or may be, a place
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,19 @@ def names(*names: str) -> Callable[[ArgumentParser], None]:
 
     def add(parser: ArgumentParser) -> None:
         for name in names:
-            parser.add_argument(name.lower(), metavar=name, type=path_argument if name in ("POOL", "FILE") else str)
+            parser.add_argument(name.lower(), metavar=name, type=path_argument if name in PATHS else str)
 
     return add
 
 
+def default_socket() -> str:
+    """Of the daemon that is asked where no --socket says which."""
+    return os.environ.get("NBDTHIN_SOCKET", "") or DEFAULT_SOCKET
+
+
 def connect(arguments: Namespace) -> Client:
     """The daemon that is asked."""
-    path: str = getattr(arguments, "socket", "") or os.environ.get("NBDTHIN_SOCKET", "") or DEFAULT_SOCKET
+    path: str = getattr(arguments, "socket", "") or default_socket()
     return client.connect(path)
 
 

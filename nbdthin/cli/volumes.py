@@ -96,12 +96,12 @@ def _rm(arguments: Namespace) -> dict[str, list[str]]:
 
 
 def _resize(arguments: Namespace) -> Export:
-    from nbdthin import devices
-
     with connect(arguments) as pool:
         pool.resize(arguments.name, arguments.size)
         resized = pool.show(arguments.name)
     if resized.uri is not None and os.geteuid() == 0:
+        from nbdthin import devices
+
         devices.grow(resized.uri)
     return resized
 

@@ -185,16 +185,15 @@ def _batch(arguments: Batch) -> Sequence[Command]:
 
 
 async def _change(daemon: Daemon, row: Change, arguments: object) -> None:
-    commands = row.commands(arguments)
     if isinstance(arguments, Remove) and arguments.force:
-        await _remove_by_force(daemon, _remove(arguments))
-    else:
-        try:
-            await daemon.live.execute(commands)
-        except OverQuota:
-            raise
-        except NoSpace as error:
-            raise NoSpace(advised(str(error), daemon.live.pool)) from error
+        return await _remove_by_force(daemon, _remove(arguments))
+    commands = row.commands(arguments)
+    try:
+        await daemon.live.execute(commands)
+    except OverQuota:
+        raise
+    except NoSpace as error:
+        raise NoSpace(advised(str(error), daemon.live.pool)) from error
 
 
 async def _remove_by_force(daemon: Daemon, commands: Sequence[RemoveOne]) -> None:

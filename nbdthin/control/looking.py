@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from nbdthin.errors import Invalid
+from nbdthin.pool import du, space, volumemap
+from nbdthin.pool import explain as pool_explain
 from nbdthin.pool.views import KINDS, MOST_CELLS, DiskUse, Explanation, Map
 
 if TYPE_CHECKING:
@@ -44,8 +46,6 @@ class NamesArguments:
 
 
 async def explain(daemon: Daemon, arguments: ExplainArguments) -> Explanation:
-    from nbdthin.pool import explain as pool_explain
-
     live = daemon.live
     seen = pool_explain.explain(live.pool, arguments.name, arguments.offset, arguments.length)
     known = await live.in_thread(pool_explain.has_checksum, live.pool, seen)
@@ -57,21 +57,15 @@ async def explain(daemon: Daemon, arguments: ExplainArguments) -> Explanation:
 
 
 async def volume_map(daemon: Daemon, arguments: MapArguments) -> Map:
-    from nbdthin.pool import volumemap
-
     return await _in_turns(volumemap.survey(daemon.live.pool, arguments.name, arguments.cells))
 
 
 async def disk_use(daemon: Daemon, arguments: DuArguments) -> DiskUse:
-    from nbdthin.pool import du
-
     return await _in_turns(du.disk_use(daemon.live.pool, arguments.names))
 
 
 async def prepare(daemon: Daemon) -> None:
     """Have at hand what figures of all names need, so that they take little time at once."""
-    from nbdthin.pool import space
-
     state = daemon.live.pool.state
     await _in_turns(space.prepare([state.layers[row.layer] for row in state.names.values()]))
 

@@ -207,11 +207,16 @@ def exclusively() -> Iterator[None]:
         yield
 
 
-def _lock(home: Path, wait: bool) -> int | None:
-    fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+def flocked(path: Path, flags: int, *, wait: bool) -> int | None:
+    """`path`, opened with `flags` and held until it is closed; None where another has it and nobody is to `wait`."""
+    fd = os.open(path, flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(fd)
         return None
     return fd
+
+
+def _lock(home: Path, wait: bool) -> int | None:
+    return flocked(home, os.O_RDONLY | os.O_DIRECTORY, wait=wait)

@@ -8,7 +8,6 @@ Sizes are asked for every few seconds, so that it does not matter who has grown 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import sys
@@ -124,13 +123,7 @@ class Watcher:
 
 def _lock() -> int | None:
     """Held by the watcher; None: there is one."""
-    fd = os.open(_path(), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
+    return state.flocked(_path(), os.O_RDWR | os.O_CREAT, wait=False)
 
 
 def _path() -> Path:

@@ -112,6 +112,11 @@ class Daemon:
             return False
         return True
 
+    def end(self, number: signal.Signals) -> None:
+        """All of its way down, by SIGTERM or SIGKILL."""
+        self.signal(number)
+        assert self.wait() == (0 if number == signal.SIGTERM else -number), self.log.read_text()
+
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)
@@ -124,12 +129,10 @@ class Daemon:
         return status
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        assert self.wait() == -signal.SIGKILL
+        self.end(signal.SIGKILL)
 
     def stop(self) -> None:
-        self.signal(signal.SIGTERM)
-        assert self.wait() == 0, self.log.read_text()
+        self.end(signal.SIGTERM)
 
     def close(self) -> None:
         """End it if it runs, and hold it to what every test expects of it: no traceback, and a pool that is sound."""

@@ -131,9 +131,7 @@ def _serve(listening: socket.socket, answer: Callable[[str], None]) -> None:
 
 
 def restart(daemon: Daemon, ending: str) -> None:
-    number = signal.Signals[ending]
-    daemon.signal(number)
-    assert daemon.wait() == (0 if number == signal.SIGTERM else -number)
+    daemon.end(signal.Signals[ending])
     daemon.start()
 
 

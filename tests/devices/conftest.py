@@ -14,16 +14,10 @@ import nbdthin
 from nbdthin import devices
 from nbdthin.devices import kernel, state
 from nbdthin.units import MiB
-from tests.clients.daemon import Daemon, running
+from tests.clients.daemon import Daemon
 from tests.conftest import need, need_root
 
 SIZE = 320 * MiB  # the least that mkfs.xfs takes is 300
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with running(tmp_path_factory.mktemp("daemon")) as daemon:
-        yield daemon
 
 
 @pytest.fixture

@@ -51,6 +51,35 @@ start_workers() {
     for _number in 2 3 4 5 6 7; do detach nbd$_number || return 1; done
 }
 
+# until_true COMMAND...: wait for it
+until_true() {
+    _tries=0
+    until "$@"; do
+        _tries=$((_tries + 1)); [ $_tries -gt 1200 ] && return 1
+        usleep 50000
+    done
+}
+
+# start_writing FOLDER: write and sync file after file, without a pause, until `stop_writing`; their sums are in
+# /tmp/SUMS. Both `goes_on`, which waits until three more have been written, and `stop_writing` fail when one could not be.
+start_writing() {
+    (
+        _number=0
+        while [ ! -e /tmp/enough ]; do
+            dd if=/dev/urandom of="$1/f$_number" bs=64k count=2 conv=fsync 2>/dev/null &&
+                _sum=$(sha256sum "$1/f$_number") || { touch /tmp/failed; exit 1; }
+            echo "$_sum" >> /tmp/SUMS
+            _number=$((_number + 1))
+            echo $_number > /tmp/files.new && mv /tmp/files.new /tmp/files
+        done
+    ) &
+    _writer=$!
+}
+stop_writing() { touch /tmp/enough; wait "$_writer"; [ ! -e /tmp/failed ]; }
+goes_on() { until_true _wrote $(($(_files) + 3)) && [ ! -e /tmp/failed ]; }
+_files() { cat /tmp/files 2>/dev/null || echo 0; }
+_wrote() { [ -e /tmp/failed ] || [ "$(_files)" -ge "$1" ]; }
+
 # host WORDS...: have run.sh's --hook do something out there; its exit status comes back
 host() {
     [ -n "$_host" ] || { exec 7<>/dev/virtio-ports/hook; _host=1; }

@@ -40,18 +40,6 @@ nbdthin() {
 
 watcher() { ps -o pid,args | grep '[w]atch.main' | { read -r pid _ && echo "$pid"; }; }
 
-# until_true COMMAND...: wait for it
-until_true() {
-    _tries=0
-    until "$@"; do
-        _tries=$((_tries + 1)); [ $_tries -gt 1200 ] && return 1
-        usleep 50000
-    done
-}
-
-files() { cat /tmp/files 2>/dev/null || echo 0; }
-wrote() { [ -e /tmp/failed ] || [ "$(files)" -ge "$1" ]; }
-goes_on() { until_true wrote $(($(files) + 3)) && [ ! -e /tmp/failed ]; }
 is_size() { [ "$(cat /sys/block/nbd0/size)" = "$1" ]; }
 is_free() { [ ! -e "/sys/block/$1/pid" ]; }
 nothing_left() { [ "$(ls /run/nbdthin)" = "lock
@@ -68,17 +56,7 @@ is_free nbd0 || fail "the device is not free"
 
 step mount nbdthin mount $URI/disk /mnt -o noatime
 refused detach-mounted nbdthin detach disk
-(
-    number=0
-    while [ ! -e /tmp/enough ]; do
-        dd if=/dev/urandom of=/mnt/f$number bs=64k count=2 conv=fsync 2>/dev/null && sum=$(sha256sum /mnt/f$number) ||
-            { touch /tmp/failed; exit 1; }
-        echo "$sum" >> /tmp/SUMS
-        number=$((number + 1))
-        echo $number > /tmp/files
-    done
-    touch /tmp/stopped
-) &
+start_writing /mnt
 step begin goes_on
 for ending in SIGTERM SIGKILL; do
     step $ending host $ending
@@ -92,9 +70,7 @@ step after-SIGKILL goes_on
 step grow host resize disk 512M
 step grown until_true is_size 1048576
 step resize resize2fs /dev/nbd0
-touch /tmp/enough
-until_true [ -e /tmp/stopped ]
-[ -e /tmp/failed ] && fail "a write or a sync failed"
+step stop stop_writing
 step umount nbdthin umount /mnt
 step SIGKILL-behind host SIGKILL
 

@@ -2,40 +2,17 @@
 # by SIGKILL. CONNECTIONS is how many the device has.
 . /guestlib.sh
 
-files() { cat /tmp/files 2>/dev/null || echo 0; }
-
-# goes_on: wait until three more files have been written and synced.
-goes_on() {
-    _target=$(($(files) + 3)) _tries=0
-    while [ "$(files)" -lt $_target ]; do
-        [ -e /tmp/failed ] && return 1
-        _tries=$((_tries + 1)); [ $_tries -gt 1200 ] && return 1
-        usleep 50000
-    done
-}
-
 step start-workers start_workers disk
 step attach attach_for_good 0 disk "$CONNECTIONS"
 step format mkfs.ext4 -q -F /dev/nbd0
 step mount mount -t ext4 /dev/nbd0 /mnt
-(
-    number=0
-    while [ ! -e /tmp/enough ]; do
-        dd if=/dev/urandom of=/mnt/f$number bs=64k count=2 conv=fsync 2>/dev/null && sum=$(sha256sum /mnt/f$number) ||
-            { touch /tmp/failed; exit 1; }
-        echo "$sum" >> /tmp/SUMS
-        number=$((number + 1))
-        echo $number > /tmp/files.new && mv /tmp/files.new /tmp/files
-    done
-) &
+start_writing /mnt
 for ending in SIGTERM SIGKILL SIGKILL SIGTERM SIGKILL SIGTERM; do
     step before-$ending goes_on
     step $ending host $ending
     step after-$ending goes_on
 done
-touch /tmp/enough
-wait $!
-[ -e /tmp/failed ] && fail "a write or a sync failed"
+step stop stop_writing
 drop_caches
 step read sha256sum -c -s /tmp/SUMS
 step umount umount /mnt
