@@ -163,7 +163,7 @@ def _building(pool: Client, names: Sequence[str]) -> Iterator[str]:
 
 
 def _remove_unfinished(pool: Client, hidden: str, *, force: bool = False) -> None:
-    left = [row.name for row in pool.list() if row.name == hidden or row.name.startswith(f"{hidden}@")]
+    left = [name for name in pool.names(hidden) if name == hidden or name.startswith(f"{hidden}@")]
     if left:
         pool.remove(*left, force=force)
 

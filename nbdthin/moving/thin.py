@@ -96,7 +96,7 @@ class Survey:
 
     def _check_free(self, pool: Client) -> None:
         """At once, not when everything has been copied."""
-        taken = {row.name for row in pool.list()} & {volume.name for volume in self.volumes}
+        taken = {*pool.names()} & {volume.name for volume in self.volumes}
         if taken:
             others = f", and {len(taken) - 1} other names" if len(taken) > 1 else ""
             raise Exists(f"{min(taken)!r} exists already{others} (--prefix and --name give others)")
@@ -383,6 +383,6 @@ def _undo(connect: Callable[[], Client], building: str, error: BaseException) ->
 
 def _remove(pool: Client, building: str, *, force: bool = False) -> None:
     """What was built, as far as it has come."""
-    names = [row.name for row in pool.list() if row.name.startswith(building)]
+    names = pool.names(building)
     if names:
         pool.remove(*names, force=force)
