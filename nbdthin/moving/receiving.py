@@ -63,8 +63,7 @@ def resume_token(pool: Client, name: str) -> str:
 
 
 def _begin(pool: Client, volume: str, header: Header) -> None:
-    with contextlib.suppress(NotFound):
-        pool.remove(volume)
+    pool.remove(volume, if_exists=True)
     labels = {TOKEN: str(Token(header.identity, header.base, 0))}
     if header.base is None:
         pool.create(volume, header.size, labels=labels)
