@@ -69,8 +69,8 @@ def _import_thin(arguments: Namespace) -> _Result:
         docker=arguments.docker,
     ) as found:
         if not arguments.dry_run:
-            with Bar("import", arguments) as bar:
-                found.bring(lambda: connect(arguments), bar)
+            with connect(arguments) as pool, Bar("import", arguments) as bar:
+                found.bring(pool, bar)
         return _Result(found.volumes, found.totals, arguments.dry_run)
 
 

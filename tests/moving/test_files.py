@@ -300,6 +300,26 @@ def _until(happened: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+class Stop(BaseException):
+    """As Ctrl-C: no Exception."""
+
+
+def test_an_import_that_ends_with_its_connection_leaves_nothing(
+    served: Daemon, pool: nbdthin.Client, tmp_path: Path
+) -> None:
+    """A Ctrl-C in the middle of a request closes it."""
+    sparse(tmp_path / "in")
+    with served.connect() as own:
+
+        def stop(done: int, total: int) -> None:
+            own.close()
+            raise Stop
+
+        with pytest.raises(Stop):
+            import_file(own, tmp_path / "in", "disk", format="raw", progress=stop)
+    assert names(pool) == []
+
+
 def test_two_imports_of_one_name_do_not_disturb_each_other(
     served: Daemon, pool: nbdthin.Client, tmp_path: Path
 ) -> None:
