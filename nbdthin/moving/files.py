@@ -22,6 +22,7 @@ from nbdthin.units import MiB
 
 STEP = MiB  # bytes read at a time
 BEHIND = 32 * MiB  # bytes that are written before the disk begins with them
+Output = io.RawIOBase | io.BufferedIOBase
 _BLKZEROOUT = 0x127F  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -202,3 +203,9 @@ def read_pipe(pipe: io.BufferedIOBase) -> Iterator[tuple[int, memoryview]]:
             offset += filled
         if filled < STEP:
             return
+
+
+def write_pipe(pipe: Output, data: memoryview) -> None:
+    """All of it: a raw stream may take less at a time."""
+    while data:
+        data = data[pipe.write(data) or 0 :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from nbdthin.control.rows import Export
 from nbdthin.errors import Invalid, NotFound
 from nbdthin.moving import identity, stream
 from nbdthin.moving.copying import Progress, unseen
+from nbdthin.moving.files import Output, write_pipe
 from nbdthin.moving.identity import Token
 from nbdthin.moving.reaching import connected
 from nbdthin.moving.stream import Batch
@@ -35,7 +35,7 @@ class Sent:
 def send(
     pool: Client,
     snapshot: str,
-    output: io.RawIOBase | io.BufferedIOBase,
+    output: Output,
     *,
     base: str | None = None,
     level: int = stream.LEVEL,
@@ -54,7 +54,7 @@ def send(
 def resume(
     pool: Client,
     token: str,
-    output: io.RawIOBase | io.BufferedIOBase,
+    output: Output,
     *,
     level: int = stream.LEVEL,
     progress: Progress = unseen,
@@ -94,7 +94,7 @@ def _send(
     disk: Disk,
     base: Export | None,
     offset: int,
-    output: io.RawIOBase | io.BufferedIOBase,
+    output: Output,
     level: int,
     progress: Progress,
 ) -> Sent:
@@ -174,9 +174,7 @@ def _batches(disk: Disk, ranges: list[Extent], spare: list[Batch]) -> Iterator[B
         yield batch
 
 
-def _write(output: io.RawIOBase | io.BufferedIOBase, parts: tuple[bytes, ...]) -> int:
+def _write(output: Output, parts: tuple[bytes, ...]) -> int:
     for part in parts:
-        view = memoryview(part)
-        while view:
-            view = view[output.write(view) or 0 :]
+        write_pipe(output, memoryview(part))
     return sum(map(len, parts))
