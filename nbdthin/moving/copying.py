@@ -59,6 +59,14 @@ def copy(
     target.flush()
 
 
+def within(extents: Iterable[Extent], start: int, end: int) -> Iterator[Extent]:
+    """What of `extents` lies in the bytes from `start` to `end`."""
+    for extent in extents:
+        first, last = max(start, extent.offset), min(end, extent.offset + extent.length)
+        if first < last:
+            yield Extent(first, last - first, extent.data)
+
+
 def data_runs(data: memoryview) -> list[tuple[int, int]]:
     """Where `data` is more than zeroes: starts and ends, in whole blocks counted from its beginning."""
     whole = len(data) // BLOCK

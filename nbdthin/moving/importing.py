@@ -16,12 +16,11 @@ from nbdthin.control.rows import Export
 from nbdthin.errors import Invalid
 from nbdthin.moving import images
 from nbdthin.moving.building import HIDDEN, building, check_free
-from nbdthin.moving.copying import Progress, Source, copy, data_runs, unseen
+from nbdthin.moving.copying import Progress, Source, copy, data_runs, unseen, within
 from nbdthin.moving.files import RawSource, read_pipe
 from nbdthin.moving.images import Image
 from nbdthin.moving.reaching import connected
 from nbdthin.pool.commands import SECTOR
-from nbdthin.pool.rows import Extent
 from nbdthin.units import parse_size
 
 UNKNOWN_SIZE = 1 << 50  # bytes of a volume that is made smaller when the pipe has ended
@@ -107,13 +106,7 @@ def _add_layer(pool: Client, hidden: str, image: Image, *, first: bool, progress
                 pool.resize(hidden, size)
             target = connected(pool, hidden)
         with target as disk:
-            copy(source, disk, _within(extents, image.size), fresh=first, progress=progress)
-
-
-def _within(extents: Sequence[Extent], size: int) -> list[Extent]:
-    return [
-        Extent(each.offset, min(each.length, size - each.offset), each.data) for each in extents if each.offset < size
-    ]
+            copy(source, disk, within(extents, 0, image.size), fresh=first, progress=progress)
 
 
 def _identified(path: Path, format: str | None) -> Image:

@@ -12,7 +12,7 @@ from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
 from nbdthin.errors import Invalid, NotFound
 from nbdthin.moving import identity, stream
-from nbdthin.moving.copying import Progress, unseen
+from nbdthin.moving.copying import Progress, unseen, within
 from nbdthin.moving.files import Output, write_pipe
 from nbdthin.moving.identity import Token
 from nbdthin.moving.reaching import connected
@@ -112,7 +112,8 @@ def _send(
     if base is None:
         ranges = [extent for extent in disk.extents(offset) if extent.data]
     else:
-        ranges = list(_between(offset, snapshot.size, pool.diff(base.name, snapshot.name)))
+        # Where a snapshot is smaller than the one before, they differ beyond its end, too.
+        ranges = list(within(pool.diff(base.name, snapshot.name), offset, snapshot.size))
     total = sum(extent.length for extent in ranges if extent.data)
     written = _write(output, writer.header(header))
     done = 0
@@ -123,14 +124,6 @@ def _send(
     written += _write(output, writer.end())
     output.flush()
     return Sent(done, written)
-
-
-def _between(start: int, end: int, extents: list[Extent]) -> Iterator[Extent]:
-    """Where a snapshot is smaller than the one before, they differ beyond its end, too."""
-    for extent in extents:
-        first, last = max(start, extent.offset), min(end, extent.offset + extent.length)
-        if first < last:
-            yield Extent(first, last - first, extent.data)
 
 
 def _packed(disk: Disk, ranges: list[Extent], level: int) -> Iterator[tuple[bytes, int]]:
