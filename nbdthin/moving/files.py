@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from nbdthin.errors import Error, Exists, Invalid
+from nbdthin.pool.files import FILES, write_all
 from nbdthin.pool.rows import Extent
 from nbdthin.units import MiB
 
@@ -123,10 +124,8 @@ class RawTarget:
 
     def write(self, offset: int, data: memoryview) -> None:
         with about(self._path):
-            while data:
-                count = os.pwritev(self._fd, (data,), offset)
-                offset, data = offset + count, data[count:]
-                self._written += count
+            write_all(FILES, self._fd, data, offset)
+        self._written += len(data)
         # What lies on the disk by the end has not to be waited for then. A disk that is busy lets even the call wait.
         if self._written >= BEHIND and (self._beginning is None or self._beginning.done()):
             self._beginning = self._thread.submit(_libc.sync_file_range, self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
@@ -156,11 +155,7 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield partial
         os.rename(partial, final)
-        directory = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        FILES.sync_directory(final.parent)
     except OSError as error:
         if error.filename == str(partial):
             error.filename, error.filename2 = str(path), None
