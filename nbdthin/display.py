@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO
 
 from nbdthin.control.codec import printable
 from nbdthin.control.rows import Detail, DiskFacts, Export, Info, LoopFacts, Node, ProcessFacts
@@ -30,12 +30,13 @@ def show_new_pool(info: PoolInfo) -> None:
     print(f"{printable(str(info.path))}: {format_size(info.data_total)} in blocks of {format_size(info.block_size)}")
 
 
-class Scrubbing:
-    """A scrub as it goes on: a bar on a terminal, what was found, and a line about all of it at the end."""
+class Bar:
+    """How far something is, with rate and time left, where `file` is a terminal. It stays unless it is `transient`."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, what: str, *, file: TextIO, quiet: bool, transient: bool = False) -> None:
         self._progress: Progress | None = None
-        if sys.stdout.isatty() and not quiet:
+        if file.isatty() and not quiet:
+            from rich.console import Console
             from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
             self._progress = Progress(
@@ -43,26 +44,50 @@ class Scrubbing:
                 DownloadColumn(binary_units=True),
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
+                console=Console(file=file),
+                transient=transient,
             )
-            self._task = self._progress.add_task("scrub", total=None)
-        self._last: Scrubbed | None = None
+            self._task = self._progress.add_task(printable(what), total=None)
 
     def __enter__(self) -> Self:
         if self._progress is not None:
             self._progress.start()
         return self
 
+    def show(self, done: int, total: int | None) -> None:
+        """Bytes; `total` is None where nobody knows."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def __call__(self, done: int, total: int) -> None:
+        """As progress is told: `total` is 0 where nobody knows."""
+        self.show(done, total or None)
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class Scrubbing:
+    """A scrub as it goes on: a bar on a terminal, what was found, and a line about all of it at the end."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._bar = Bar("scrub", file=sys.stdout, quiet=quiet)
+        self._last: Scrubbed | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.__enter__()
+        return self
+
     def show(self, step: Scrubbed) -> None:
         self._last = step
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step.done, total=step.total)
+        self._bar.show(step.done, step.total)
         if step.finding is not None:
             print(_finding(step.finding))
             sys.stdout.flush()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._bar.__exit__()
         if kind is None and self._last is not None:
             unsummed = (
                 f", {format_size(self._last.unsummed)} of it without checksums yet" if self._last.unsummed else ""
