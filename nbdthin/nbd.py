@@ -29,7 +29,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from struct import Struct
 from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -68,14 +67,6 @@ _HOLE = int(Chunk.OFFSET_HOLE)
 _STATUS = int(Chunk.BLOCK_STATUS)
 _IS_ERROR = 1 << 15  # in a chunk's type
 _ZERO = int(Allocation.ZERO)
-
-# What follows a chunk's header, whose layouts with it are proto's.
-_MAGIC = Struct(">I")
-_OFFSET = Struct(">Q")
-_HOLE_PAYLOAD = Struct(">QI")
-_CONTEXT = Struct(">I")
-_EXTENT = Struct(">II")
-_ERROR_PAYLOAD = Struct(">IH")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -579,7 +570,7 @@ class Disk:
     def _receive(self) -> None:
         """One simple reply, or one chunk of another."""
         with self._guarded():
-            (magic,) = _MAGIC.unpack(self._incoming.peek(_MAGIC.size))
+            (magic,) = proto.REPLY_MAGIC.unpack(self._incoming.peek(proto.REPLY_MAGIC.size))
             if magic == proto.STRUCTURED_REPLY_MAGIC and self.facts.structured:
                 _, flags, kind, cookie, length = proto.CHUNK.unpack(self._incoming.take(proto.CHUNK.size))
                 request = self._find(cookie)
@@ -598,25 +589,27 @@ class Disk:
                 raise self._garbled(f"the magic number {magic:#x}")
 
     def _receive_chunk(self, request: _Request, kind: int, length: int) -> None:
-        if kind == _DATA and length > _OFFSET.size:
-            (offset,) = _OFFSET.unpack(self._incoming.take(_OFFSET.size))
-            self._incoming.fill(self._part(request, offset, length - _OFFSET.size))
+        if kind == _DATA and length > proto.DATA_PAYLOAD.size:
+            (offset,) = proto.DATA_PAYLOAD.unpack(self._incoming.take(proto.DATA_PAYLOAD.size))
+            self._incoming.fill(self._part(request, offset, length - proto.DATA_PAYLOAD.size))
             return
         if length > MAX_CHUNK:
             raise self._garbled(f"a chunk of {length} bytes")
         payload = bytearray(length)
         self._incoming.fill(memoryview(payload))
-        if kind == _HOLE and length == _HOLE_PAYLOAD.size:
-            offset, count = _HOLE_PAYLOAD.unpack(payload)
+        if kind == _HOLE and length == proto.HOLE_PAYLOAD.size:
+            offset, count = proto.HOLE_PAYLOAD.unpack(payload)
             hole = self._part(request, offset, count)
             hole[:] = bytes(count)
-        elif kind == _STATUS and length % _EXTENT.size == _CONTEXT.size:
-            if _CONTEXT.unpack_from(payload)[0] == self.facts.allocation:
-                request.statuses = list(_EXTENT.iter_unpack(memoryview(payload)[_CONTEXT.size :]))
-        elif kind & _IS_ERROR and length >= _ERROR_PAYLOAD.size:
-            error, count = _ERROR_PAYLOAD.unpack_from(payload)
+        elif kind == _STATUS and length % proto.STATUS_EXTENT.size == proto.STATUS_PAYLOAD.size:
+            if proto.STATUS_PAYLOAD.unpack_from(payload)[0] == self.facts.allocation:
+                request.statuses = list(
+                    proto.STATUS_EXTENT.iter_unpack(memoryview(payload)[proto.STATUS_PAYLOAD.size :])
+                )
+        elif kind & _IS_ERROR and length >= proto.ERROR_PAYLOAD.size:
+            error, count = proto.ERROR_PAYLOAD.unpack_from(payload)
             request.error = error or Errno.EIO
-            request.text = payload[_ERROR_PAYLOAD.size :][:count].decode(errors="replace").strip()
+            request.text = payload[proto.ERROR_PAYLOAD.size :][:count].decode(errors="replace").strip()
         elif kind != Chunk.NONE:
             raise self._garbled(f"a chunk of type {kind} and {length} bytes")
 

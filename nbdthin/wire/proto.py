@@ -88,10 +88,24 @@ STRUCTURED_REPLY_MAGIC = 0x668E33EF
 REQUEST = Struct(">IHHQQI")  # magic, command flags, command, cookie, offset, length; a WRITE's data follows
 SIMPLE_REPLY = Struct(">IIQ")  # magic, error, cookie; a READ's data follows where the error is 0
 CHUNK = Struct(">IHHQI")  # magic, chunk flags, chunk type, cookie, length of the payload that follows
-OFFSET_DATA = Struct(">IHHQIQ")  # chunk header, offset; the data follows
-OFFSET_HOLE = Struct(">IHHQIQI")  # chunk header, offset, length of the hole
-BLOCK_STATUS = Struct(">IHHQII")  # chunk header, context id; (length, status) pairs of u32 follow
-ERROR = Struct(">IHHQIIH")  # chunk header, error, length of the text that follows
+REPLY_MAGIC = Struct(">I")  # what either reply begins with
+
+# What follows a chunk's header.
+DATA_PAYLOAD = Struct(">Q")  # offset; the data follows
+HOLE_PAYLOAD = Struct(">QI")  # offset, length of the hole
+STATUS_PAYLOAD = Struct(">I")  # context id; STATUS_EXTENTs follow
+STATUS_EXTENT = Struct(">II")  # length, status
+ERROR_PAYLOAD = Struct(">IH")  # error, length of the text that follows
+
+
+def _behind_header(payload: Struct) -> Struct:
+    return Struct(CHUNK.format + payload.format.removeprefix(">"))
+
+
+OFFSET_DATA = _behind_header(DATA_PAYLOAD)
+OFFSET_HOLE = _behind_header(HOLE_PAYLOAD)
+BLOCK_STATUS = _behind_header(STATUS_PAYLOAD)
+ERROR = _behind_header(ERROR_PAYLOAD)
 
 
 class TransmissionFlag(IntFlag):
