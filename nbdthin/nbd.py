@@ -201,9 +201,9 @@ class _Handshake:
 
     def _select(self, context: str) -> int | None:
         """Its id, where the server has it."""
-        query = proto.STRING_LENGTH.pack(1) + _counted(context)
+        query = proto.STRING_LENGTH.pack(1) + proto.counted(context)
         try:
-            replies = self._ask(Option.SET_META_CONTEXT, _counted(self._name) + query)
+            replies = self._ask(Option.SET_META_CONTEXT, proto.counted(self._name) + query)
         except _Refused:
             return None
         for kind, data in replies:
@@ -215,7 +215,7 @@ class _Handshake:
     def _info_or_go(self, option: Option, structured: bool, allocation: int | None) -> ExportFacts:
         wanted = (1).to_bytes(2, "big") + Info.BLOCK_SIZE.to_bytes(2, "big")
         try:
-            replies = self._ask(option, _counted(self._name) + wanted)
+            replies = self._ask(option, proto.counted(self._name) + wanted)
         except _Refused as refused:
             if refused.reply == Reply.ERR_UNKNOWN:
                 raise NotFound(f"the server at {self._uri} has no export {self._name!r}") from None
@@ -260,11 +260,6 @@ class _Handshake:
 
 def _foreign(uri: str) -> Error:
     return Error(f"what answers at {uri} is no NBD server that this client understands")
-
-
-def _counted(text: str) -> bytes:
-    raw = text.encode()
-    return proto.STRING_LENGTH.pack(len(raw)) + raw
 
 
 def _receive(connected: socket.socket, length: int) -> bytearray:

@@ -35,11 +35,17 @@ OPTION = Struct(">QII")  # IHAVEOPT, option, length of the data that follows
 OPTION_REPLY = Struct(">QIII")  # magic, option, reply, length of the data that follows
 EXPORT_NAME_REPLY = Struct(">QH")  # size, transmission flags; no option reply around it
 EXPORT_NAME_ZEROES = bytes(124)  # follow EXPORT_NAME_REPLY unless NO_ZEROES is agreed
-STRING_LENGTH = Struct(">I")  # before a name in SERVER replies
+STRING_LENGTH = Struct(">I")  # before a name or a query
 INFO_EXPORT = Struct(">HQH")  # Info.EXPORT, size, transmission flags
 INFO_STRING = Struct(">H")  # Info.NAME or Info.DESCRIPTION, then the text
 INFO_BLOCK_SIZE = Struct(">HIII")  # Info.BLOCK_SIZE, minimum, preferred, largest payload
 META_CONTEXT = Struct(">I")  # context id, then the name
+
+
+def counted(text: str) -> bytes:
+    """A name or a query with its STRING_LENGTH."""
+    raw = text.encode()
+    return STRING_LENGTH.pack(len(raw)) + raw
 
 
 class HandshakeFlag(IntFlag):
