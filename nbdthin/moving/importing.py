@@ -16,7 +16,7 @@ from nbdthin.control.rows import Export
 from nbdthin.errors import Invalid
 from nbdthin.moving import images
 from nbdthin.moving.building import HIDDEN, building, check_free
-from nbdthin.moving.copying import Progress, Source, copy, data_runs, unseen, within
+from nbdthin.moving.copying import Progress, Source, copy, unseen, within, write_data
 from nbdthin.moving.files import RawSource, read_pipe
 from nbdthin.moving.images import Image
 from nbdthin.moving.reaching import connected
@@ -68,8 +68,7 @@ def import_pipe(
                     came = offset + len(data)
                     if came > most:
                         raise Invalid(f"more than {most} bytes came through the pipe")
-                    for start, stop in data_runs(data):
-                        disk.write(offset + start, data[start:stop])
+                    write_data(disk, offset, data)
                     progress(came, 0)
             disk.flush()
         if size is None:

@@ -25,7 +25,7 @@ from nbdthin.control.client import Client
 from nbdthin.errors import Corrupt, Exists, Invalid
 from nbdthin.moving import thin_xml
 from nbdthin.moving.building import building
-from nbdthin.moving.copying import Progress, data_runs, unseen
+from nbdthin.moving.copying import Progress, unseen, write_data
 from nbdthin.moving.files import RawSource, about
 from nbdthin.moving.reaching import connected
 from nbdthin.moving.thin_plan import Layer, Plan, Runs, plan
@@ -334,7 +334,7 @@ class _Bringing:
             end = offset + length
             while offset < end:
                 _, part = next(pieces)
-                _write_part(disk, offset, part, over)
+                write_data(disk, offset, part, over=over)
                 offset += len(part)
                 self._done += len(part)
                 self._progress(self._done, self._total)
@@ -353,13 +353,3 @@ class _Bringing:
                 self._pool.rename(self._name(index), volume.name)
             if inner:
                 self._pool.remove(*(name for index in inner for name in (self._name(index), self._sealed(index))))
-
-
-def _write_part(disk: nbd.Disk, offset: int, part: memoryview, over: bool) -> None:
-    zeroes = 0  # where they begin, if they do
-    for start, end in [*data_runs(part), (len(part), len(part))]:
-        if over and start > zeroes:
-            disk.zero(offset + zeroes, start - zeroes)
-        if end > start:
-            disk.write(offset + start, part[start:end])
-        zeroes = end
