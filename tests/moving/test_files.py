@@ -24,7 +24,7 @@ from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command, run, running
 from tests.clients.hostmount import loop
 from tests.conftest import need, need_root
 
-from .conftest import command, content, disk, holes, names, refused, said
+from .conftest import Stop, command, content, disk, holes, names, refused, said
 
 SIZE = 24 * MiB
 PARTS = ((0, 64 * KiB), (MiB + 4 * KiB, 4 * KiB), (5 * MiB, 3 * MiB), (20 * MiB, 100 * KiB), (SIZE - 4 * KiB, 4 * KiB))
@@ -298,10 +298,6 @@ def _until(happened: Callable[[], object]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-class Stop(BaseException):
-    """As Ctrl-C: no Exception."""
 
 
 def test_an_import_that_ends_with_its_connection_leaves_nothing(

@@ -19,6 +19,7 @@ from nbdthin.moving import thin
 from nbdthin.units import GiB, KiB, MiB
 from tests.clients.daemon import Daemon, nbdthin_command, run, run_json, running
 from tests.conftest import need
+from tests.moving.conftest import Stop
 from tests.moving.thinpool import ThinPool
 
 BLOCK = 64 * KiB
@@ -343,10 +344,6 @@ def test_a_name_that_is_taken_is_found_before_anything_is_copied(tmp_path: Path,
         with pytest.raises(Exists, match="'thin/8' exists"):
             found.bring(pool, lambda done, total: steps.append(done))
     assert steps == []
-
-
-class Stop(BaseException):
-    """As Ctrl-C: no Exception."""
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
