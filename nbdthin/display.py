@@ -31,9 +31,9 @@ def show_new_pool(info: PoolInfo) -> None:
 
 
 class Bar:
-    """How far something is, in bytes, with rate and time left; only on a terminal."""
+    """How far something is, with rate and time left, where `file` is a terminal. It stays unless it is `transient`."""
 
-    def __init__(self, what: str, file: TextIO, *, quiet: bool, transient: bool = True) -> None:
+    def __init__(self, what: str, *, file: TextIO, quiet: bool, transient: bool = False) -> None:
         self._progress: Progress | None = None
         if file.isatty() and not quiet:
             from rich.console import Console
@@ -55,11 +55,12 @@ class Bar:
         return self
 
     def show(self, done: int, total: int | None) -> None:
+        """Bytes; `total` is None where nobody knows."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, total=total)
 
     def __call__(self, done: int, total: int) -> None:
-        """As `show`; without a `total` it is not known."""
+        """As progress is told: `total` is 0 where nobody knows."""
         self.show(done, total or None)
 
     def __exit__(self, *_: object) -> None:
@@ -71,7 +72,7 @@ class Scrubbing:
     """A scrub as it goes on: a bar on a terminal, what was found, and a line about all of it at the end."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._bar = Bar("scrub", sys.stdout, quiet=quiet, transient=False)
+        self._bar = Bar("scrub", file=sys.stdout, quiet=quiet)
         self._last: Scrubbed | None = None
 
     def __enter__(self) -> Self:

@@ -29,8 +29,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from struct import Struct
-from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -69,14 +67,6 @@ _HOLE = int(Chunk.OFFSET_HOLE)
 _STATUS = int(Chunk.BLOCK_STATUS)
 _IS_ERROR = 1 << 15  # in a chunk's type
 _ZERO = int(Allocation.ZERO)
-
-# What follows a chunk's header, whose layouts with it are proto's.
-_MAGIC = Struct(">I")
-_OFFSET = Struct(">Q")
-_HOLE_PAYLOAD = Struct(">QI")
-_CONTEXT = Struct(">I")
-_EXTENT = Struct(">II")
-_ERROR_PAYLOAD = Struct(">IH")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -211,9 +201,9 @@ class _Handshake:
 
     def _select(self, context: str) -> int | None:
         """Its id, where the server has it."""
-        query = proto.STRING_LENGTH.pack(1) + _counted(context)
+        query = proto.STRING_LENGTH.pack(1) + proto.counted(context)
         try:
-            replies = self._ask(Option.SET_META_CONTEXT, _counted(self._name) + query)
+            replies = self._ask(Option.SET_META_CONTEXT, proto.counted(self._name) + query)
         except _Refused:
             return None
         for kind, data in replies:
@@ -225,7 +215,7 @@ class _Handshake:
     def _info_or_go(self, option: Option, structured: bool, allocation: int | None) -> ExportFacts:
         wanted = (1).to_bytes(2, "big") + Info.BLOCK_SIZE.to_bytes(2, "big")
         try:
-            replies = self._ask(option, _counted(self._name) + wanted)
+            replies = self._ask(option, proto.counted(self._name) + wanted)
         except _Refused as refused:
             if refused.reply == Reply.ERR_UNKNOWN:
                 raise NotFound(f"the server at {self._uri} has no export {self._name!r}") from None
@@ -270,11 +260,6 @@ class _Handshake:
 
 def _foreign(uri: str) -> Error:
     return Error(f"what answers at {uri} is no NBD server that this client understands")
-
-
-def _counted(text: str) -> bytes:
-    raw = text.encode()
-    return proto.STRING_LENGTH.pack(len(raw)) + raw
 
 
 def _receive(connected: socket.socket, length: int) -> bytearray:
@@ -387,9 +372,7 @@ class Disk:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- reading
@@ -582,7 +565,7 @@ class Disk:
     def _receive(self) -> None:
         """One simple reply, or one chunk of another."""
         with self._guarded():
-            (magic,) = _MAGIC.unpack(self._incoming.peek(_MAGIC.size))
+            (magic,) = proto.REPLY_MAGIC.unpack(self._incoming.peek(proto.REPLY_MAGIC.size))
             if magic == proto.STRUCTURED_REPLY_MAGIC and self.facts.structured:
                 _, flags, kind, cookie, length = proto.CHUNK.unpack(self._incoming.take(proto.CHUNK.size))
                 request = self._find(cookie)
@@ -601,25 +584,27 @@ class Disk:
                 raise self._garbled(f"the magic number {magic:#x}")
 
     def _receive_chunk(self, request: _Request, kind: int, length: int) -> None:
-        if kind == _DATA and length > _OFFSET.size:
-            (offset,) = _OFFSET.unpack(self._incoming.take(_OFFSET.size))
-            self._incoming.fill(self._part(request, offset, length - _OFFSET.size))
+        if kind == _DATA and length > proto.DATA_PAYLOAD.size:
+            (offset,) = proto.DATA_PAYLOAD.unpack(self._incoming.take(proto.DATA_PAYLOAD.size))
+            self._incoming.fill(self._part(request, offset, length - proto.DATA_PAYLOAD.size))
             return
         if length > MAX_CHUNK:
             raise self._garbled(f"a chunk of {length} bytes")
         payload = bytearray(length)
         self._incoming.fill(memoryview(payload))
-        if kind == _HOLE and length == _HOLE_PAYLOAD.size:
-            offset, count = _HOLE_PAYLOAD.unpack(payload)
+        if kind == _HOLE and length == proto.HOLE_PAYLOAD.size:
+            offset, count = proto.HOLE_PAYLOAD.unpack(payload)
             hole = self._part(request, offset, count)
             hole[:] = bytes(count)
-        elif kind == _STATUS and length % _EXTENT.size == _CONTEXT.size:
-            if _CONTEXT.unpack_from(payload)[0] == self.facts.allocation:
-                request.statuses = list(_EXTENT.iter_unpack(memoryview(payload)[_CONTEXT.size :]))
-        elif kind & _IS_ERROR and length >= _ERROR_PAYLOAD.size:
-            error, count = _ERROR_PAYLOAD.unpack_from(payload)
+        elif kind == _STATUS and length % proto.STATUS_EXTENT.size == proto.STATUS_PAYLOAD.size:
+            if proto.STATUS_PAYLOAD.unpack_from(payload)[0] == self.facts.allocation:
+                request.statuses = list(
+                    proto.STATUS_EXTENT.iter_unpack(memoryview(payload)[proto.STATUS_PAYLOAD.size :])
+                )
+        elif kind & _IS_ERROR and length >= proto.ERROR_PAYLOAD.size:
+            error, count = proto.ERROR_PAYLOAD.unpack_from(payload)
             request.error = error or Errno.EIO
-            request.text = payload[_ERROR_PAYLOAD.size :][:count].decode(errors="replace").strip()
+            request.text = payload[proto.ERROR_PAYLOAD.size :][:count].decode(errors="replace").strip()
         elif kind != Chunk.NONE:
             raise self._garbled(f"a chunk of type {kind} and {length} bytes")
 

@@ -17,9 +17,9 @@ from nbdthin.control.rows import Export
 from nbdthin.errors import Error, Invalid
 
 
-def progress_bar(what: str, arguments: Namespace) -> display.Bar:
-    """On stderr: what is on stdout may be data."""
-    return display.Bar(what, sys.stderr, quiet=wants_json(arguments))
+def bar(what: str, arguments: Namespace) -> display.Bar:
+    """On stderr: what is on stdout may be data. It goes when it is done."""
+    return display.Bar(what, file=sys.stderr, quiet=wants_json(arguments), transient=True)
 
 
 def _import_arguments(parser: ArgumentParser) -> None:
@@ -82,12 +82,12 @@ def _import(arguments: Namespace) -> Export:
         raise Invalid("--size changes what the images of a --chain say: resize the volume afterwards")
     if arguments.file == "-" and (arguments.chain or arguments.format not in (None, "raw")):
         raise Invalid("what comes on stdin is raw (put an image into a file first)")
-    with connect(arguments) as pool, progress_bar(f"import {name}", arguments) as bar:
+    with connect(arguments) as pool, bar(f"import {name}", arguments) as progress:
         if arguments.file == "-":
-            return import_pipe(pool, _stdin(), name, size=arguments.size, progress=bar)
+            return import_pipe(pool, _stdin(), name, size=arguments.size, progress=progress)
         if arguments.chain:
-            return import_chain(pool, path, name, format=arguments.format, progress=bar)
-        return import_file(pool, path, name, size=arguments.size, format=arguments.format, progress=bar)
+            return import_chain(pool, path, name, format=arguments.format, progress=progress)
+        return import_file(pool, path, name, size=arguments.size, format=arguments.format, progress=progress)
 
 
 def _export(arguments: Namespace) -> dict[str, str] | None:
@@ -95,14 +95,14 @@ def _export(arguments: Namespace) -> dict[str, str] | None:
     from nbdthin.moving.reaching import connected
 
     path, name = Path(arguments.file), arguments.name
-    with connect(arguments) as pool, progress_bar(f"export {name}", arguments) as bar:
+    with connect(arguments) as pool, bar(f"export {name}", arguments) as progress:
         if arguments.file == "-":
             if arguments.format != "raw":
                 raise Invalid("what goes to stdout is raw (an image needs a file)")
             with _stdout() as output, connected(pool, name) as disk:
-                export_pipe(disk, output, progress=bar)
+                export_pipe(disk, output, progress=progress)
             return None
-        export_file(pool, name, path, format=arguments.format, force=arguments.force, progress=bar)
+        export_file(pool, name, path, format=arguments.format, force=arguments.force, progress=progress)
     return {"exported": arguments.file}
 
 
@@ -119,10 +119,10 @@ def _send(arguments: Namespace) -> dict[str, int] | None:
 
     def write(output: io.BufferedIOBase) -> Sent:
         if arguments.resume is not None:
-            return resume(pool, arguments.resume, output, level=arguments.level, progress=bar)
-        return send(pool, arguments.snapshot, output, base=arguments.base, level=arguments.level, progress=bar)
+            return resume(pool, arguments.resume, output, level=arguments.level, progress=progress)
+        return send(pool, arguments.snapshot, output, base=arguments.base, level=arguments.level, progress=progress)
 
-    with connect(arguments) as pool, progress_bar(f"send {arguments.snapshot or ''}", arguments) as bar:
+    with connect(arguments) as pool, bar(f"send {arguments.snapshot or ''}", arguments) as progress:
         if arguments.output is None:
             with _stdout() as output:
                 write(output)
@@ -141,11 +141,11 @@ def _receive(arguments: Namespace) -> Export | dict[str, str]:
     with connect(arguments) as pool:
         if arguments.resume_token:
             return {"token": resume_token(pool, name)}
-        with progress_bar(f"receive {name}", arguments) as bar:
+        with bar(f"receive {name}", arguments) as progress:
             if arguments.input is None:
-                return receive(pool, name, _stdin(), where="stdin", progress=bar)
+                return receive(pool, name, _stdin(), where="stdin", progress=progress)
             with open(arguments.input, "rb") as file:
-                return receive(pool, name, file, where=arguments.input, progress=bar)
+                return receive(pool, name, file, where=arguments.input, progress=progress)
 
 
 def _show_received(received: Export | dict[str, str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbdthin.cli.moving import progress_bar
+from nbdthin.cli.moving import bar
 from nbdthin.cli.verb import Verb, connect, path_argument
 from nbdthin.errors import Invalid
 from nbdthin.units import format_size, parse_size
@@ -68,9 +68,9 @@ def _import_thin(arguments: Namespace) -> _Result:
         prefix=arguments.prefix,
         docker=arguments.docker,
     ) as found:
-        if not arguments.dry_run:
-            with progress_bar("import", arguments) as bar:
-                found.bring(lambda: connect(arguments), bar)
+        if found.volumes and not arguments.dry_run:
+            with connect(arguments) as pool, bar("import", arguments) as progress:
+                found.bring(pool, progress)
         return _Result(found.volumes, found.totals, arguments.dry_run)
 
 

@@ -52,11 +52,32 @@ def copy(
                 if not extent.data:
                     target.zero(extent.offset, extent.length)
         for offset, data in source.read_many((extent.offset, extent.length) for extent in ranges if extent.data):
-            for start, stop in data_runs(data) if fresh else [(0, len(data))]:
-                target.write(offset + start, data[start:stop])
+            if fresh:
+                write_data(target, offset, data)
+            else:
+                target.write(offset, data)
             done += len(data)
             progress(done, total)
     target.flush()
+
+
+def within(extents: Iterable[Extent], start: int, end: int) -> Iterator[Extent]:
+    """What of `extents` lies in the bytes from `start` to `end`."""
+    for extent in extents:
+        first, last = max(start, extent.offset), min(end, extent.offset + extent.length)
+        if first < last:
+            yield Extent(first, last - first, extent.data)
+
+
+def write_data(target: Target, offset: int, data: memoryview, *, over: bool = False) -> None:
+    """What of `data` is more than zeroes; `over`: the target is not all zeroes there, so they are made."""
+    zeroes = 0  # where they begin, if they do
+    for start, end in [*data_runs(data), (len(data), len(data))]:
+        if over and start > zeroes:
+            target.zero(offset + zeroes, start - zeroes)
+        if end > start:
+            target.write(offset + start, data[start:end])
+        zeroes = end
 
 
 def data_runs(data: memoryview) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ A file gets its name when it is whole and durable. What reads as zeroes stays a 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import stat
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from nbdthin.control.client import Client
 from nbdthin.errors import Exists, Invalid
 from nbdthin.moving import images
 from nbdthin.moving.copying import Progress, Target, copy, unseen
-from nbdthin.moving.files import about, device, new_file, replacing
+from nbdthin.moving.files import Output, about, device, new_file, replacing, write_pipe
 from nbdthin.moving.reaching import connected
 from nbdthin.units import MiB
 
@@ -59,27 +58,22 @@ def _made(path: Path, final: Path, format: str, size: int) -> Iterator[Target]:
             yield disk
 
 
-def export_pipe(disk: nbd.Disk, pipe: io.RawIOBase | io.BufferedIOBase, *, progress: Progress = unseen) -> None:
+def export_pipe(disk: nbd.Disk, pipe: Output, *, progress: Progress = unseen) -> None:
     """All bytes in order, zeroes too."""
     zeroes = memoryview(bytes(MiB))
     position = 0
     data = ((extent.offset, extent.length) for extent in disk.extents() if extent.data)
     for offset, piece in disk.read_many(data):
         _fill(pipe, zeroes, offset - position)
-        _write(pipe, piece)
+        write_pipe(pipe, piece)
         position = offset + len(piece)
         progress(position, disk.size)
     _fill(pipe, zeroes, disk.size - position)
     pipe.flush()
 
 
-def _fill(pipe: io.RawIOBase | io.BufferedIOBase, zeroes: memoryview, length: int) -> None:
+def _fill(pipe: Output, zeroes: memoryview, length: int) -> None:
     while length:
         part = zeroes[: min(length, len(zeroes))]
-        _write(pipe, part)
+        write_pipe(pipe, part)
         length -= len(part)
-
-
-def _write(pipe: io.RawIOBase | io.BufferedIOBase, data: memoryview) -> None:
-    while data:
-        data = data[pipe.write(data) or 0 :]

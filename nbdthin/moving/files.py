@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Self
 
 from nbdthin.errors import Error, Exists, Invalid
+from nbdthin.pool.files import FILES, write_all
 from nbdthin.pool.rows import Extent
 from nbdthin.units import MiB
 
 STEP = MiB  # bytes read at a time
 BEHIND = 32 * MiB  # bytes that are written before the disk begins with them
+Output = io.RawIOBase | io.BufferedIOBase
 _BLKZEROOUT = 0x127F  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -122,10 +124,8 @@ class RawTarget:
 
     def write(self, offset: int, data: memoryview) -> None:
         with about(self._path):
-            while data:
-                count = os.pwritev(self._fd, (data,), offset)
-                offset, data = offset + count, data[count:]
-                self._written += count
+            write_all(FILES, self._fd, data, offset)
+        self._written += len(data)
         # What lies on the disk by the end has not to be waited for then. A disk that is busy lets even the call wait.
         if self._written >= BEHIND and (self._beginning is None or self._beginning.done()):
             self._beginning = self._thread.submit(_libc.sync_file_range, self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
@@ -155,11 +155,7 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield partial
         os.rename(partial, final)
-        directory = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        FILES.sync_directory(final.parent)
     except OSError as error:
         if error.filename == str(partial):
             error.filename, error.filename2 = str(path), None
@@ -202,3 +198,9 @@ def read_pipe(pipe: io.BufferedIOBase) -> Iterator[tuple[int, memoryview]]:
             offset += filled
         if filled < STEP:
             return
+
+
+def write_pipe(pipe: Output, data: memoryview) -> None:
+    """All of it: a raw stream may take less at a time."""
+    while data:
+        data = data[pipe.write(data) or 0 :]

@@ -1,7 +1,6 @@
 """Files become volumes: raw ones and devices directly, other formats through QEMU.
 
-What is made is called `importing/NAME` until it is whole; then all of it gets its name in one commit. What fails is
-removed, and what a killed import left is by the next of the same name.
+What is made is called `importing/NAME` until it is whole (building.py); then all of it gets its name in one commit.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ from pathlib import Path
 from nbdthin import nbd
 from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
-from nbdthin.errors import Error, Exists, Invalid, NotFound
+from nbdthin.errors import Invalid
 from nbdthin.moving import images
-from nbdthin.moving.copying import Progress, Source, copy, data_runs, unseen
+from nbdthin.moving.building import HIDDEN, building, check_free
+from nbdthin.moving.copying import Progress, Source, copy, unseen, within, write_data
 from nbdthin.moving.files import RawSource, read_pipe
 from nbdthin.moving.images import Image
 from nbdthin.moving.reaching import connected
-from nbdthin.pool.commands import SECTOR, check_name
-from nbdthin.pool.rows import Extent
+from nbdthin.pool.commands import SECTOR
 from nbdthin.units import parse_size
 
-HIDDEN = "importing/"
 UNKNOWN_SIZE = 1 << 50  # bytes of a volume that is made smaller when the pipe has ended
 
 
@@ -42,7 +40,8 @@ def import_file(
     Without `format`, qemu-img says what the file is. What an image stands on is copied with it. Raises Error.
     """
     image = _identified(path, format)
-    with _building(pool, [name]) as hidden:
+    check_free(pool, name)
+    with building(pool, name) as hidden:
         with _disk_of(image) as source:
             with _new_volume(pool, hidden, _volume_size(path, source.size, size)) as disk:
                 copy(source, disk, source.extents(), progress=progress)
@@ -61,15 +60,15 @@ def import_pipe(
     """The same with all that comes through a pipe, which is raw."""
     most = UNKNOWN_SIZE if size is None else parse_size(size)
     came = 0
-    with _building(pool, [name]) as hidden:
+    check_free(pool, name)
+    with building(pool, name) as hidden:
         with _new_volume(pool, hidden, most) as disk:
             with disk.pipelined():
                 for offset, data in read_pipe(pipe):
                     came = offset + len(data)
                     if came > most:
                         raise Invalid(f"more than {most} bytes came through the pipe")
-                    for start, stop in data_runs(data):
-                        disk.write(offset + start, data[start:stop])
+                    write_data(disk, offset, data)
                     progress(came, 0)
             disk.flush()
         if size is None:
@@ -84,7 +83,9 @@ def import_chain(
     """An image as volume `name`, and what it stands on as snapshots below: `NAME@1` is the undermost. Raises Error."""
     layers = images.chain(path, format)
     names = [f"{name}@{number}" for number in range(1, len(layers))]
-    with _building(pool, [name, *names]) as hidden:
+    for each in (name, *names):
+        check_free(pool, each)
+    with building(pool, name) as hidden:
         for number, image in enumerate(layers, 1):
             _add_layer(pool, hidden, image, first=number == 1, progress=progress)
             if number < len(layers):
@@ -104,13 +105,7 @@ def _add_layer(pool: Client, hidden: str, image: Image, *, first: bool, progress
                 pool.resize(hidden, size)
             target = connected(pool, hidden)
         with target as disk:
-            copy(source, disk, _within(extents, image.size), fresh=first, progress=progress)
-
-
-def _within(extents: Sequence[Extent], size: int) -> list[Extent]:
-    return [
-        Extent(each.offset, min(each.length, size - each.offset), each.data) for each in extents if each.offset < size
-    ]
+            copy(source, disk, within(extents, 0, image.size), fresh=first, progress=progress)
 
 
 def _identified(path: Path, format: str | None) -> Image:
@@ -139,33 +134,6 @@ def _volume_size(path: Path, size: int, wanted: int | str | None) -> int:
     if (given := parse_size(wanted)) < whole:
         raise Invalid(f"{path} holds {size} bytes, more than a volume of {given} can take")
     return given
-
-
-@contextlib.contextmanager
-def _building(pool: Client, names: Sequence[str]) -> Iterator[str]:
-    """The hidden name of the first of `names`, all of which are free and belong to nobody else's import now.
-
-    What has a hidden name at the end is removed. Raises Invalid, Exists, InUse.
-    """
-    for name in names:
-        check_name(name)
-        with contextlib.suppress(NotFound):
-            pool.show(name)
-            raise Exists(f"{name!r} exists already")
-    hidden = f"{HIDDEN}{names[0]}"
-    _remove_unfinished(pool, hidden)
-    try:
-        yield hidden
-    except BaseException:
-        with contextlib.suppress(Error):
-            _remove_unfinished(pool, hidden, force=True)
-        raise
-
-
-def _remove_unfinished(pool: Client, hidden: str, *, force: bool = False) -> None:
-    left = [row.name for row in pool.list() if row.name == hidden or row.name.startswith(f"{hidden}@")]
-    if left:
-        pool.remove(*left, force=force)
 
 
 def _new_volume(pool: Client, hidden: str, size: int) -> nbd.Disk:

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 
 from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
-from nbdthin.errors import Corrupt, Error, Exists, Invalid, NotFound
+from nbdthin.errors import Corrupt, Error, Invalid, NotFound
 from nbdthin.moving import identity
+from nbdthin.moving.building import check_free
 from nbdthin.moving.copying import Progress, unseen
 from nbdthin.moving.identity import Token
 from nbdthin.moving.reaching import connected
 from nbdthin.moving.stream import Header, Input, Reader, Record
 from nbdthin.nbd import Disk
-from nbdthin.pool.commands import check_name
 
 UNFINISHED = "receiving/"
 TOKEN = "nbdthin.receiving"  # label: a Token
@@ -34,10 +34,7 @@ def receive(
 
     One that begins at its beginning replaces what an earlier one left under this name.
     """
-    check_name(name)
-    with contextlib.suppress(NotFound):
-        pool.show(name)
-        raise Exists(f"{name!r} exists already")
+    check_free(pool, name)
     reader = Reader(source, where)
     header = reader.header()
     volume = f"{UNFINISHED}{name}"
@@ -63,8 +60,7 @@ def resume_token(pool: Client, name: str) -> str:
 
 
 def _begin(pool: Client, volume: str, header: Header) -> None:
-    with contextlib.suppress(NotFound):
-        pool.remove(volume)
+    pool.remove(volume, if_exists=True)
     labels = {TOKEN: str(Token(header.identity, header.base, 0))}
     if header.base is None:
         pool.create(volume, header.size, labels=labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,8 @@ from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
 from nbdthin.errors import Invalid, NotFound
 from nbdthin.moving import identity, stream
-from nbdthin.moving.copying import Progress, unseen
+from nbdthin.moving.copying import Progress, unseen, within
+from nbdthin.moving.files import Output, write_pipe
 from nbdthin.moving.identity import Token
 from nbdthin.moving.reaching import connected
 from nbdthin.moving.stream import Batch
@@ -35,7 +35,7 @@ class Sent:
 def send(
     pool: Client,
     snapshot: str,
-    output: io.RawIOBase | io.BufferedIOBase,
+    output: Output,
     *,
     base: str | None = None,
     level: int = stream.LEVEL,
@@ -54,7 +54,7 @@ def send(
 def resume(
     pool: Client,
     token: str,
-    output: io.RawIOBase | io.BufferedIOBase,
+    output: Output,
     *,
     level: int = stream.LEVEL,
     progress: Progress = unseen,
@@ -94,7 +94,7 @@ def _send(
     disk: Disk,
     base: Export | None,
     offset: int,
-    output: io.RawIOBase | io.BufferedIOBase,
+    output: Output,
     level: int,
     progress: Progress,
 ) -> Sent:
@@ -112,7 +112,8 @@ def _send(
     if base is None:
         ranges = [extent for extent in disk.extents(offset) if extent.data]
     else:
-        ranges = list(_between(offset, snapshot.size, pool.diff(base.name, snapshot.name)))
+        # Where a snapshot is smaller than the one before, they differ beyond its end, too.
+        ranges = list(within(pool.diff(base.name, snapshot.name), offset, snapshot.size))
     total = sum(extent.length for extent in ranges if extent.data)
     written = _write(output, writer.header(header))
     done = 0
@@ -123,14 +124,6 @@ def _send(
     written += _write(output, writer.end())
     output.flush()
     return Sent(done, written)
-
-
-def _between(start: int, end: int, extents: list[Extent]) -> Iterator[Extent]:
-    """Where a snapshot is smaller than the one before, they differ beyond its end, too."""
-    for extent in extents:
-        first, last = max(start, extent.offset), min(end, extent.offset + extent.length)
-        if first < last:
-            yield Extent(first, last - first, extent.data)
 
 
 def _packed(disk: Disk, ranges: list[Extent], level: int) -> Iterator[tuple[bytes, int]]:
@@ -174,9 +167,7 @@ def _batches(disk: Disk, ranges: list[Extent], spare: list[Batch]) -> Iterator[B
         yield batch
 
 
-def _write(output: io.RawIOBase | io.BufferedIOBase, parts: tuple[bytes, ...]) -> int:
+def _write(output: Output, parts: tuple[bytes, ...]) -> int:
     for part in parts:
-        view = memoryview(part)
-        while view:
-            view = view[output.write(view) or 0 :]
+        write_pipe(output, memoryview(part))
     return sum(map(len, parts))

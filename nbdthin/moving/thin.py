@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -22,11 +22,11 @@ from typing import Self
 
 from nbdthin import nbd
 from nbdthin.control.client import Client
-from nbdthin.errors import Corrupt, Error, Exists, Invalid, Unreachable
+from nbdthin.errors import Corrupt, Exists, Invalid
 from nbdthin.moving import thin_xml
-from nbdthin.moving.copying import Progress, data_runs, unseen
+from nbdthin.moving.building import building
+from nbdthin.moving.copying import Progress, unseen, write_data
 from nbdthin.moving.files import RawSource, about
-from nbdthin.moving.importing import HIDDEN
 from nbdthin.moving.reaching import connected
 from nbdthin.moving.thin_plan import Layer, Plan, Runs, plan
 from nbdthin.moving.thin_xml import ThinDevice, ThinMetadata
@@ -76,27 +76,21 @@ class Survey:
     def __exit__(self, *_: object) -> None:
         self._data.__exit__()
 
-    def bring(self, connect: Callable[[], Client], progress: Progress = unseen) -> None:
-        """Make the volumes. `connect` is asked for the daemon, and once more where a failure is to be undone.
+    def bring(self, pool: Client, progress: Progress = unseen) -> None:
+        """Make the volumes.
 
         What an earlier try has left is removed first. Raises Exists, InUse, NoSpace, Unreachable, Error; there is then
         nothing of it, unless the daemon is gone: the error then says what may be left.
         """
         if not self.volumes:
             return
-        building = f"{HIDDEN}{self.volumes[0].name}@"
-        with connect() as pool:
-            self._check_free(pool)
-            _remove(pool, building)
-            try:
-                _Bringing(pool, self._data, self._plan, self.volumes, building, self.block_size, progress).run()
-            except BaseException as error:
-                _undo(connect, building, error)
-                raise
+        self._check_free(pool)
+        with building(pool, self.volumes[0].name) as hidden:
+            _Bringing(pool, self._data, self._plan, self.volumes, hidden, self.block_size, progress).run()
 
     def _check_free(self, pool: Client) -> None:
         """At once, not when everything has been copied."""
-        taken = {row.name for row in pool.list()} & {volume.name for volume in self.volumes}
+        taken = {*pool.names()} & {volume.name for volume in self.volumes}
         if taken:
             others = f", and {len(taken) - 1} other names" if len(taken) > 1 else ""
             raise Exists(f"{min(taken)!r} exists already{others} (--prefix and --name give others)")
@@ -258,7 +252,7 @@ class _Bringing:
         data: RawSource,
         layers: Plan,
         volumes: Sequence[Volume],
-        building: str,
+        hidden: str,
         block_size: int,
         progress: Progress,
     ) -> None:
@@ -266,7 +260,7 @@ class _Bringing:
         self._data = data
         self._layers = layers.layers
         self._volumes = volumes
-        self._building = building
+        self._hidden = hidden
         self._block_size = block_size
         self._progress = progress
         self._done, self._total = 0, layers.stored * block_size
@@ -290,10 +284,10 @@ class _Bringing:
         self._finish(inner, devices)
 
     def _name(self, index: int) -> str:
-        return f"{self._building}{index}"
+        return f"{self._hidden}@{index}"
 
     def _sealed(self, index: int) -> str:
-        return f"{self._building}{index}@"
+        return f"{self._name(index)}@"
 
     def _layer_sizes(self) -> list[int]:
         """Bytes. A clone is not smaller than its snapshot, so what several stand on is no larger than its content."""
@@ -340,7 +334,7 @@ class _Bringing:
             end = offset + length
             while offset < end:
                 _, part = next(pieces)
-                _write_part(disk, offset, part, over)
+                write_data(disk, offset, part, over=over)
                 offset += len(part)
                 self._done += len(part)
                 self._progress(self._done, self._total)
@@ -359,30 +353,3 @@ class _Bringing:
                 self._pool.rename(self._name(index), volume.name)
             if inner:
                 self._pool.remove(*(name for index in inner for name in (self._name(index), self._sealed(index))))
-
-
-def _write_part(disk: nbd.Disk, offset: int, part: memoryview, over: bool) -> None:
-    zeroes = 0  # where they begin, if they do
-    for start, end in [*data_runs(part), (len(part), len(part))]:
-        if over and start > zeroes:
-            disk.zero(offset + zeroes, start - zeroes)
-        if end > start:
-            disk.write(offset + start, part[start:end])
-        zeroes = end
-
-
-def _undo(connect: Callable[[], Client], building: str, error: BaseException) -> None:
-    """On a connection of its own: the other may have been interrupted. Raises where the daemon does not do it."""
-    try:
-        with connect() as pool:
-            _remove(pool, building, force=True)
-    except Error as failure:
-        why = f"{error}; " if isinstance(error, Error) else ""
-        raise Unreachable(f"{why}{building}... may be left ({failure})") from error
-
-
-def _remove(pool: Client, building: str, *, force: bool = False) -> None:
-    """What was built, as far as it has come."""
-    names = [row.name for row in pool.list() if row.name.startswith(building)]
-    if names:
-        pool.remove(*names, force=force)

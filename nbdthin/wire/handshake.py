@@ -210,7 +210,7 @@ class Handshake:
     def _list(self, data: bytes) -> bytes:
         _refuse_data(data)
         replies = [
-            _reply(Option.LIST, Reply.SERVER, _counted(name) + description.encode())
+            _reply(Option.LIST, Reply.SERVER, proto.counted(name) + description.encode())
             for name, description in self._exports.names()
         ]
         replies.append(_reply(Option.LIST, Reply.ACK))
@@ -352,11 +352,6 @@ def _meta_context_replies(option: Option, contexts: Iterable[tuple[int, str]]) -
     ]
     replies.append(_reply(option, Reply.ACK))
     return b"".join(replies)
-
-
-def _counted(text: str) -> bytes:
-    raw = text.encode()
-    return proto.STRING_LENGTH.pack(len(raw)) + raw
 
 
 def _error_text(sentence: str) -> bytes:

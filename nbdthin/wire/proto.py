@@ -35,11 +35,17 @@ OPTION = Struct(">QII")  # IHAVEOPT, option, length of the data that follows
 OPTION_REPLY = Struct(">QIII")  # magic, option, reply, length of the data that follows
 EXPORT_NAME_REPLY = Struct(">QH")  # size, transmission flags; no option reply around it
 EXPORT_NAME_ZEROES = bytes(124)  # follow EXPORT_NAME_REPLY unless NO_ZEROES is agreed
-STRING_LENGTH = Struct(">I")  # before a name in SERVER replies
+STRING_LENGTH = Struct(">I")  # before a name or a query
 INFO_EXPORT = Struct(">HQH")  # Info.EXPORT, size, transmission flags
 INFO_STRING = Struct(">H")  # Info.NAME or Info.DESCRIPTION, then the text
 INFO_BLOCK_SIZE = Struct(">HIII")  # Info.BLOCK_SIZE, minimum, preferred, largest payload
 META_CONTEXT = Struct(">I")  # context id, then the name
+
+
+def counted(text: str) -> bytes:
+    """A name or a query with its STRING_LENGTH."""
+    raw = text.encode()
+    return STRING_LENGTH.pack(len(raw)) + raw
 
 
 class HandshakeFlag(IntFlag):
@@ -88,10 +94,24 @@ STRUCTURED_REPLY_MAGIC = 0x668E33EF
 REQUEST = Struct(">IHHQQI")  # magic, command flags, command, cookie, offset, length; a WRITE's data follows
 SIMPLE_REPLY = Struct(">IIQ")  # magic, error, cookie; a READ's data follows where the error is 0
 CHUNK = Struct(">IHHQI")  # magic, chunk flags, chunk type, cookie, length of the payload that follows
-OFFSET_DATA = Struct(">IHHQIQ")  # chunk header, offset; the data follows
-OFFSET_HOLE = Struct(">IHHQIQI")  # chunk header, offset, length of the hole
-BLOCK_STATUS = Struct(">IHHQII")  # chunk header, context id; (length, status) pairs of u32 follow
-ERROR = Struct(">IHHQIIH")  # chunk header, error, length of the text that follows
+REPLY_MAGIC = Struct(">I")  # what either reply begins with
+
+# What follows a chunk's header.
+DATA_PAYLOAD = Struct(">Q")  # offset; the data follows
+HOLE_PAYLOAD = Struct(">QI")  # offset, length of the hole
+STATUS_PAYLOAD = Struct(">I")  # context id; STATUS_EXTENTs follow
+STATUS_EXTENT = Struct(">II")  # length, status
+ERROR_PAYLOAD = Struct(">IH")  # error, length of the text that follows
+
+
+def _behind_header(payload: Struct) -> Struct:
+    return Struct(CHUNK.format + payload.format.removeprefix(">"))
+
+
+OFFSET_DATA = _behind_header(DATA_PAYLOAD)
+OFFSET_HOLE = _behind_header(HOLE_PAYLOAD)
+BLOCK_STATUS = _behind_header(STATUS_PAYLOAD)
+ERROR = _behind_header(ERROR_PAYLOAD)
 
 
 class TransmissionFlag(IntFlag):

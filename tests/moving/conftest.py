@@ -14,6 +14,10 @@ from nbdthin.pool.rows import Extent
 from tests.clients.daemon import Daemon, nbdthin_command, running
 
 
+class Stop(BaseException):
+    """As Ctrl-C: no Exception."""
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with running(tmp_path_factory.mktemp("here")) as daemon:

@@ -24,7 +24,7 @@ from tests.clients.daemon import PATIENCE, Daemon, nbdthin_command, run, running
 from tests.clients.hostmount import loop
 from tests.conftest import need, need_root
 
-from .conftest import command, content, disk, holes, names, refused, said
+from .conftest import Stop, command, content, disk, holes, names, refused, said
 
 SIZE = 24 * MiB
 PARTS = ((0, 64 * KiB), (MiB + 4 * KiB, 4 * KiB), (5 * MiB, 3 * MiB), (20 * MiB, 100 * KiB), (SIZE - 4 * KiB, 4 * KiB))
@@ -298,6 +298,22 @@ def _until(happened: Callable[[], object]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_an_import_that_ends_with_its_connection_leaves_nothing(
+    served: Daemon, pool: nbdthin.Client, tmp_path: Path
+) -> None:
+    """A Ctrl-C in the middle of a request closes it."""
+    sparse(tmp_path / "in")
+    with served.connect() as own:
+
+        def stop(done: int, total: int) -> None:
+            own.close()
+            raise Stop
+
+        with pytest.raises(Stop):
+            import_file(own, tmp_path / "in", "disk", format="raw", progress=stop)
+    assert names(pool) == []
 
 
 def test_two_imports_of_one_name_do_not_disturb_each_other(

@@ -19,6 +19,7 @@ from nbdthin.moving import thin
 from nbdthin.units import GiB, KiB, MiB
 from tests.clients.daemon import Daemon, nbdthin_command, run, run_json, running
 from tests.conftest import need
+from tests.moving.conftest import Stop
 from tests.moving.thinpool import ThinPool
 
 BLOCK = 64 * KiB
@@ -339,13 +340,10 @@ def test_a_name_that_is_taken_is_found_before_anything_is_copied(tmp_path: Path,
     old = small(tmp_path)
     daemon.create("thin/8", MiB)
     steps: list[int] = []
-    with thin.survey(str(old.metadata), str(old.data)) as found, pytest.raises(Exists, match="'thin/8' exists"):
-        found.bring(daemon.connect, lambda done, total: steps.append(done))
+    with thin.survey(str(old.metadata), str(old.data)) as found, daemon.connect() as pool:
+        with pytest.raises(Exists, match="'thin/8' exists"):
+            found.bring(pool, lambda done, total: steps.append(done))
     assert steps == []
-
-
-class Stop(BaseException):
-    """As Ctrl-C: no Exception."""
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -359,21 +357,20 @@ def test_what_ends_in_the_middle_leaves_nothing(after: int, tmp_path: Path, daem
         if len(seen) > after:
             raise Stop
 
-    with thin.survey(str(old.metadata), str(old.data)) as found, suppress(Stop):
-        found.bring(daemon.connect, stop)
-    assert len(seen) == after + 1
-    with daemon.connect() as pool:
+    with thin.survey(str(old.metadata), str(old.data)) as found, daemon.connect() as pool:
+        with suppress(Stop):
+            found.bring(pool, stop)
+        assert len(seen) == after + 1
         assert pool.list() == []
 
 
 def test_data_that_become_shorter_meanwhile_are_an_error_that_leaves_nothing(tmp_path: Path, daemon: Daemon) -> None:
     old = small(tmp_path)
-    with thin.survey(str(old.metadata), str(old.data)) as found:
+    with thin.survey(str(old.metadata), str(old.data)) as found, daemon.connect() as pool:
         with old.data.open("r+b") as file:
             file.truncate(20 * BLOCK)
         with pytest.raises(Error, match="has become shorter"):
-            found.bring(daemon.connect)
-    with daemon.connect() as pool:
+            found.bring(pool)
         assert pool.list() == []
 
 
@@ -384,9 +381,9 @@ def test_a_pool_that_is_too_small_is_an_error_that_leaves_nothing(tmp_path: Path
     daemon.config.write_text(daemon.config.read_text().replace("[pool]", settings))
     daemon.start()
     try:
-        with thin.survey(str(old.metadata), str(old.data)) as found, pytest.raises(NoSpace):
-            found.bring(daemon.connect)
-        with daemon.connect() as pool:
+        with thin.survey(str(old.metadata), str(old.data)) as found, daemon.connect() as pool:
+            with pytest.raises(NoSpace):
+                found.bring(pool)
             assert pool.list() == []
     finally:
         daemon.close()
@@ -400,14 +397,14 @@ def test_a_daemon_that_dies_is_named_with_what_it_may_have_left(tmp_path: Path, 
             daemon.kill()
 
     with thin.survey(str(old.metadata), str(old.data)) as found:
-        with pytest.raises(Error, match=r"importing/thin/7@\.\.\. may be left"):
-            found.bring(daemon.connect, kill)
+        with daemon.connect() as pool, pytest.raises(Error, match=r"importing/thin/7@\.\.\. may be left"):
+            found.bring(pool, kill)
         daemon.start()
         with daemon.connect() as pool:
             left = [row.name for row in pool.list()]
             assert left and all(name.startswith("importing/thin/7@") for name in left)
-        found.bring(daemon.connect)
-    with daemon.connect() as pool:
-        assert [row.name for row in pool.list()] == ["thin/7", "thin/8", "thin/9"], "the second try removes the first"
+            found.bring(pool)
+            rows = pool.list()
+        assert [row.name for row in rows] == ["thin/7", "thin/8", "thin/9"], "the second try removes the first"
     for number in (7, 8):
         assert content_of(daemon, f"thin/{number}") == old.reads_as(number, 40 * BLOCK)

@@ -40,6 +40,15 @@ def parents(result: Plan) -> dict[int | None, int | None]:
     return {layer.device: layer.parent for layer in result.layers if layer.device is not None}
 
 
+def of_one_device(blocks: int) -> ThinPool:
+    """Device 0, with so many blocks written."""
+    pool = ThinPool()
+    pool.create(0)
+    for block in range(blocks):
+        pool.write(0, block)
+    return pool
+
+
 def carry_out(steps: Sequence[Step]) -> ThinPool:
     """Numbers say which of the devices there are."""
     pool = ThinPool()
@@ -95,10 +104,7 @@ def test_independent_devices_stay_independent() -> None:
 
 
 def test_a_snapshot_and_its_origin_stand_on_what_they_share() -> None:
-    pool = ThinPool()
-    pool.create(0)
-    for block in range(4):
-        pool.write(0, block)
+    pool = of_one_device(4)
     pool.snapshot(0, 1)
     pool.write(0, 1)
     pool.discard(1, 2)
@@ -112,10 +118,7 @@ def test_a_snapshot_and_its_origin_stand_on_what_they_share() -> None:
 
 
 def test_snapshots_along_the_life_of_an_origin_are_a_chain() -> None:
-    pool = ThinPool()
-    pool.create(0)
-    for block in range(10):
-        pool.write(0, block)
+    pool = of_one_device(10)
     for number in range(1, 9):
         pool.snapshot(0, number)
         pool.write(0, number)
@@ -127,10 +130,7 @@ def test_snapshots_along_the_life_of_an_origin_are_a_chain() -> None:
 
 
 def test_a_thousand_containers_of_one_image_stand_on_one_layer() -> None:
-    pool = ThinPool()
-    pool.create(0)
-    for block in range(10):
-        pool.write(0, block)
+    pool = of_one_device(10)
     for number in range(1, 1001):
         pool.snapshot(0, number)
     result = planned(pool)
@@ -157,10 +157,7 @@ def test_images_of_dockers_shape_and_their_containers_share_every_layer() -> Non
 
 
 def test_what_is_missing_in_all_that_stand_on_a_layer_is_said_once() -> None:
-    pool = ThinPool()
-    pool.create(0)
-    for block in range(6):
-        pool.write(0, block)
+    pool = of_one_device(6)
     pool.snapshot(0, 1)
     pool.snapshot(0, 2)
     pool.discard(1, 3)
