@@ -19,7 +19,7 @@ from nbdthin.images.store import Catalogue, FileSystem, Image
 def commit(pool: Client, name: str, *tags: str, comment: str = "") -> Image:
     """Make an image of what container `name` holds now; the container goes on, on top of it. It may be started.
 
-    Raises NotFound, Invalid, InUse.
+    Raises NotFound, Invalid, InUse, Error.
     """
     wanted = [store.check_tag(tag) for tag in tags]
     with store.locked(pool) as lock:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import subprocess
@@ -15,7 +17,7 @@ from nbdthin import devices
 from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
 from nbdthin.devices import state
-from nbdthin.errors import Error, InUse, NotFound
+from nbdthin.errors import Error, InUse, NoSpace, NotFound
 from nbdthin.images import store
 from nbdthin.images.changes import Change, changes
 from nbdthin.images.programs import run
@@ -26,6 +28,8 @@ _VOLUME = "container/"
 
 _FIFREEZE = 0xC0045877  # linux/fs.h
 _FITHAW = 0xC0045878
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +239,7 @@ def frozen(root: Path, lock: int) -> Iterator[None]:
 
     A file system that nobody thaws hangs all who write to it, and its device can never be freed. So a process of its
     own does it, also when this one is killed; it keeps `lock`, so that nobody takes away before what is left.
+    Raises Error, also where something that was written before did not reach the device.
     """
     # Below `root`, so that it cannot be unmounted while it is frozen. The trap: a Ctrl-C is for all of a terminal.
     command = ["sh", "-c", "trap '' INT TERM HUP; echo; read _; exec fsfreeze --unfreeze ."]
@@ -251,6 +256,7 @@ def frozen(root: Path, lock: int) -> Iterator[None]:
                 thawing.kill()  # if it is frozen, then by somebody else
                 raise Error(f"cannot freeze the file system at {root}: {error.strerror}") from error
             try:
+                _check_written(directory, root)
                 yield
             finally:
                 thawing.stdin.close()
@@ -260,6 +266,14 @@ def frozen(root: Path, lock: int) -> Iterator[None]:
         thawing.stdin.close()
         thawing.stdout.close()
         thawing.wait()
+
+
+def _check_written(directory: int, root: Path) -> None:
+    """Freezing does not tell what the kernel failed to write, as while the pool was full: this does, once."""
+    if _libc.syncfs(directory):
+        number = ctypes.get_errno()
+        kind = NoSpace if number == errno.ENOSPC else Error
+        raise kind(f"the file system at {root} has lost some of what was written to it: {os.strerror(number)}")
 
 
 @contextlib.contextmanager

@@ -171,6 +171,34 @@ def test_a_layer_with_a_wrong_digest_leaves_nothing(tmp_path: Path, pool: nbdthi
     assert names(pool) == {"base/default"}
 
 
+def test_data_that_the_pool_had_no_space_for_at_the_time_leaves_nothing_of_the_image(tmp_path: Path) -> None:
+    """Although there was space again for all that came later: the kernel had dropped it and only remembers that."""
+    archive = layout(tmp_path / "big", {"1": [make_tar(*(file(f"{n}", os.urandom(MiB)) for n in range(60)))]})
+    daemon = Daemon(tmp_path, size=16 * MiB)
+    lines = 'auto_extend = false\nno_space = "error"\n[server]'
+    daemon.config.write_text(daemon.config.read_text().replace("[server]", lines))
+    with contextlib.closing(daemon):
+        daemon.start()
+        with daemon.connect() as pool, daemon.connect() as listening, daemon.connect() as other:
+            base.create(pool, size="256 MiB")
+            events = listening.events()
+            assert next(events).kind == "listening"
+
+            def make_room() -> None:
+                for event in events:
+                    if event.kind == "no_space":
+                        other.extend(128 * MiB)
+                    elif event.kind == "space":
+                        return
+
+            maker = threading.Thread(target=make_room)
+            maker.start()
+            with pytest.raises(nbdthin.NoSpace, match=r"lost some of what was written .*the pool: nbdthin info"):
+                loading.load(pool, archive)
+            maker.join()
+            assert names(pool) == {"base/default"}
+
+
 def command(daemon: Daemon, *arguments: str | Path) -> subprocess.Popen[str]:
     environment = os.environ | {"NBDTHIN_SOCKET": str(daemon.control)}
     return subprocess.Popen(
