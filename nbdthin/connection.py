@@ -88,6 +88,10 @@ _SIMPLE_MAGIC = proto.SIMPLE_REPLY_MAGIC
 _REQUEST_HEADER = proto.REQUEST.size
 _SIMPLE_HEADER = proto.SIMPLE_REPLY.size
 _DATA_HEADER = proto.OFFSET_DATA.size
+_REQUEST_MAGIC = proto.REQUEST_MAGIC
+_unpack_request = proto.REQUEST.unpack_from
+_refuse = transmission.refuse
+_preadv = os.preadv
 _pack_simple_into = proto.SIMPLE_REPLY.pack_into
 _pack_data_into = proto.OFFSET_DATA.pack_into
 _simple = transmission.simple_reply
@@ -199,12 +203,16 @@ class Connection(asyncio.BufferedProtocol):
             if not ready(0) and not poller.wait(ready):
                 return
             try:
-                nbytes = os.readv(fd, (self.get_buffer(-1),))
+                nbytes = os.readv(fd, (self._view if not self._end and self._payload is None else self.get_buffer(-1),))
             except OSError:
                 return
             if not nbytes:
                 return
-            self._received(nbytes)
+            if self._payload is None:  # as in `_received`, with fewer steps
+                self._end += nbytes
+                self._parse()
+            else:
+                self._received(nbytes)
             poller.answered()
 
     def eof_received(self) -> bool:
@@ -390,7 +398,10 @@ class Connection(asyncio.BufferedProtocol):
         self._contexts = agreed.contexts
         self._data_fd = self._live.pool.data.fd
         # Chosen once: who does not want data verified pays nothing for it.
-        self._answer_read = Connection._read_verified if self._live.pool.policy.verify else Connection._read
+        verify = self._live.pool.policy.verify
+        self._answer_read = Connection._read_verified if verify else Connection._read
+        self._small = 0 if verify else SEND  # bytes below which a read is tried by `_read_small`
+        self._data_header = _DATA_HEADER if agreed.structured else _SIMPLE_HEADER
         log.info("%s: connected to %s", self.peer, agreed.export.name)
         # What came behind the handshake is at most an option's length, but may be more than scratch holds.
         position = 0
@@ -416,8 +427,7 @@ class Connection(asyncio.BufferedProtocol):
         outbox = self._outbox
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
-        unpack, refuse, rules, volume = proto.REQUEST.unpack_from, transmission.refuse, self._rules, self._volume
-        plain_lengths, overwrite = self._plain_lengths, self._device.overwrite
+        volume, write_small, plain_lengths = self._volume, self._device.write_small, self._plain_lengths
         if self._skip:
             position = min(self._skip, end)
             self._skip -= position
@@ -432,19 +442,30 @@ class Connection(asyncio.BufferedProtocol):
                 self._pause()
                 waiting = True
                 break
-            magic, flags, command, cookie, offset, length = unpack(view, position)
-            if magic != proto.REQUEST_MAGIC:
+            magic, flags, command, cookie, offset, length = _unpack_request(view, position)
+            if magic != _REQUEST_MAGIC:
                 log.info("%s: not a request, magic number %#x", self.peer, magic)
                 self.abort()
                 return
             plain = not flags and 0 < length <= plain_lengths.get(command, 0) and offset + length <= volume.size
-            error = 0 if plain else refuse(rules, command, flags, offset, length, volume.size)
-            if command == _WRITE:
-                start, stop = position + _REQUEST_HEADER, position + _REQUEST_HEADER + length
-                if plain and stop <= end and length <= PIECE and overwrite(offset, view[start:stop]):
-                    self._written(flags, cookie)
+            if plain:
+                stop = position + _REQUEST_HEADER
+                try:
+                    if command == _READ:
+                        done = length < self._small and self._read_small(cookie, offset, length)
+                    else:
+                        start, stop = stop, stop + length
+                        done = length <= PIECE and stop <= end and write_small(offset, view[start:stop])
+                        if done:
+                            self._written(0, cookie)
+                except Exception as failure:
+                    self._fail(command, cookie, failure)
+                    done = True
+                if done:
                     position = stop
                     continue
+            error = 0 if plain else _refuse(self._rules, command, flags, offset, length, volume.size)
+            if command == _WRITE:
                 position = self._take_write(position, flags, cookie, offset, length, error)
                 if position < 0:
                     break
@@ -585,30 +606,34 @@ class Connection(asyncio.BufferedProtocol):
 
     # -- commands
 
+    def _read_small(self, cookie: int, offset: int, length: int) -> bool:
+        """Answer a read of what lies in one place, or begin to; False: it does not. Nothing is cheaper than this."""
+        position = self._volume.locate(offset, length)
+        if position <= 0:
+            return False
+        if not (self._cold and self._prefetch_unseen(position, length)):
+            outbox, header = self._outbox, self._data_header
+            start = outbox.room(header + length) if outbox.used else 0
+            end = start + header + length
+            arena = outbox.arena
+            try:
+                count = _preadv(self._data_fd, (arena[start + header : end],), position, NOWAIT)
+            except OSError:  # not cached, or worse: the slow way finds out
+                count = -1
+            if count == length:
+                if self._structured:
+                    _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
+                else:
+                    _pack_simple_into(arena, start, _SIMPLE_MAGIC, 0, cookie)
+                outbox.used = end
+                return True
+            self._cold = COLD
+        view = new_buffer(length)
+        put = partial(self._put_data, cookie, offset, view)
+        self._read_slowly(cookie, length, [(position, length)], view, put)
+        return True
+
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        position = self._volume.locate(offset, length) if length < SEND else 0
-        if position > 0:
-            if not (self._cold and self._prefetch_unseen(position, length)):
-                outbox, header = self._outbox, _DATA_HEADER if self._structured else _SIMPLE_HEADER
-                start = outbox.room(header + length)
-                end = start + header + length
-                arena = outbox.arena
-                try:
-                    count = os.preadv(self._data_fd, (arena[start + header : end],), position, NOWAIT)
-                except OSError:  # not cached, or worse: the slow way finds out
-                    count = -1
-                if count == length:
-                    if self._structured:
-                        _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
-                    else:
-                        _pack_simple_into(arena, start, _SIMPLE_MAGIC, 0, cookie)
-                    outbox.used = end
-                    return
-                self._cold = COLD
-            view = new_buffer(length)
-            put = partial(self._put_data, cookie, offset, view)
-            self._read_slowly(cookie, length, [(position, length)], view, put)
-            return
         if not length:
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return

@@ -3,7 +3,8 @@
 A client that waits for each answer before it asks again sends its next request some 15 us later. A loop that sleeps
 meanwhile is woken by the kernel, and in a virtual machine by the hypervisor, which takes longer than the request
 itself. As halt-polling hypervisors do, this polls only as long as it has paid lately: where requests have come quickly
-one after the other, and nobody else wanted the processor.
+one after the other. Between two looks it offers the processor to whoever else wants it (sched_yield(2)): as often as
+not that is the client, woken by the answer on the processor that sent it.
 
 There are two ways. Where one connection is alone, it looks at its own socket (`wait`), which takes a tenth of a turn of
 the loop; else the loop turns without sleeping.
@@ -12,13 +13,13 @@ the loop; else the loop turns without sleeping.
 from __future__ import annotations
 
 import asyncio
-import resource
+import os
 import time
 from collections.abc import Callable
 
 WINDOW = 100e-6  # seconds without a request after which the loop sleeps
-REST = 0.1  # seconds without polling after somebody else wanted the processor
 _SMOOTH = 1 / 8  # weight of the latest gap between requests
+_give_way = os.sched_yield
 
 
 class Poller:
@@ -29,8 +30,6 @@ class Poller:
         self._gap = 2 * WINDOW if enabled else float("inf")  # seconds between an answer and the next request, lately
         self.time = 0.0  # when all that came was answered, by time.monotonic
         self._polling = False
-        self._preempted = 0  # how often others took the processor, when polling began
-        self._rest_until = 0.0
 
     def came(self) -> None:
         """A request is here."""
@@ -43,6 +42,7 @@ class Poller:
             return False
         until = self.time + WINDOW
         while not ready(0):
+            _give_way()
             if time.monotonic() >= until:
                 return False
         self.came()
@@ -50,21 +50,13 @@ class Poller:
 
     def answered(self) -> None:
         """All that came is done with: the next may come at once."""
-        now = self.time = time.monotonic()
-        if not self._polling and self._gap < WINDOW and now >= self._rest_until:
+        self.time = time.monotonic()
+        if not self._polling and self._gap < WINDOW:
             self._polling = True
-            self._preempted = _preempted()
             self._loop.call_soon(self._poll)
 
     def _poll(self) -> None:
-        now = time.monotonic()
-        if now - self.time < WINDOW:
+        self._polling = time.monotonic() - self.time < WINDOW
+        if self._polling:
+            _give_way()
             self._loop.call_soon(self._poll)
-            return
-        self._polling = False
-        if _preempted() != self._preempted:
-            self._rest_until = now + REST
-
-
-def _preempted() -> int:
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw

@@ -51,7 +51,7 @@ def run(path: Path, work: Callable[[LivePool], Awaitable[None]], size: str = "64
 
 async def write(volume: LiveVolume, offset: int, data: bytes) -> None:
     view = memoryview(data)
-    if not volume.write_now(offset, view):
+    if not (volume.write_small(offset, view) or volume.write_now(offset, view)):
         await volume.write(offset, view)
 
 

@@ -432,12 +432,16 @@ def test_what_is_announced_takes_no_memory(serving: Serving, client: Client) -> 
 def test_a_defect_of_ours_is_an_io_error_to_one_request_and_a_line_in_the_log(
     serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for target in ("LiveVolume.write_now", "LiveVolume.trim_now", "Volume.locate"):
-        kind = "live" if target.startswith("Live") else "volume"
+    for target, command, length in (
+        ("volume.Volume.write_small", WRITE, 4096),
+        ("live.LiveVolume.write_now", WRITE, 5),
+        ("live.LiveVolume.trim_now", TRIM, 4096),
+        ("volume.Volume.locate", READ, 4096),
+        ("volume.Volume.segments", READ, 65536),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"nbdthin.pool.{kind}.{target}", lambda *_: 1 // 0)
-            command = {"LiveVolume.write_now": WRITE, "LiveVolume.trim_now": TRIM, "Volume.locate": READ}[target]
-            assert client.call(command, 0, 4096, bytes(4096) if command == WRITE else b"") == EIO
+            patch.setattr(f"nbdthin.pool.{target}", lambda *_: 1 // 0)
+            assert client.call(command, 0, length, bytes(length) if command == WRITE else b"") == EIO
         assert "ZeroDivisionError" in caplog.text
         caplog.clear()
     assert client.read(0, 512) == bytes(512)
@@ -615,7 +619,10 @@ def test_shutting_down_answers_everything_that_had_been_received(serving: Servin
     for index in range(30):
         message += structured.request(BLOCK_STATUS, 0, MIB, flags=REQ_ONE)[1]
         message += structured.request(WRITE, index * 4096, 4096, b"x" * 4096)[1]
+    sent = threading.Event()
+    serving.loop.call_soon_threadsafe(sent.wait)
     structured.sock.sendall(message)
+    sent.set()
     structured.reply()  # the whole message was received with its first request
     serving.stop()
     answered = {1}

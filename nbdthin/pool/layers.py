@@ -63,6 +63,15 @@ def compose(own: int, below: int) -> int:
     return MIXED
 
 
+def near(own: array[int], block: int, region: int) -> int:
+    """`Layer.near`, from the leaf that has `block`."""
+    index = block & LEAF_MASK
+    first = index - index % region
+    entries = own[first : first + region]
+    last = max(entries)
+    return (last >> 32) + index - first - entries.index(last) if last >> 32 else 0
+
+
 def compose_leaves(own: array[int], below: array[int]) -> array[int]:
     """`compose` for all entries of a leaf; a new array."""
     upper, lower = words(own), words(below)
@@ -208,13 +217,7 @@ class Layer:
         each other. A region is `region` blocks from a multiple of that on. 0: there is no other one.
         """
         own = self.own.get(block >> LEAF_SHIFT)
-        if own is None:
-            return 0
-        index = block & LEAF_MASK
-        first = index - index % region
-        entries = own[first : first + region]
-        last = max(entries)
-        return (last >> 32) + index - first - entries.index(last) if last >> 32 else 0
+        return 0 if own is None else near(own, block, region)
 
     def put(self, block: int, entry: int) -> None:
         """Set an own entry of a head. What becomes of the old one's physical block is the caller's to say."""

@@ -179,11 +179,11 @@ class LiveVolume:
         self._coming.discard(pieces)
         pieces.set_result(None)
 
-    def overwrite(self, offset: int, payload: memoryview) -> bool:
-        """`Volume.overwrite` where nobody else is at the volume; False: ask `write_now`."""
+    def write_small(self, offset: int, payload: memoryview) -> bool:
+        """`Volume.write_small` where nobody else is at the volume; False: ask `write_now`."""
         if self._gate is not None or self._held or self._pool.failed is not None:
             return False
-        return self.volume.overwrite(offset, payload)
+        return self.volume.write_small(offset, payload)
 
     def write_now(self, offset: int, payload: memoryview, pieces: Pieces | None = None) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
@@ -192,7 +192,7 @@ class LiveVolume:
             return False
         volume = self.volume
         try:
-            if volume.write_block(offset, payload):
+            if volume.write_small(offset, payload):
                 return True
             write = volume.reserve(offset, length)
         except NoSpace:

@@ -16,8 +16,9 @@ import numpy as np
 
 from nbdthin.errors import Invalid, NoSpace, ReadOnly
 from nbdthin.pool import sums
+from nbdthin.pool.data import FOLIO
 from nbdthin.pool.extents import data_masks
-from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, words
+from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, near, words
 from nbdthin.pool.records import LEAF_BLOCKS
 
 if TYPE_CHECKING:
@@ -247,62 +248,46 @@ class Volume:
             raise
         self.finish(write)
 
-    def overwrite(self, offset: int, payload: memoryview) -> bool:
-        """Write what lies in one block and is all this volume's own already, in as few steps as there can be.
+    def write_small(self, offset: int, payload: memoryview) -> bool:
+        """Write what lies in one block and needs nothing read first, in as few steps as there can be.
 
-        False: it is not, or the disk did not take it: `write_block` and `write` have the errors, too.
+        False: it is not so, or did not go well, and nothing has changed: `write` has the errors, too.
         """
         shift, length = self._shift, len(payload)
-        block = offset >> shift
-        own = self.layer.own.get(block >> LEAF_SHIFT)
-        if own is None:
-            return False
         within = offset & self._block_mask
         last = within + length - 1
+        if last >> shift or not 0 < length <= FOLIO:
+            return False
         touched = (2 << (last >> self._sub_shift)) - (1 << (within >> self._sub_shift))
-        entry = own[block & LEAF_MASK]
-        if last >> shift or entry & touched != touched:
-            return False
-        data = self._data
-        try:
-            if data.pwritev(data.fd, (payload,), (entry >> 32 << shift) + within) != length:
-                return False
-        except OSError:
-            return False
-        data.dirty += length
-        return True
-
-    def write_block(self, offset: int, payload: memoryview) -> bool:
-        """The short way for a write inside one block that needs nothing read first; False: take the long way.
-
-        Raises NoSpace (nothing written) or OSError.
-        """
-        length = len(payload)
-        within = offset & self._block_mask
-        if not 0 < length <= self._block_mask + 1 - within:
-            return False
-        layer = self.layer
-        block = offset >> self._shift
-        touched = (2 << ((within + length - 1) >> self._sub_shift)) - (1 << (within >> self._sub_shift))
+        layer, block = self.layer, offset >> shift
         own = layer.own.get(block >> LEAF_SHIFT)
         entry = 0 if own is None else own[block & LEAF_MASK]
+        is_new = entry & touched != touched
         physical = entry >> 32
-        fresh = None
-        if entry & touched != touched:
-            if (offset | length) & self._sub_mask:
+        fresh = 0
+        if is_new:
+            pool = self.pool
+            if (offset | length) & self._sub_mask or pool.journal_low:
                 return False
-            if self.pool.journal_low:
-                raise NoSpace(JOURNAL_LOW)
             if not physical:
-                fresh = physical = self.pool.allocator.allocate(layer.number, block, self._near(block))
+                allocator = pool.allocator
+                beside = 0 if own is None else near(own, block, allocator.region)
+                try:
+                    physical = fresh = allocator.allocate(layer.number, block, beside)
+                except NoSpace:
+                    return False
+        data = self._data
         try:
-            self._data.write(payload, (physical << self._shift) + within)
-        except BaseException:
-            if fresh is not None:
+            done = data.pwritev(data.fd, (payload,), (physical << shift) + within) == length
+        except OSError:
+            done = False
+        if not done:
+            if fresh:
                 self.pool.give_back([fresh])
-            raise
-        if entry & touched != touched:
-            self.pool.put(layer, block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched)
+            return False
+        data.dirty += length
+        if is_new:
+            pool.put(layer, block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched)
         return True
 
     def reserve(self, offset: int, length: int) -> Write:

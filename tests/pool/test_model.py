@@ -325,7 +325,7 @@ class Machine(RuleBasedStateMachine):
         volume = self.pool.volume(name)
 
         def work() -> None:
-            if not (short and volume.write_block(offset, memoryview(payload))):
+            if not (short and volume.write_small(offset, memoryview(payload))):
                 volume.write(offset, payload)
 
         if self.attempt(work, self.lacking(name, offset, length), name):

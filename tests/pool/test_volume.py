@@ -112,12 +112,12 @@ def test_an_overwrite_in_place_changes_no_metadata(pool: Pool, volume: Volume) -
 
 
 def test_a_short_write_inside_a_block_takes_the_short_way(volume: Volume) -> None:
-    assert volume.write_block(0, memoryview(pattern(SUB)))
-    assert volume.write_block(5, memoryview(b"in place"))
+    assert volume.write_small(0, memoryview(pattern(SUB)))
+    assert volume.write_small(5, memoryview(b"in place"))
     assert volume.read(0, SUB) == pattern(SUB)[:5] + b"in place" + pattern(SUB)[13:]
-    assert not volume.write_block(SUB, memoryview(b"part of a subblock that is not there"))
-    assert not volume.write_block(BLOCK - 1, memoryview(b"over the end of a block"))
-    assert not volume.write_block(0, memoryview(b""))
+    assert not volume.write_small(SUB, memoryview(b"part of a subblock that is not there"))
+    assert not volume.write_small(BLOCK - 1, memoryview(b"over the end of a block"))
+    assert not volume.write_small(0, memoryview(b""))
 
 
 @pytest.mark.parametrize("size", [512, 1536, BLOCK - 512, BLOCK + 512, 3 * BLOCK + 5 * 512])
@@ -387,7 +387,7 @@ def test_a_write_that_fails_gives_its_blocks_back(pool: Pool, volume: Volume, mo
     for code in (errno.EIO, errno.ENOSPC):
         works: list[Callable[[], object]] = [
             lambda: volume.write(5, pattern(3 * BLOCK)),
-            lambda: volume.write_block(0, memoryview(bytes(SUB))),
+            lambda: None if volume.write_small(0, memoryview(bytes(SUB))) else volume.write(0, bytes(SUB)),
         ]
         for work in works:
             with monkeypatch.context() as patch:
@@ -468,7 +468,7 @@ def test_data_is_written_before_the_entry_says_so(pool: Pool, volume: Volume, mo
     calls.watch(pool.data, "pwritev", "write")
     calls.watch(pool, "put", "put")
     volume.write(0, pattern(2 * BLOCK))
-    volume.write_block(3 * BLOCK, memoryview(pattern(SUB)))
+    volume.write_small(3 * BLOCK, memoryview(pattern(SUB)))
     assert calls.seen == ["write", "write", "put", "put", "write", "put"]
 
 

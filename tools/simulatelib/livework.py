@@ -133,7 +133,7 @@ class LiveWork:
     async def _write(self, name: str, offset: int, data: bytes) -> None:
         volume = self._live.open(name)
         with self._change(name, offset, data):
-            if not volume.write_now(offset, memoryview(data)):
+            if not (volume.write_small(offset, memoryview(data)) or volume.write_now(offset, memoryview(data))):
                 await volume.write(offset, memoryview(data))
 
     async def _zero(self, name: str, offset: int, length: int, allocate: bool) -> None:

@@ -205,7 +205,7 @@ class Work:
         change = self.oracle.begin_change(name, offset, data)
         try:
             with self._uninterrupted():
-                if not (self.chance.random() < 0.7 and volume.write_block(offset, memoryview(data))):
+                if not (self.chance.random() < 0.7 and volume.write_small(offset, memoryview(data))):
                     volume.write(offset, data)
         except NoSpace:
             self.oracle.drop_change(change)
