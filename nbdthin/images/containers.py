@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import os
 import subprocess
@@ -17,8 +15,8 @@ from nbdthin import devices
 from nbdthin.control.client import Client
 from nbdthin.control.rows import Export
 from nbdthin.devices import state
-from nbdthin.errors import Error, InUse, NoSpace, NotFound
-from nbdthin.images import store
+from nbdthin.errors import Error, InUse, NotFound
+from nbdthin.images import store, writeback
 from nbdthin.images.changes import Change, changes
 from nbdthin.images.programs import run
 from nbdthin.images.store import Catalogue, FileSystem, Image
@@ -28,8 +26,6 @@ _VOLUME = "container/"
 
 _FIFREEZE = 0xC0045877  # linux/fs.h
 _FITHAW = 0xC0045878
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,14 +245,14 @@ def frozen(root: Path, lock: int) -> Iterator[None]:
     assert thawing.stdin is not None and thawing.stdout is not None
     try:
         thawing.stdout.read(1)
-        with _open_directory(root) as directory:
+        with writeback.open_directory(root) as directory:
             try:
                 fcntl.ioctl(directory, _FIFREEZE)
             except OSError as error:
                 thawing.kill()  # if it is frozen, then by somebody else
                 raise Error(f"cannot freeze the file system at {root}: {error.strerror}") from error
             try:
-                _check_written(directory, root)
+                writeback.sync(directory, root)  # freezing does not tell what the kernel failed to write
                 yield
             finally:
                 thawing.stdin.close()
@@ -266,20 +262,3 @@ def frozen(root: Path, lock: int) -> Iterator[None]:
         thawing.stdin.close()
         thawing.stdout.close()
         thawing.wait()
-
-
-def _check_written(directory: int, root: Path) -> None:
-    """Freezing does not tell what the kernel failed to write, as while the pool was full: this does, once."""
-    if _libc.syncfs(directory):
-        number = ctypes.get_errno()
-        kind = NoSpace if number == errno.ENOSPC else Error
-        raise kind(f"the file system at {root} has lost some of what was written to it: {os.strerror(number)}")
-
-
-@contextlib.contextmanager
-def _open_directory(path: Path) -> Iterator[int]:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield directory
-    finally:
-        os.close(directory)

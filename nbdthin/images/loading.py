@@ -16,7 +16,7 @@ from pathlib import Path
 from nbdthin import devices
 from nbdthin.control.client import Client
 from nbdthin.errors import Error, Invalid, NoSpace
-from nbdthin.images import archive, base, containers, interrupts, store
+from nbdthin.images import archive, base, containers, interrupts, store, writeback
 from nbdthin.images.archive import Layer
 from nbdthin.images.config import Platform
 from nbdthin.images.progress import SILENT, Progress
@@ -94,7 +94,8 @@ def _unpack(
         for layer in layers:
             progress.layer(layer.name)
             with _space_explained(below), layer.chunks(file_system.size) as tar:
-                apply(_watched(tar, progress.advance, interrupt), root)
+                with writeback.behind(root) as put:
+                    apply(_watched(tar, interrupt, progress.advance, put), root)
                 name = catalogue.free_name("layer", layer.chain_id, file_system.uuid)
                 labels = {store.KIND: "layer", store.CHAIN: layer.chain_id, store.BUILDING: "1", **file_system.labels()}
                 with containers.frozen(root, lock):
@@ -103,10 +104,11 @@ def _unpack(
     return names
 
 
-def _watched(chunks: Iterator[bytes], advance: Callable[[int], None], interrupt: Callable[[], None]) -> Iterator[bytes]:
+def _watched(chunks: Iterator[bytes], interrupt: Callable[[], None], *counts: Callable[[int], None]) -> Iterator[bytes]:
     for chunk in chunks:
         interrupt()
-        advance(len(chunk))
+        for count in counts:
+            count(len(chunk))
         yield chunk
 
 
