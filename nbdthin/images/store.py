@@ -51,6 +51,7 @@ BUILDING = "nbdthin.building"
 
 SHOWN = 12  # digits of an id, for people and in names
 
+_DOCKER = ("index.docker.io/", "docker.io/", "library/")
 _REPOSITORY = re.compile(r"(?:[A-Za-z0-9]+(?:[.-]+[A-Za-z0-9]+)*(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _HEX = re.compile(r"[0-9a-f]{4,64}")
@@ -261,7 +262,9 @@ def check_tag(reference: str) -> str:
 
 
 def as_tag(reference: str) -> str:
-    """The tag that a reference would be."""
+    """The tag that a reference would be, as Docker shows it: what its own registry has is called without that."""
+    for registry in _DOCKER:
+        reference = reference.removeprefix(registry)
     return reference if _has_tag(reference) else f"{reference}:latest"
 
 

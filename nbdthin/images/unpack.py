@@ -536,16 +536,21 @@ def _runs(member: tarfile.TarInfo) -> list[tuple[int, int]]:
 
 
 def _write(out: int, chunk: bytes, start: int, stop: int, at: int) -> int:
-    """Write chunk[start:stop] at `at`, but for blocks of zeroes; returns the end of what was written, 0 if nothing."""
+    """Write chunk[start:stop] at `at` of a new file, but for blocks of zeroes and what is here of one; returns the end
+    of what was written, 0 if nothing.
+    """
     end = 0
     written = start  # up to here it is
-    block = start + -at % _HOLE
-    while block + _HOLE <= stop:
-        if chunk.startswith(_ZEROES, block):
+    block = start
+    size = min(-at % _HOLE, stop - start)  # of the first, whose beginning came before
+    while block < stop:
+        size = size or min(_HOLE, stop - block)
+        if chunk.startswith(_ZEROES if size == _HOLE else _ZEROES[:size], block):
             if written < block:
                 end = _put(out, chunk, written, block, at + written - start)
-            written = block + _HOLE
-        block += _HOLE
+            written = block + size
+        block += size
+        size = 0
     if written < stop:
         end = _put(out, chunk, written, stop, at + written - start)
     return end

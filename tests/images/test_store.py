@@ -287,6 +287,16 @@ def test_an_image_is_found_by_tag_and_by_the_beginning_of_its_id(tmp_path: Path,
             catalogue.find(reference)
 
 
+def test_a_tag_of_dockers_own_registry_is_the_same_with_and_without_its_name(
+    tmp_path: Path, pool: nbdthin.Client
+) -> None:
+    tags = ["docker.io/library/web:1", "index.docker.io/shop/web"]
+    (web,) = load(pool, tmp_path / "web", {"1": [SYSTEM]}, tags=tags)
+    assert web.tags == ("shop/web:latest", "web:1")
+    for reference in ("web:1", "library/web:1", "docker.io/library/web:1", "shop/web", "docker.io/shop/web:latest"):
+        assert Catalogue.of(pool).find(reference) == web
+
+
 def test_an_id_that_two_images_have_is_refused_with_the_names_of_both(tmp_path: Path, pool: nbdthin.Client) -> None:
     archive = layout(tmp_path / "web", {"1": [SYSTEM]})
     base.create(pool, "other", "xfs", "512 MiB")
