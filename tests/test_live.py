@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -205,6 +206,66 @@ def test_an_overwrite_is_synced_at_once_where_that_is_short(tmp_path: Path, monk
         assert not live.commit_now(), "more than a little"
         await live.commit()
         assert syncs == ["nbdthin-sync", "MainThread", "nbdthin-sync", "nbdthin-sync"]
+
+    run(tmp_path / "pool", work)
+
+
+def test_those_who_flush_after_each_write_share_one_sync_of_a_slow_disk_however_they_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, many = 20, 8
+
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        await write(volume, 0, bytes(many * 16 * KIB))
+        await live.commit()
+        syncs = 0
+        real = live.pool.data.sync
+
+        def sync() -> None:
+            nonlocal syncs
+            syncs += 1
+            real()
+            time.sleep(0.02)
+
+        async def writer(number: int) -> None:
+            await asyncio.sleep(0.01 * (number % 2))  # so that half of them come during the first sync
+            for _ in range(rounds):
+                await write(volume, number * 16 * KIB, bytes(4096))
+                await live.commit()
+
+        monkeypatch.setattr(live.pool.data, "sync", sync)
+        monkeypatch.setattr(live, "_sync_took", 1.0)
+        monkeypatch.setattr(live_module, "MOST_GATHERING", 60.0)
+        await asyncio.gather(*map(writer, range(many)))
+        assert rounds <= syncs <= rounds + 2
+
+    run(tmp_path / "pool", work)
+
+
+def test_a_sync_waits_for_nobody_who_is_not_expected_and_not_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+
+        async def change_and_commit() -> None:
+            monkeypatch.setattr(live, "_sync_took", 1.0)  # this disk is slow
+            await write(volume, 0, bytes(4096))
+            await live.commit()
+
+        await change_and_commit()
+        monkeypatch.setattr(live_module, "MOST_GATHERING", 3600.0)
+        for _ in range(3):
+            await change_and_commit()  # alone
+        await asyncio.gather(change_and_commit(), change_and_commit())
+        monkeypatch.setattr(live_module, "MOST_GATHERING", 0.001)
+        await change_and_commit()  # the other one has gone
+        monkeypatch.setattr(live_module, "MOST_GATHERING", 3600.0)
+        for _ in range(3):
+            await change_and_commit()
 
     run(tmp_path / "pool", work)
 

@@ -31,6 +31,7 @@ from typing import TypeVar
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
 from nbdthin.pool import commands, events, merge, sums
 from nbdthin.pool.commands import Command
+from nbdthin.pool.crowd import Crowd
 from nbdthin.pool.data import NOWAIT, is_device
 from nbdthin.pool.events import Event, Events, Levels, Listener
 from nbdthin.pool.journal import FULL_DISK
@@ -54,6 +55,8 @@ TAKEN = 64 * KiB  # bytes of a read from the disk that the loop itself takes whe
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
 INLINE_WRITE = 1 * MiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
+SLOW_SYNC = 0.0005  # seconds; a sync that takes longer waits for all who are about to ask for one
+MOST_GATHERING = 0.005  # seconds
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
@@ -465,6 +468,7 @@ class LivePool:
         self._served_since = 0.0
         self._committing: asyncio.Task[None] | None = None
         self._sync_took = QUICK_SYNC  # seconds, the last time
+        self._crowd = Crowd()  # who asks for syncs
         self._reclaiming: asyncio.Task[None] | None = None
         self.lenders = Lenders(pool.block_size)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -641,6 +645,7 @@ class LivePool:
         if self._next_batch is None:
             self._next_batch = self._loop.create_future()
             self._next_since = self._loop.time()
+        self._crowd.ask()
         return self._next_batch
 
     def publish(self) -> None:
@@ -652,6 +657,9 @@ class LivePool:
         """Batch after batch, as long as someone waits."""
         await asyncio.sleep(0)  # whoever asks in this turn of the loop belongs to this batch
         while self._next_batch is not None:
+            if self._sync_took > SLOW_SYNC:
+                await self._crowd.gather(min(self._sync_took / 2, MOST_GATHERING))
+            self._crowd.begin()
             durable = self._served = self._next_batch
             self._served_since, self._next_batch = self._next_since, None
             failure: Exception | None = None
@@ -666,6 +674,7 @@ class LivePool:
                 log.exception("a commit failed")
                 self._fail(OSError(errno.EIO, str(error)))
                 failure = PoolFailed(f"the pool is read-only: {self.pool.failed}")
+            self._crowd.end()
             if not durable.done():
                 _settle(durable, failure)
         self._served = None
