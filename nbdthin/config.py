@@ -65,6 +65,7 @@ class ExportRule:
     read_only: bool = False  # a volume is made to be written
     description: str = ""  # what `nbdinfo --list` shows beside the name
     no_space: str | None = None  # for writes to what matches; None: as [pool] says
+    trim: bool = True  # clients may give space back
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ def _pool(table: _Table, base: Path) -> PoolConfig:
         max_size=table.get("max_size", default.max_size, _max_size),
         low_water=table.get("low_water", default.low_water, _levels),
         verify=table.get("verify", default.verify, _flag),
+        punch=table.get("punch", default.punch, _flag),
         hook=table.get("hook", default.hook, _command),
     )
     table.finish()
@@ -173,6 +175,7 @@ def _export(table: _Table, before: Container[str]) -> ExportRule:
         read_only=table.get("read_only", False, _flag),
         description=table.get("description", "", _description),
         no_space=table.get("no_space", None, _no_space),
+        trim=table.get("trim", True, _flag),
     )
     table.finish()
     return rule

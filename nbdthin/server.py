@@ -40,6 +40,8 @@ class Rule(Protocol):
     def description(self) -> str: ...
     @property
     def no_space(self) -> str | None: ...
+    @property
+    def trim(self) -> bool: ...
 
 
 class Server:
@@ -91,9 +93,9 @@ class Server:
         row = self._live.pool.state.names.get(name)
         if row is None:
             return None
-        rule = self._rule(name)
-        read_only = row.snapshot or (rule is not None and rule.read_only)
-        return ExportInfo(name, row.size, read_only, rule.description if rule is not None else "")
+        if (rule := self._rule(name)) is None:
+            return ExportInfo(name, row.size, row.snapshot)
+        return ExportInfo(name, row.size, row.snapshot or rule.read_only, rule.description, rule.trim)
 
     def _no_space(self, name: str) -> str | None:
         rule = self._rule(name)

@@ -236,6 +236,29 @@ def test_delta_shows_where_a_volume_differs_from_a_snapshot(tmp_path: Path) -> N
     assert "no volume or snapshot 'b'" in refused(None, "delta", tmp_path / "pool", "a", "b")
 
 
+def test_whose_names_all_who_lose_something_with_a_place_on_the_disk(tmp_path: Path) -> None:
+    Pool.init(tmp_path / "pool", size="64M")
+    with Pool.open(tmp_path / "pool") as pool:
+        pool.create("a", "1M")
+        pool.volume("a").write(256 * KiB, b"1" * 8 * KiB)
+        pool.snapshot("a", "a@1")
+        pool.clone("a@1", "b")
+        pool.volume("a").write(256 * KiB, b"2" * 4 * KiB)
+        places = [pool.volume(name).segments(256 * KiB, 4 * KiB)[0][0] for name in ("b", "a")]
+    old, new = places
+    assert said(None, "whose", tmp_path / "pool", hex(old + 100)) == (
+        f"{old // 65536 * 65536}: 8 KiB of a@1 (1) at 262144, shown by a, a@1, b\n"
+    )
+    assert said(None, "whose", tmp_path / "pool", str(new)) == (
+        f"{new // 65536 * 65536}: 4 KiB of a (2) at 262144, shown by a\n"
+    )
+    both = as_json(None, "whose", tmp_path / "pool", "0", "--length", "60M")
+    assert isinstance(both, list) and [place["shown_by"] for place in both] == [["a", "a@1", "b"], ["a"]]
+    assert said(None, "whose", tmp_path / "pool", "0") == "nobody's\n"
+    assert "no 1 bytes at 1073741824" in refused(None, "whose", tmp_path / "pool", "1G")
+    assert "not an offset: '0xg'" in refused(None, "whose", tmp_path / "pool", "0xg")
+
+
 def test_verbs_without_a_daemon_refuse_a_pool_in_use(tmp_path: Path) -> None:
     path = tmp_path / "pool"
     with_names(path)
@@ -246,6 +269,7 @@ def test_verbs_without_a_daemon_refuse_a_pool_in_use(tmp_path: Path) -> None:
         ("dump", path),
         ("restore", tmp_path / "dump", path, "--force"),
         ("delta", path, "a", "a"),
+        ("whose", path, "0x10000"),
     ]
     with Pool.open(path):
         for arguments in uses:
@@ -307,6 +331,7 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
         "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
         "scrub": [],
         "delta": [tmp_path / "filled", "a", "a"],
+        "whose": [tmp_path / "filled", "64K"],
         "import": [tmp_path / "raw", "imported", "--format", "raw"],
         "export": ["imported", tmp_path / "exported"],
         "send": ["a@1", "--output", tmp_path / "stream"],
@@ -319,7 +344,7 @@ def test_every_verb_prints_json_with_json_before_or_behind_it(daemon: Daemon, tm
     assert uses.keys() == VERBS.keys() - {"serve", "events"} - devices.VERBS.keys() - images.VERBS.keys()
     for verb, arguments in uses.items():
         value = json.loads(said(daemon, "--json", verb, *arguments))
-        assert isinstance(value, list if verb in ("ls", "tree", "diff", "delta") else dict), verb
+        assert isinstance(value, list if verb in ("ls", "tree", "diff", "delta", "whose") else dict), verb
     assert as_json(daemon, "show", "a") == json.loads(said(daemon, "--json", "show", "a"))
     assert as_json(daemon, "rm", "a", "a@1") == {"removed": ["a", "a@1"]}
 
@@ -407,6 +432,7 @@ def test_names_that_are_no_text_are_refused(daemon: Daemon) -> None:
         ["dump", ""],
         ["dump", "pool", "--output", ""],
         ["delta", "", "a", "b"],
+        ["whose", "", "1M"],
         ["restore", "", "pool"],
         ["restore", "dump", "pool", "--data", ""],
         ["serve", "--config", ""],
@@ -554,6 +580,7 @@ def test_who_meets_damage_is_told_what_to_do(tmp_path: Path) -> None:
         ["dump", path],
         ["dump", path, "--output", tmp_path / "x"],
         ["delta", path, "a", "a"],
+        ["whose", path, "1M"],
     ]
     for arguments in uses:
         assert refused(None, *arguments).endswith(hint)
@@ -637,6 +664,7 @@ def test_output_onto_a_full_disk_is_one_line_for_every_verb(daemon: Daemon, tmp_
         "dump": [tmp_path / "pool"],
         "restore": [tmp_path / "dump", tmp_path / "pool", "--force"],
         "delta": [tmp_path / "replaced", "a", "a"],
+        "whose": [tmp_path / "replaced", "64K"],
         "import": [tmp_path / "dump", "imported", "--format", "raw"],
         "export": ["imported", tmp_path / "exported"],
         "send": ["a@1", "--output", tmp_path / "stream"],

@@ -58,12 +58,13 @@ class Rule:
     read_only: bool = False
     description: str = ""
     no_space: str | None = None
+    trim: bool = True
 
 
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Serving]:
     Pool.init(tmp_path / "pool", size="1G")
-    rules = (Rule("golden/*", read_only=True, description="do not touch"),)
+    rules = (Rule("golden/*", read_only=True, description="do not touch"), Rule("kept", trim=False))
     with Serving(tmp_path / "pool", tmp_path / "nbd.sock", rules) as serving:
         serving.run(serving.live.execute([Create("web", SIZE)]))
         yield serving
@@ -775,6 +776,16 @@ def test_the_handshake_is_given_up_when_the_client_says_nothing(
     silent.receive(18)
     assert silent.closed()
     silent.close()
+
+
+def test_where_trimming_is_not_wanted_clients_are_not_told_of_it_and_refused(serving: Serving, client: Client) -> None:
+    serving.run(serving.live.execute([Create("kept", MIB)]))
+    kept = Client(serving.socket, "kept")
+    assert client.flags & ~kept.flags == 1 << 5  # SEND_TRIM
+    assert kept.write(0, b"x" * 4096) == 0
+    assert kept.call(TRIM, 0, 4096) == EINVAL
+    assert kept.read(0, 4096) == b"x" * 4096
+    kept.close()
 
 
 def test_exports_are_listed_with_their_descriptions(serving: Serving) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdthin import display
-from nbdthin.cli.verb import Verb, connect, names, no_arguments, path_argument
+from nbdthin.cli.verb import Verb, connect, mount_options, names, no_arguments, path_argument
 from nbdthin.control.codec import printable
 from nbdthin.errors import Invalid, Unreachable
 
@@ -28,9 +28,7 @@ def _mount_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME_OR_URI")
     parser.add_argument("directory", metavar="DIR", type=path_argument)
     parser.add_argument("--read-only", action="store_true", help="it cannot be written")
-    parser.add_argument(
-        "-o", dest="options", action="append", default=[], metavar="OPTIONS", help="for the mount, with commas"
-    )
+    mount_options(parser)
 
 
 def _attach(arguments: Namespace) -> Device | dict[str, list[str]]:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdthin import display
-from nbdthin.cli.verb import Verb, connect, names, no_arguments, path_argument, print_json, wants_json
+from nbdthin.cli.verb import (
+    Verb,
+    connect,
+    mount_options,
+    names,
+    no_arguments,
+    path_argument,
+    print_json,
+    wants_json,
+)
 from nbdthin.control.codec import printable
 from nbdthin.units import format_size
 
@@ -303,6 +312,7 @@ def _show_containers(containers: Sequence[Container]) -> None:
 def _start_arguments(parser: ArgumentParser) -> None:
     names("NAME")(parser)
     parser.add_argument("--root", metavar="DIR", type=path_argument, help="where to mount it")
+    mount_options(parser)
 
 
 def _start(arguments: Namespace) -> dict[str, Path]:
@@ -310,7 +320,7 @@ def _start(arguments: Namespace) -> dict[str, Path]:
 
     with connect(arguments) as pool:
         root = None if arguments.root is None else Path(arguments.root)
-        return {"root": containers.start(pool, arguments.name, root)}
+        return {"root": containers.start(pool, arguments.name, root, options=arguments.options)}
 
 
 def _several(parser: ArgumentParser) -> None:

@@ -6,8 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from nbdthin import display
-from nbdthin.cli.verb import Verb, connect, names, path_argument, wants_json
-from nbdthin.errors import Invalid
+from nbdthin.cli.verb import Verb, connect, names, offset, path_argument, wants_json
 from nbdthin.pool.views import MOST_CELLS, DiskUse, Explanation, Map
 
 
@@ -27,16 +26,7 @@ def _du_arguments(parser: ArgumentParser) -> None:
 
 def _explain(arguments: Namespace) -> Explanation:
     with connect(arguments) as pool:
-        return pool.explain(arguments.name, _offset(arguments.offset), arguments.length)
-
-
-def _offset(text: str) -> int | str:
-    if not text.lower().startswith("0x"):
-        return text
-    try:
-        return int(text, 16)
-    except ValueError as error:
-        raise Invalid(f"not an offset: {text!r} (write 0x1f0000, 2M or bytes)") from error
+        return pool.explain(arguments.name, offset(arguments.offset), arguments.length)
 
 
 def _map(arguments: Namespace) -> Map:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdthin import display
-from nbdthin.cli.verb import Verb, names, path_argument, print_json, wants_json
+from nbdthin.cli.verb import Verb, names, offset, path_argument, print_json, wants_json
 from nbdthin.control.codec import printable
 from nbdthin.errors import Corrupt, Error, Invalid
 from nbdthin.pool.rows import Extent, PoolInfo
+from nbdthin.pool.views import Place
+from nbdthin.units import format_size
 
 if TYPE_CHECKING:
     from nbdthin.control.commands import Daemon
@@ -225,6 +227,30 @@ def _delta(arguments: Namespace) -> list[Extent]:
         return pool.delta(arguments.before, arguments.after)
 
 
+def _whose_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("pool", metavar="POOL", type=path_argument)
+    parser.add_argument("position", metavar="POSITION", help="bytes, 2M, or 0x44f: in the data file or device")
+    parser.add_argument("--length", default="1", metavar="SIZE", help="of the place (default: a byte)")
+
+
+def _whose(arguments: Namespace) -> list[Place]:
+    from nbdthin.pool.pool import Pool
+
+    with _mendable(arguments.pool), Pool.open(arguments.pool, inspect=True) as pool:
+        return pool.owners(offset(arguments.position), arguments.length)
+
+
+def _show_places(places: list[Place]) -> None:
+    for place in places:
+        shown = ", ".join(map(printable, place.shown_by)) or "nobody"
+        print(
+            f"{place.position}: {format_size(place.data)} of {printable(place.owner or 'a layer without a name')}"
+            f" ({place.layer}) at {place.offset}, shown by {shown}"
+        )
+    if not places:
+        print("nobody's")
+
+
 VERBS: dict[str, Verb] = {
     "init": Verb("make a pool", _init_arguments, _init, display.show_new_pool, offline=True),
     "serve": Verb("serve a pool until SIGTERM or Ctrl-C", _serve_arguments, _serve, offline=True),
@@ -245,5 +271,8 @@ VERBS: dict[str, Verb] = {
         _delta,
         display.show_extents,
         offline=True,
+    ),
+    "whose": Verb(
+        "who has something at a place in the data; offline", _whose_arguments, _whose, _show_places, offline=True
     ),
 }

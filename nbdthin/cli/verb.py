@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nbdthin.control import client
 from nbdthin.control.client import Client
 from nbdthin.control.codec import plain
+from nbdthin.errors import Invalid
 
 DEFAULT_SOCKET = "var/control.sock"
 PATHS = {"POOL", "FILE", "NAME_OR_PATH", "DIR_OR_NAME"}  # arguments that are, or may be, a place
@@ -66,3 +67,19 @@ def wants_json(arguments: Namespace) -> bool:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, default=plain, indent=2))
+
+
+def mount_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", dest="options", action="append", default=[], metavar="OPTIONS", help="for the mount, with commas"
+    )
+
+
+def offset(text: str) -> int | str:
+    """What somebody wrote for a place, for who takes sizes. Raises Invalid."""
+    if not text.lower().startswith("0x"):
+        return text
+    try:
+        return int(text, 16)
+    except ValueError as error:
+        raise Invalid(f"not an offset: {text!r} (write 0x1f0000, 2M or bytes)") from error

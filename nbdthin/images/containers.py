@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -99,9 +99,10 @@ def find(pool: Client, name: str) -> Export:
     raise NotFound(f"no container {name!r} (`nbdthin container ls` lists what there is)")
 
 
-def start(pool: Client, name: str, root: Path | None = None) -> Path:
+def start(pool: Client, name: str, root: Path | None = None, *, options: Sequence[str] = ()) -> Path:
     """Mount a container, on a directory of its own without `root`. Returns where it is, if it was before, too.
 
+    `options` are mount(8)'s, as `context=` of SELinux; they count where it was not mounted before.
     Raises NotFound, Invalid, InUse, Error.
     """
     export = find(pool, name)
@@ -112,7 +113,7 @@ def start(pool: Client, name: str, root: Path | None = None) -> Path:
     try:
         if grows and FileSystem.of(export).kind == "ext4":
             _grow_ext4(pool, export)
-        devices.mount(pool, export.name, directory)
+        devices.mount(pool, export.name, directory, options=options)
         if grows:
             _grown(pool, export, directory)
     except BaseException:

@@ -65,7 +65,7 @@ class DataFile:
         self._files = files
         self.pwritev = files.write
         self.dirty = 0
-        self.punches = True  # until the file system refuses
+        self.punches = True  # unless that is not wanted, and until the file system refuses
         self.maps = True  # until memory is refused, or a sync failed
         self._map: mmap.mmap | None = None
         self._cold_until = 0.0  # by time.monotonic

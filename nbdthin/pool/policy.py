@@ -25,4 +25,5 @@ class Policy:
     max_size: int | None = None  # bytes that it grows to by itself; None: as far as the file system below can hold it
     low_water: tuple[float, ...] = (0.80, 0.90, 0.95)  # fractions in use at which an event says so; ascending
     verify: bool = False  # compare what clients read with its checksums; whole subblocks are read then
+    punch: bool = True  # give the space of blocks that came free back to the file system, or the device
     hook: tuple[str, ...] = ()  # a command, and its arguments, that is told of every event

@@ -36,7 +36,7 @@ from typing import Self, TypeVar, cast
 import numpy as np
 
 from nbdthin.errors import Corrupt, Exists, Invalid, Locked, NoSpace, NotFound, PoolFailed
-from nbdthin.pool import commands, du, events, explain, extents, merge, space, volumemap
+from nbdthin.pool import commands, du, events, explain, extents, merge, owners, space, volumemap
 from nbdthin.pool.allocator import HEADER_BLOCKS, NEVER, Allocator
 from nbdthin.pool.commands import Command, Draft
 from nbdthin.pool.data import DataFile, device_size, is_device
@@ -64,7 +64,7 @@ from nbdthin.pool.rows import Extent, PoolInfo, Row, Usage
 from nbdthin.pool.sums import Sums
 from nbdthin.pool.superblock import DATA_HEADER, Superblock, read_superblock
 from nbdthin.pool.unsynced import Unsynced
-from nbdthin.pool.views import MOST_CELLS, DiskUse, Explanation, Map
+from nbdthin.pool.views import MOST_CELLS, DiskUse, Explanation, Map, Place
 from nbdthin.pool.volume import JOURNAL_LOW, Shrink, Volume
 from nbdthin.units import GiB, KiB, MiB, format_size, parse_size
 
@@ -227,6 +227,7 @@ class Pool:
         self.sums = Sums(path / "sums", files)
         try:
             self.data = DataFile(path / superblock.data, superblock.size, files)
+            self.data.punches = policy.punch
         except BaseException:
             self.sums.close()
             raise
@@ -1036,6 +1037,12 @@ class Pool:
             layers.append(self.state.layers[row.layer])
             rows.append(row)
         return extents.diff(layers[0], rows[0].size, layers[1], rows[1].size, self.block_size // 16)
+
+    def owners(self, position: int | str, length: int | str = 1) -> builtins.list[Place]:
+        """Whose `length` bytes at `position` of the data file are: a look from the other side. Goes over all that is
+        mapped, and so is for a pool that nobody serves. Raises Invalid outside of the data.
+        """
+        return owners.owners(self, parse_size(position), parse_size(length))
 
     def explain(self, name: str, offset: int | str, length: int | str | None = None) -> Explanation:
         """The way of a read of the byte at `offset`, and of a write of `length` there: by default of its subblock.

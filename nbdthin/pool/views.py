@@ -20,6 +20,19 @@ MOST_CELLS = 4096  # of a map
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A block of the data file that is somebody's."""
+
+    position: int  # of its first byte in the data file
+    length: int
+    layer: int  # the number of the one that owns it
+    owner: str | None  # the volume or snapshot whose content that layer is; None: it has no name any more
+    offset: int  # of the volume: what the block holds begins there
+    data: int  # bytes that the layer has there; the rest holds nothing
+    shown_by: tuple[str, ...]  # every volume and snapshot that shows any of it
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """What one layer says of a subblock."""
 

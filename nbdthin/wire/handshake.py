@@ -54,6 +54,7 @@ class ExportInfo:
     size: int
     read_only: bool
     description: str = ""
+    trims: bool = True  # space can be given back
     lasting: bool = False  # asked for by the name that is only its own: the client means to come back
 
 
@@ -276,6 +277,8 @@ class Handshake:
 
     def _transmission_flags(self, export: ExportInfo) -> int:
         flags = _ALWAYS | (TransmissionFlag.READ_ONLY if export.read_only else _WRITABLE)
+        if not export.trims:
+            flags &= ~TransmissionFlag.SEND_TRIM
         return int(flags | TransmissionFlag.SEND_DF if self._structured else flags)
 
     def _finish(self, export: ExportInfo) -> None:

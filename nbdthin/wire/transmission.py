@@ -33,6 +33,7 @@ class Rule(NamedTuple):
     carries_data: bool = False  # with the request or the reply: the length is limited to MAX_PAYLOAD
     asks_context: bool = False  # EINVAL where no metadata context was selected
     may_be_empty: bool = True  # whether length 0 succeeds
+    advertised_by: TransmissionFlag | None = None  # EINVAL where the server did not
 
 
 # DISC is missing: it has no reply, so there is nothing to refuse it with.
@@ -43,7 +44,7 @@ COMMANDS: Final[dict[Command, Rule]] = {
     # more than ignoring it, which is what qemu-nbd and nbd-server do.
     Command.FLUSH: Rule(None),
     # Old kernels cut the length of a large discard to 32 bits, which may leave 0.
-    Command.TRIM: Rule(Errno.EINVAL, writes=True),
+    Command.TRIM: Rule(Errno.EINVAL, writes=True, advertised_by=TransmissionFlag.SEND_TRIM),
     Command.CACHE: Rule(Errno.EINVAL),
     Command.WRITE_ZEROES: Rule(Errno.ENOSPC, CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO, writes=True),
     # A status chunk has at least one extent of at least one byte: length 0 has no answer but an error.
@@ -87,6 +88,8 @@ def _fold(rule: Rule, negotiated: Negotiated) -> tuple[int, int, int, int, int]:
     if rule.writes and negotiated.flags & TransmissionFlag.READ_ONLY:
         always = int(Errno.EPERM)
     elif rule.asks_context and not negotiated.contexts:
+        always = _EINVAL
+    elif rule.advertised_by is not None and not negotiated.flags & rule.advertised_by:
         always = _EINVAL
     allowed = rule.flags | CommandFlag.FUA
     unadvertised = [flag for flag, by in ADVERTISED_BY.items() if not negotiated.flags & by]

@@ -129,6 +129,14 @@ def test_a_container_that_is_mounted_with_options_is_started(
     containers.stop(pool, "a")
 
 
+def test_a_container_is_started_with_options_of_mount(system: str, pool: nbdthin.Client) -> None:
+    containers.create(pool, system, "a")
+    root = containers.start(pool, "a", options=["nosuid", "noatime"])
+    (options,) = [line.split()[3] for line in Path("/proc/mounts").read_text().splitlines() if f" {root} " in line]
+    assert {"nosuid", "noatime"} <= set(options.split(","))
+    containers.stop(pool, "a")
+
+
 def test_names_with_slashes_have_roots_of_their_own(system: str, pool: nbdthin.Client) -> None:
     containers.create(pool, system, "a", "a/b")
     roots = [containers.start(pool, name) for name in ("a", "a/b")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from nbdthin.pool.layers import Words
 from nbdthin.pool.volume import ZERO
 from nbdthin.units import KiB, MiB
 
-from .conftest import BLOCK, Calls, Pools, fill, pattern
+from .conftest import BLOCK, FIXED, Calls, Pools, fill, pattern
 
 
 def blocks(*numbers: int) -> Words:
@@ -300,6 +301,21 @@ def test_freed_blocks_are_punched_before_they_are_handed_out(pools: Pools, monke
     pool.volume("a").trim(0, 3 * BLOCK)
     pool.commit()
     assert calls.seen == ["punch", "release"], "neighbours are one hole"
+
+
+def test_discarded_space_stays_with_the_pool_where_that_is_wanted(pools: Pools) -> None:
+    pool = pools.make(policy=replace(FIXED, punch=False))
+    pool.create("a", MiB)
+    pool.volume("a").write(0, pattern(8 * BLOCK))
+    taken = pool.data.allocated
+    pool.volume("a").trim(0, 8 * BLOCK)
+    pool.commit()
+    assert (pool.data.allocated, pool.allocator.used, pool.allocator.pending) == (taken, 0, 0)
+    path = pools.close(pool)
+    pool = pools.open(path, policy=replace(FIXED, punch=False))
+    assert pool.volume("a").read(0, 8 * BLOCK) == bytes(8 * BLOCK)
+    pool.volume("a").write(0, pattern(8 * BLOCK, 2))
+    assert pool.data.allocated == taken
 
 
 def test_discarded_space_goes_back_to_the_file_system(pools: Pools) -> None:
