@@ -33,7 +33,7 @@ def measure_one(place: Path, scale: Scale) -> Measured:
         ground.mkdir()
         make_image(ground, size * GiB)
         with serving(ground) as served:
-            maps.add("the map and the free map", size, max(served.memory - without, 0) / MiB)
+            maps.add("the map and the free map", size, served.grown(without) / MiB)
             with contextlib.ExitStack() as clients:
                 took = [_first_read(served, each, size * GiB, clients) for each in range(_CLONES)]
             first.add("worst of 16", size, 1000 * max(took))
@@ -72,12 +72,12 @@ def _clone_memory(served: Served, size: int) -> tuple[float, float]:
     with served.pool.batch():
         for number in range(count):
             served.pool.clone(IMAGE, f"b{number}")
-    unread = (served.memory - before) / count
+    unread = served.grown(before) / count
     before = served.memory
     for number in range(_CLONES):
         with served.client(f"b{number}") as client:
             read_all_over(client, size)
-    return unread, unread + max(served.memory - before, 0) / _CLONES
+    return unread, unread + served.grown(before) / _CLONES
 
 
 def measure_open(place: Path, scale: Scale) -> Measured:
@@ -94,10 +94,10 @@ def measure_open(place: Path, scale: Scale) -> Measured:
                 for number in range(count, wanted):
                     served.pool.clone(IMAGE, f"c{number}")
             more = [clients.enter_context(served.client(f"c{number}")) for number in range(count, wanted)]
-            curve.add("connected", wanted, (served.memory - before) / MiB)
+            curve.add("connected", wanted, served.grown(before) / MiB)
             for client in more:
                 read_all_over(client, size)
-            curve.add("and read all over", wanted, (served.memory - before) / MiB)
+            curve.add("and read all over", wanted, served.grown(before) / MiB)
             count = wanted
     return Measured(
         [curve], [Bound(f"{most:,} open clones, read all over", curve.values("and read all over")[-1], 100, "MiB")]

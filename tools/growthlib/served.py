@@ -49,6 +49,10 @@ class Served:
         """Bytes that are its own."""
         return own_memory(psutil.Process(self._daemon.pid))
 
+    def grown(self, before: int) -> int:
+        """Bytes that its memory has grown by; 0 where it has meanwhile given back more than it took."""
+        return max(self.memory - before, 0)
+
     @property
     def cpu(self) -> float:
         """Seconds since its start, in steps of 10 ms."""
