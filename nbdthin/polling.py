@@ -3,8 +3,9 @@
 A client that waits for each answer before it asks again sends its next request some 15 us later. A loop that sleeps
 meanwhile is woken by the kernel, and in a virtual machine by the hypervisor, which takes longer than the request
 itself. As halt-polling hypervisors do, this polls only as long as it has paid lately: where requests have come quickly
-one after the other. Between two looks it offers the processor to whoever else wants it (sched_yield(2)): as often as
-not that is the client, woken by the answer on the processor that sent it.
+one after the other, and nobody else wanted the processor. Between two looks it offers that to others (sched_yield(2)):
+as often as not the client takes it, woken by the answer on the processor that sent it. If somebody else does, polling
+rests, the longer the oftener: a process that sleeps is put before one that computes, and one that polls is not.
 
 There are two ways. Where one connection is alone, it looks at its own socket (`wait`), which takes a tenth of a turn of
 the loop; else the loop turns without sleeping.
@@ -18,6 +19,11 @@ import time
 from collections.abc import Callable
 
 WINDOW = 100e-6  # seconds without a request after which the loop sleeps
+TAKEN = 30e-6  # seconds of an offer from which on somebody had the processor
+LONG = 150e-6  # and from which on it was not the client alone
+REST = 0.005  # seconds without polling after somebody else had it; twice as many each time, up to
+LONGEST_REST = 0.2
+_RECOVERY = 0.99  # of that is left after each request that polling has brought
 _SMOOTH = 1 / 8  # weight of the latest gap between requests
 _give_way = os.sched_yield
 
@@ -30,6 +36,8 @@ class Poller:
         self._gap = 2 * WINDOW if enabled else float("inf")  # seconds between an answer and the next request, lately
         self.time = 0.0  # when all that came was answered, by time.monotonic
         self._polling = False
+        self._rest = REST  # seconds, the next time
+        self._rest_until = 0.0
 
     def came(self) -> None:
         """A request is here."""
@@ -41,22 +49,38 @@ class Poller:
         if not self._polling:
             return False
         until = self.time + WINDOW
+        before = self.time
         while not ready(0):
             _give_way()
-            if time.monotonic() >= until:
+            now = time.monotonic()
+            if now - before > TAKEN and (now - before > LONG or not ready(0)):
+                self._begin_rest(now)
                 return False
+            if now >= until:
+                return False
+            before = now
+        self._rest = max(self._rest * _RECOVERY, REST)
         self.came()
         return True
 
     def answered(self) -> None:
         """All that came is done with: the next may come at once."""
-        self.time = time.monotonic()
-        if not self._polling and self._gap < WINDOW:
+        now = self.time = time.monotonic()
+        if not self._polling and self._gap < WINDOW and now >= self._rest_until:
             self._polling = True
             self._loop.call_soon(self._poll)
 
     def _poll(self) -> None:
-        self._polling = time.monotonic() - self.time < WINDOW
+        now = time.monotonic()
+        self._polling = self._polling and now - self.time < WINDOW
         if self._polling:
             _give_way()
-            self._loop.call_soon(self._poll)
+            if (after := time.monotonic()) - now > LONG:
+                self._begin_rest(after)
+            else:
+                self._loop.call_soon(self._poll)
+
+    def _begin_rest(self, now: float) -> None:
+        self._polling = False
+        self._rest_until = now + self._rest
+        self._rest = min(2 * self._rest, LONGEST_REST)

@@ -9,7 +9,7 @@ import pytest
 import uvloop
 
 from nbdthin import polling
-from nbdthin.polling import WINDOW, Poller
+from nbdthin.polling import LONG, WINDOW, Poller
 
 
 class Counting(Poller):
@@ -70,6 +70,50 @@ def test_between_two_looks_it_offers_the_processor(monkeypatch: pytest.MonkeyPat
         quickly(poller)
         before = offers
         assert poller.wait(lambda _: offers == before + 1) and offers == before + 1
+
+    uvloop.run(main())
+
+
+def test_it_rests_where_somebody_else_takes_the_processor_and_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        poller = Counting()
+        taken = 0
+
+        def give_way() -> None:
+            nonlocal taken
+            taken += 1
+            time.sleep(2 * LONG)
+
+        monkeypatch.setattr(polling, "REST", 60.0)
+        monkeypatch.setattr(poller, "_rest", 60.0)
+        monkeypatch.setattr(polling, "_give_way", give_way)
+        quickly(poller)
+        assert not poller.wait(lambda _: taken), "the request may be here, but others computed before it was"
+        seen = poller.polls
+        quickly(poller)
+        await asyncio.sleep(0.01)
+        assert (taken, poller.polls - seen) == (1, 1), "the one that was due finds that it rests"
+        assert not poller.wait(lambda _: True)
+
+    uvloop.run(main())
+
+
+def test_a_client_on_the_same_processor_is_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        poller = Counting()
+        sent = 0
+
+        def give_way() -> None:
+            nonlocal sent
+            sent += 1
+
+        monkeypatch.setattr(polling, "_give_way", give_way)
+        monkeypatch.setattr(polling, "TAKEN", 0.0)  # as long as it took
+        monkeypatch.setattr(polling, "LONG", 60.0)
+        quickly(poller)
+        for number in range(1, 100):
+            poller.answered()
+            assert poller.wait(lambda _: sent == number)  # noqa: B023 - it is called before the next one begins
 
     uvloop.run(main())
 
