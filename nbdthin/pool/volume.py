@@ -251,7 +251,7 @@ class Volume:
     def write_small(self, offset: int, payload: memoryview) -> bool:
         """Write what lies in one block and needs nothing read first, in as few steps as there can be.
 
-        False: it is not so, or did not go well, and nothing has changed: `write` has the errors, too.
+        False: it is not so, or did not go well, and the mapping is as before: `write` has the errors, too.
         """
         shift, length = self._shift, len(payload)
         within = offset & self._block_mask
@@ -277,13 +277,15 @@ class Volume:
                 except NoSpace:
                     return False
         data = self._data
+        done = False
         try:
             done = data.pwritev(data.fd, (payload,), (physical << shift) + within) == length
         except OSError:
-            done = False
-        if not done:
-            if fresh:
+            return False
+        finally:
+            if fresh and not done:
                 self.pool.give_back([fresh])
+        if not done:
             return False
         data.dirty += length
         if is_new:
