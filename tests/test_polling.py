@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 import pytest
 import uvloop
 
 from nbdthin import polling
-from nbdthin.polling import LONG, WINDOW, Poller
+from nbdthin.polling import LONG, Poller
 
 
 class Counting(Poller):
@@ -26,8 +27,15 @@ def quickly(poller: Poller, requests: int = 100) -> None:
         poller.answered()
 
 
-def test_it_looks_for_the_next_request_where_they_come_quickly_and_then_sleeps() -> None:
+def unhurried(monkeypatch: pytest.MonkeyPatch, window: float = 0.05) -> None:
+    """However busy the machine is, there is time for many looks, and nobody is taken for somebody else."""
+    monkeypatch.setattr(polling, "WINDOW", window)
+    monkeypatch.setattr(polling, "LONG", 60.0)
+
+
+def test_it_looks_for_the_next_request_where_they_come_quickly_and_then_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
+        unhurried(monkeypatch)
         poller = Counting()
         quickly(poller)
         begun = time.monotonic()
@@ -35,7 +43,7 @@ def test_it_looks_for_the_next_request_where_they_come_quickly_and_then_sleeps()
         assert poller.polls > 1
         seen = poller.polls
         await asyncio.sleep(0.2)
-        assert poller.polls == seen, f"after {WINDOW} s it sleeps; {time.monotonic() - begun:.3f} s have passed"
+        assert poller.polls == seen, f"after {polling.WINDOW} s it sleeps; {time.monotonic() - begun:.3f} s have passed"
 
     uvloop.run(main())
 
@@ -52,68 +60,68 @@ def test_where_requests_come_slowly_it_does_not_look_for_them() -> None:
     uvloop.run(main())
 
 
+class Offers:
+    """Of the processor, counted; what else takes it has it for `seconds`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
+        self.count = 0
+        self._seconds = seconds
+        monkeypatch.setattr(polling, "_give_way", self._give_way)
+
+    def _give_way(self) -> None:
+        self.count += 1
+        time.sleep(self._seconds)
+
+    def more_than(self, before: int, _: int) -> bool:
+        """As a socket would be ready: somebody has had the processor since."""
+        return self.count > before
+
+
 def test_between_two_looks_it_offers_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client may be waiting for it: then nothing else brings the next request."""
 
     async def main() -> None:
-        poller = Counting()
-        offers = 0
-
-        def give_way() -> None:
-            nonlocal offers
-            offers += 1
-
-        monkeypatch.setattr(polling, "_give_way", give_way)
+        unhurried(monkeypatch)
+        poller, offers = Counting(), Offers(monkeypatch)
         quickly(poller)
-        await asyncio.sleep(0.01)
-        assert offers >= poller.polls - 1 > 0  # the last time it ends
+        await asyncio.sleep(0.2)
+        assert offers.count >= poller.polls - 1 > 0  # the last time it ends
+        unhurried(monkeypatch, 60.0)
         quickly(poller)
-        before = offers
-        assert poller.wait(lambda _: offers == before + 1) and offers == before + 1
+        before = offers.count
+        assert poller.wait(partial(offers.more_than, before)) and offers.count == before + 1
 
     uvloop.run(main())
 
 
 def test_it_rests_where_somebody_else_takes_the_processor_and_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        poller = Counting()
-        taken = 0
-
-        def give_way() -> None:
-            nonlocal taken
-            taken += 1
-            time.sleep(2 * LONG)
-
-        monkeypatch.setattr(polling, "REST", 60.0)
+        poller, offers = Counting(), Offers(monkeypatch, 2 * LONG)
+        monkeypatch.setattr(polling, "WINDOW", 60.0)
+        monkeypatch.setattr(polling, "LONGEST_REST", 1000.0)
         monkeypatch.setattr(poller, "_rest", 60.0)
-        monkeypatch.setattr(polling, "_give_way", give_way)
         quickly(poller)
-        assert not poller.wait(lambda _: taken), "the request may be here, but others computed before it was"
+        assert not poller.wait(partial(offers.more_than, 0)), "the request may be here, but others computed before"
         seen = poller.polls
         quickly(poller)
         await asyncio.sleep(0.01)
-        assert (taken, poller.polls - seen) == (1, 1), "the one that was due finds that it rests"
+        assert (offers.count, poller.polls - seen) == (1, 1), "the one that was due finds that it rests"
         assert not poller.wait(lambda _: True)
+        assert poller._rest == 120.0
 
     uvloop.run(main())
 
 
 def test_a_client_on_the_same_processor_is_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        poller = Counting()
-        sent = 0
-
-        def give_way() -> None:
-            nonlocal sent
-            sent += 1
-
-        monkeypatch.setattr(polling, "_give_way", give_way)
-        monkeypatch.setattr(polling, "TAKEN", 0.0)  # as long as it took
-        monkeypatch.setattr(polling, "LONG", 60.0)
+        poller, offers = Counting(), Offers(monkeypatch)
+        unhurried(monkeypatch, 60.0)
+        monkeypatch.setattr(polling, "TAKEN", 0.0)  # each offer is taken
         quickly(poller)
-        for number in range(1, 100):
+        for _ in range(100):
             poller.answered()
-            assert poller.wait(lambda _: sent == number)  # noqa: B023 - it is called before the next one begins
+            before = offers.count
+            assert poller.wait(partial(offers.more_than, before)) and offers.count == before + 1
 
     uvloop.run(main())
 
