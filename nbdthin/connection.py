@@ -203,16 +203,12 @@ class Connection(asyncio.BufferedProtocol):
             if not ready(0) and not poller.wait(ready):
                 return
             try:
-                nbytes = os.readv(fd, (self._view if not self._end and self._payload is None else self.get_buffer(-1),))
+                nbytes = os.readv(fd, (self.get_buffer(-1),))
             except OSError:
                 return
             if not nbytes:
                 return
-            if self._payload is None:  # as in `_received`, with fewer steps
-                self._end += nbytes
-                self._parse()
-            else:
-                self._received(nbytes)
+            self._received(nbytes)
             poller.answered()
 
     def eof_received(self) -> bool:

@@ -72,7 +72,6 @@ class Outbox:
         self.used = 0  # bytes in the arena
         self.slow = False  # the peer does not take them
         self._live = live
-        self._notes = live.pool.unsynced
         self._data = live.pool.data
         self._loop = asyncio.get_running_loop()
         self._socket = socket.socket(fileno=os.dup(fd))
@@ -152,8 +151,7 @@ class Outbox:
     def _flush_arena(self, used: int) -> None:
         """Nothing but small replies, and nothing before them, as most of the time."""
         self.used = 0
-        if not self._notes.idle:
-            self._live.publish()
+        self._live.publish()
         try:
             sent = os.write(self.fd, self.arena[:used])
         except BlockingIOError:

@@ -540,17 +540,14 @@ def _write(out: int, chunk: bytes, start: int, stop: int, at: int) -> int:
     of what was written, 0 if nothing.
     """
     end = 0
-    written = start  # up to here it is
-    block = start
-    size = min(-at % _HOLE, stop - start)  # of the first, whose beginning came before
+    written = block = start  # up to here it is
     while block < stop:
-        size = size or min(_HOLE, stop - block)
-        if chunk.startswith(_ZEROES if size == _HOLE else _ZEROES[:size], block):
+        after = min(block + _HOLE - (at + block - start) % _HOLE, stop)
+        if chunk.startswith(_ZEROES[: after - block], block):
             if written < block:
                 end = _put(out, chunk, written, block, at + written - start)
-            written = block + size
-        block += size
-        size = 0
+            written = after
+        block = after
     if written < stop:
         end = _put(out, chunk, written, stop, at + written - start)
     return end

@@ -75,7 +75,7 @@ class Allocator:
     def allocate(self, layer: int, block: int = 0, near: int = 0) -> int:
         """A physical block for the volume's block number `block`, now used. Raises NoSpace.
 
-        `near` is where its region says that it belongs (Layer.near); 0: nothing of its region is there yet.
+        `near` is where its region says that it belongs (layers.near); 0: nothing of its region is there yet.
         """
         if self.used < self.grow_at and self.limits(layer) is None:
             found = near or self._start_region(block)

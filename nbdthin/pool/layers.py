@@ -64,7 +64,9 @@ def compose(own: int, below: int) -> int:
 
 
 def near(own: array[int], block: int, region: int) -> int:
-    """`Layer.near`, from the leaf that has `block`."""
+    """Where a physical block for `block` belongs, by `own`, the leaf that has it: as far from that of another one of
+    its region as the two are from each other. A region is `region` blocks from a multiple of that on. 0: there is none.
+    """
     index = block & LEAF_MASK
     first = index - index % region
     entries = own[first : first + region]
@@ -211,13 +213,6 @@ class Layer:
         """The own entry of `block`; 0 inherits all of it."""
         own = self.own.get(block >> LEAF_SHIFT)
         return 0 if own is None else own[block & LEAF_MASK]
-
-    def near(self, block: int, region: int) -> int:
-        """Where a physical block for `block` belongs: as far from that of another one of its region as the two are from
-        each other. A region is `region` blocks from a multiple of that on. 0: there is no other one.
-        """
-        own = self.own.get(block >> LEAF_SHIFT)
-        return 0 if own is None else near(own, block, region)
 
     def put(self, block: int, entry: int) -> None:
         """Set an own entry of a head. What becomes of the old one's physical block is the caller's to say."""

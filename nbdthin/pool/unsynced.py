@@ -63,7 +63,6 @@ class Unsynced:
         self._pack = msgpack.Packer().pack  # one for all: making one takes longer than packing
         self._records: list[Record] = []  # noted, and in no group yet
         self._layer = -1  # whose entries are being collected
-        self.idle = True  # nothing is noted that is in no group yet
         self._blocks = array("Q")
         self._entries = array("Q")
 
@@ -139,13 +138,11 @@ class Unsynced:
         if layer != self._layer:
             self._end_entries()
             self._layer = layer
-            self.idle = False
         self._blocks.append(block)
         self._entries.append(entry)
 
     def add(self, record: Record) -> None:
         """Something else has changed."""
-        self.idle = False
         self._end_entries()
         self._records.append(record)
 
@@ -161,7 +158,6 @@ class Unsynced:
 
     def publish(self) -> bool:
         """Put what was noted out of the reach of a kill. True when a commit is due: much is waiting, or it failed."""
-        self.idle = True
         if not self._records and self._layer >= 0 and self._position and self._whole:
             # One write's entries, as most of the time: without the steps between, in half the time.
             return self._append([(_ENTRIES, *self._take_entries())])

@@ -316,8 +316,8 @@ class Volume:
                     if self.pool.journal_low:
                         raise NoSpace(JOURNAL_LOW)
                     if not physical:
-                        near = write.fresh[-1] + 1 if write.fresh else self._near(block)
-                        physical = self.pool.allocator.allocate(layer.number, block, near)
+                        beside = write.fresh[-1] + 1 if write.fresh else self._beside(block)
+                        physical = self.pool.allocator.allocate(layer.number, block, beside)
                         write.fresh.append(physical)
                         layer.in_flight += 1
                     write.entries.append((block, physical << 32 | entry & ~(touched << 16) & 0xFFFFFFFF | touched))
@@ -339,9 +339,10 @@ class Volume:
         self.layer.in_flight -= len(write.fresh)
         self.pool.give_back(write.fresh)
 
-    def _near(self, block: int) -> int:
+    def _beside(self, block: int) -> int:
         """Where a physical block for `block` belongs; 0: anywhere."""
-        return self.layer.near(block, self.pool.allocator.region)
+        own = self.layer.own.get(block >> LEAF_SHIFT)
+        return 0 if own is None else near(own, block, self.pool.allocator.region)
 
     def _owns(self, offset: int) -> bool:
         """The subblock at `offset` is this layer's own data."""
@@ -557,7 +558,7 @@ class Volume:
             self.check_provision(offset, length)
         blocks = list(self._without_block(offset, length))
         for block in blocks:
-            physical = self.pool.allocator.allocate(self.layer.number, block, self._near(block))
+            physical = self.pool.allocator.allocate(self.layer.number, block, self._beside(block))
             self.pool.put(self.layer, block, physical << 32 | self.layer.entry(block))
         return blocks
 

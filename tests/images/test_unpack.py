@@ -165,6 +165,15 @@ def test_blocks_of_zeroes_become_holes(tmp_path: Path) -> None:
     assert (tmp_path / "small").read_bytes() == bytes(100)
 
 
+@pytest.mark.parametrize("size", [1000, 4095, 10_000])
+def test_zeroes_are_holes_in_whatever_pieces_they_come(size: int, tmp_path: Path) -> None:
+    tar = make_tar(Member("empty", bytes(64 * BLOCK)), Member("end", bytes(9 * BLOCK) + b"x"))
+    apply((tar[at : at + size] for at in range(0, len(tar), size)), tmp_path)
+    assert (tmp_path / "empty").stat().st_blocks == 0
+    assert (tmp_path / "end").stat().st_blocks * 512 == BLOCK
+    assert (tmp_path / "end").read_bytes() == bytes(9 * BLOCK) + b"x"
+
+
 @pytest.mark.parametrize("size", [1, 100, 511, 512, 513, 4000, 10_000, 1 << 20])
 def test_the_pieces_of_a_tar_may_be_of_any_size(size: int, tmp_path: Path) -> None:
     data = os.urandom(3 * BLOCK) + bytes(5 * BLOCK + 7) + os.urandom(BLOCK)
