@@ -68,6 +68,14 @@ def _prepared(export: Export, state: State, ground: Ground) -> Export:
     return export
 
 
+def _address(state: State, place: Path) -> tuple[Address, list[str]]:
+    """Where nbdkit listens, and its arguments that say so."""
+    if state is State.TCP:
+        port = free_port()
+        return ("127.0.0.1", port), ["-i", "127.0.0.1", "-p", str(port)]
+    return place / "s", ["-U", str(place / "s")]
+
+
 class NbdkitFile(_Peer):
     name = "nbdkit file"
     programs = ("nbdkit",)
@@ -79,10 +87,26 @@ class NbdkitFile(_Peer):
     def open(self, state: State, ground: Ground) -> Export:
         place = ground.place(self.name)
         image = _raw(place / "image", state, ground)
-        address = ("127.0.0.1", free_port()) if state is State.TCP else place / "s"
-        where = ["-i", address[0], "-p", str(address[1])] if isinstance(address, tuple) else ["-U", str(address)]
+        address, where = _address(state, place)
         argv = ["nbdkit", "-f", *_arguments(self.settings), *where, "file", str(image)]
         daemon = Daemon(argv, place / "s", env=ground.environment(state), address=address)
+        return _prepared(_export(daemon, place, "", state, ground, address), state, ground)
+
+
+class NbdkitMemory(_Peer):
+    """No peer: what is written is gone with the process. What it cannot do no server on this machine can."""
+
+    name = "nbdkit memory"
+    programs = ("nbdkit",)
+    settings = (Setting((), "the default: an array, and nothing to sync"),)
+
+    def is_raw(self, state: State) -> bool:
+        return True
+
+    def open(self, state: State, ground: Ground) -> Export:
+        place = ground.place(self.name)
+        address, where = _address(state, place)
+        daemon = Daemon(["nbdkit", "-f", *where, "memory", str(ground.size)], place / "s", address=address)
         return _prepared(_export(daemon, place, "", state, ground, address), state, ground)
 
 
@@ -222,4 +246,5 @@ PEERS: tuple[Server, ...] = (
         Setting(("-o", "cluster_size=64k,extended_l2=on"), "subclusters of 2 KiB; 128k clusters are slower"),
     ),
     NbdServer(),
+    NbdkitMemory(),
 )

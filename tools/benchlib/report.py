@@ -29,7 +29,7 @@ class Standing:
 
     ours: Cell
     bar: Bar
-    best: Cell  # the highest rate of the peers; of a bar with `own`, nbdthin's own on that image
+    best: Cell  # the highest rate of those that it is over
     best_cow: Cell | None  # the highest of those that are more than a plain file
 
     def title(self, plan: Plan) -> str:
@@ -57,7 +57,7 @@ class Standing:
 def peers_of(cell: Cell, all_cells: Sequence[Cell]) -> list[Cell]:
     """The others than nbdthin at the same work on an image in the same state, best first."""
     others = (other for other in all_cells if other.samples and other.work is cell.work and other.state is cell.state)
-    return sorted((other for other in others if not other.is_ours), key=lambda other: -other.rate)
+    return sorted((other for other in others if other.server.name in cell.work.against.names), key=lambda o: -o.rate)
 
 
 def standings(all_cells: Sequence[Cell]) -> list[Standing]:
@@ -65,12 +65,14 @@ def standings(all_cells: Sequence[Cell]) -> list[Standing]:
     found = []
     for ours in (cell for cell in all_cells if cell.is_ours and cell.samples):
         for bar in (bar for bar in ours.work.bars if bar.state is ours.state):
-            against = peers_of(ours, all_cells)
+            against = peers = peers_of(ours, all_cells)
             if bar.own is not None:
                 same = (cell for cell in all_cells if cell.is_ours and cell.work is ours.work and cell.samples)
                 against = [cell for cell in same if cell.state is bar.own]
+            elif ours.work.against.raw:
+                against = [peer for peer in peers if peer.server.is_raw(peer.state)]
             if against:
-                cow = next((peer for peer in against if not peer.server.is_raw(peer.state)), None)
+                cow = next((peer for peer in peers if not peer.server.is_raw(peer.state)), None)
                 found.append(Standing(ours, bar, against[0], cow))
     return found
 
@@ -197,6 +199,8 @@ def _note(cell: Cell, measured: Sequence[Cell]) -> str:
         return cell.failure or cell.reason or ""
     if (gain := ratio_to_one_writer(cell, measured)) is not None:
         return f"{gain:.1f} times one writer"
+    if cell.server.name in cell.work.against.floor:
+        return "stores nothing: what is left to any server"
     if isinstance(cell.work.job, Task):
         whole = 1000 * statistics.median(sample.seconds for sample in cell.samples)
         return f"{whole:,.1f} ms in all" if cell.work.job is not Task.MAP else ""
@@ -304,6 +308,7 @@ def _cell(cell: Cell, result: Result) -> dict[str, object]:
         "server": cell.server.name,
         "image": cell.state.value,
         "is_raw": cell.server.is_raw(cell.state),
+        "is_peer": cell.server.name in cell.work.against.names,
     }
     if not cell.samples:
         return who | {"reason": cell.failure or cell.reason}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from .servers import State
@@ -49,11 +49,16 @@ class Peers:
 
     title: str
     names: tuple[str, ...]
+    raw: bool = False  # a bar is over the best of those alone that are a plain file
+    floor: tuple[str, ...] = ()  # no peer: what client and protocol leave to any server
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What nbdthin's rate shall be, over the best peer's on an image in the same state, or over its own in `own`."""
+    """What nbdthin's rate shall be, over the best peer's on an image in the same state, or over its own in `own`.
+
+    Where `Peers.raw`, the best raw peer's.
+    """
 
     least: float
     aim: float
@@ -76,11 +81,13 @@ class Work:
     unit: str = "requests"  # what its rate counts
 
 
-_RAW = Peers("raw, or an overlay that is full", ("nbdkit file", "nbdkit cow 4K", "qemu-nbd qcow2", "nbd-server"))
-_SYNC = Peers("raw that syncs", ("nbdkit file", "qemu-nbd qcow2", "nbd-server"))  # nbdkit's cow ignores a FLUSH
-_LARGE = Peers("any", ("nbdkit file", "nbdkit cow 64K", "qemu-nbd qcow2", "nbd-server"))
+_FLOOR = ("nbdkit memory",)
+_ANY = Peers("raw, or an overlay that is full", ("nbdkit file", "nbdkit cow 4K", "qemu-nbd qcow2", "nbd-server"))
+_RAW = replace(_ANY, raw=True, floor=_FLOOR)
+_SYNC = Peers("any that syncs", ("nbdkit file", "qemu-nbd qcow2", "nbd-server"), floor=_FLOOR)  # nbdkit's cow does not
+_LARGE = Peers("any", ("nbdkit file", "nbdkit cow 64K", "qemu-nbd qcow2", "nbd-server"), floor=_FLOOR)
 _COW = Peers("CoW", ("nbdkit cow 4K", "qemu-nbd qcow2", "qemu-nbd ext_l2", "nbd-server"))
-_THIN = Peers("thin or raw sparse", ("nbdkit file", *_COW.names))
+_THIN = Peers("thin or raw sparse", ("nbdkit file", *_COW.names), floor=_FLOOR)
 _KEEPS = Peers("CoW that stays", ("nbdkit cow 64K", "nbdkit cow 4K", "qemu-nbd qcow2", "qemu-nbd ext_l2"))
 _CHAIN = Peers("CoW with chains", ("qemu-nbd qcow2",))  # with extended_l2 a chain of 100 has two thirds of its rate
 _FILE = Peers("nbdkit over the same", ("nbdkit file",))
@@ -137,7 +144,7 @@ WORKS = (
         Work(
             f"tcp-{verb}-{size >> 10}k-d{depth}" if size < MiB else f"tcp-{verb}-1m-d{depth}",
             f"{'4 KiB' if size < MiB else '1 MiB'} random {verb} over TCP, depth {depth}",
-            *(Load(rw, size, depth), _FILE, _bar(1, 1.5, State.TCP), _TCP),
+            *(Load(rw, size, depth), replace(_FILE, floor=_FLOOR), _bar(1, 1.5, State.TCP), _TCP),
         )
         for size, depth in ((4 * KiB, 1), (4 * KiB, 32), (MiB, 8))
         for verb, rw in (("read", _READ), ("overwrite", _WRITE))
@@ -195,6 +202,6 @@ WORKS = (
     Work(
         "cold-4k-d32",
         "4 KiB random read, cold cache, depth 32",
-        *(Load(_READ, 4 * KiB, 32, cold=True), _RAW, _bar(1, 1.2, State.COLD), (State.COLD,)),
+        *(Load(_READ, 4 * KiB, 32, cold=True), _ANY, _bar(1, 1.2, State.COLD), (State.COLD,)),
     ),
 )
