@@ -69,8 +69,8 @@ def standings(all_cells: Sequence[Cell]) -> list[Standing]:
             if bar.own is not None:
                 same = (cell for cell in all_cells if cell.is_ours and cell.work is ours.work and cell.samples)
                 against = [cell for cell in same if cell.state is bar.own]
-            elif ours.work.against.raw:
-                against = [peer for peer in peers if peer.server.is_raw(peer.state)]
+            elif over := ours.work.against.over:
+                against = [peer for peer in peers if peer.server.name in over]
             if against:
                 cow = next((peer for peer in peers if not peer.server.is_raw(peer.state)), None)
                 found.append(Standing(ours, bar, against[0], cow))
