@@ -190,11 +190,11 @@ class Layer:
             own = node.own.get(leaf)
             if own is not None:
                 entry = own[index]
-                data = entry & rest
+                data, physical = entry & rest, entry >> 32
                 if data:
                     for sub in range(SUBBLOCKS):
                         if data >> sub & 1:
-                            result[sub] = entry >> 32
+                            result[sub] = physical
                 rest &= ~(entry | entry >> 16)
             node = node.parent
         if len(self.mixed) >= MIXED_CACHE:

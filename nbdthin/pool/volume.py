@@ -223,9 +223,10 @@ class Volume:
         if entry & touched == touched:
             return (entry >> 32 << self._shift) + within
         if entry >= MIXED:  # of several layers, but a small read mostly meets one of them
-            physical = layer.resolve(block)
-            if physical[first] and physical[first : last + 1].count(physical[first]) == last - first + 1:
-                return (physical[first] << self._shift) + within
+            resolved = layer.mixed.get(block) or layer.resolve(block)
+            physical = resolved[first]
+            if physical and (first == last or resolved[first : last + 1].count(physical) == last - first + 1):
+                return (physical << self._shift) + within
         return -1
 
     def read_segments(self, segments: list[tuple[int, int]], view: memoryview, flags: int = 0) -> None:
