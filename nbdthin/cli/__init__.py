@@ -119,6 +119,8 @@ def _output_named() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
+    # numpy is for maps alone; OpenBLAS below it would start a thread a processor, which compute at nothing for a while.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _prepare_output()
     try:
         return _run(argv)
