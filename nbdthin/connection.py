@@ -6,6 +6,8 @@ write into it), and the replies leave with one gathered write. What may block be
 
 - a refused WRITE's payload is consumed before anything else is read;
 - replies may leave in any order, so nothing waits for a slow request but itself;
+- clients share the loop: who sends much gets no more of a turn than twice what the one before it got, so that one who
+  asks for little does not wait for a whole queue of another's;
 - bytes in flight are bounded: reading pauses while too much is being worked on, or while the peer does not take its
   replies, also in the middle of a batch;
 - a connection uses its export until its last request has ended, even when the peer is gone by then;
@@ -59,6 +61,7 @@ WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
 TURN = 500e-6  # seconds for which the loop stays with a connection that is alone
 ALONE = 8  # times that one client has sent, or asked for a flush, while all others were silent: it may be waited for
+SHARE = 4  # requests that a client gets in its turn, or twice what the one before it got: large ones count as more
 COLD = 15  # small reads after one that was not cached that are taken to be not cached either
 NEAR = 256 * KiB  # bytes from the read before, within which the kernel may be reading ahead
 SEND = 32 * KiB  # bytes of one part of the data file from which on it is read when it is sent
@@ -180,8 +183,11 @@ class Connection(asyncio.BufferedProtocol):
         self._received(nbytes)
         self._poller.answered()
         server = self._server
-        # Where the buffer was filled the transport goes on by itself, up to 32 times in one turn of the loop.
-        if server.turns_alone > ALONE and server.speaker is self and nbytes < self._offered and self._handshake is None:
+        alone = server.turns_alone > ALONE and server.speaker is self
+        if nbytes == self._offered:  # the transport would go on by itself, up to 32 times in one turn of the loop
+            if not alone:
+                self._let_others()
+        elif alone and self._handshake is None:
             self._receive_more()
 
     def _received(self, nbytes: int) -> None:
@@ -340,6 +346,11 @@ class Connection(asyncio.BufferedProtocol):
     def _stalled(self) -> bool:
         return self._outbox.slow or self._in_flight - min(self._waiting, WAITING) >= IN_FLIGHT
 
+    def _let_others(self) -> None:
+        """Let the loop turn before the next request, and what is to be received for it."""
+        self._pause()
+        self._loop.call_soon(self._control_flow)
+
     def _pause(self) -> None:
         if not self._paused and not self._lost:
             self._paused = True
@@ -416,10 +427,13 @@ class Connection(asyncio.BufferedProtocol):
     def _parse(self) -> None:
         """Handle every whole request in scratch."""
         view, end = self._view, self._end
+        received = end
         server = self._server
         if server.speaker is not self:
             server.speaker, server.turns_alone, server.flushes_alone = self, 0, 0
+            server.share = max(2 * server.handled, SHARE)
         server.turns_alone += 1
+        left = share = server.share if server.turns_alone <= ALONE else SCRATCH
         outbox = self._outbox
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
@@ -434,11 +448,16 @@ class Connection(asyncio.BufferedProtocol):
             if position < 0:
                 end = position
         while end - position >= _REQUEST_HEADER and not self._closing:
+            if left <= 0:
+                self._let_others()
+                waiting = True
+                break
             if outbox.slow or (self._in_flight >= IN_FLIGHT and self._stalled):
                 self._pause()
                 waiting = True
                 break
             magic, flags, command, cookie, offset, length = _unpack_request(view, position)
+            left -= 1 + (length >> 16)
             if magic != _REQUEST_MAGIC:
                 log.info("%s: not a request, magic number %#x", self.peer, magic)
                 self.abort()
@@ -485,13 +504,13 @@ class Connection(asyncio.BufferedProtocol):
                     self._fail(command, cookie, failure)
             if outbox.pending >= HIGH:
                 self._flush()
-            if command == _BLOCK_STATUS:  # milliseconds: let the loop turn before the next request
-                self._pause()
-                self._loop.call_soon(self._control_flow)
+            if command == _BLOCK_STATUS:  # milliseconds
+                self._let_others()
                 waiting = True
                 break
         if position >= 0:
             self._keep_from(position)
+        server.handled = share - left + (received - self._end >> 14)
         self._flush()
         if self._alternations > ALONE and self._writes == 1 and not self._end and not self._tasks:
             self._sync_early()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import random
 import socket
 import struct
+import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -223,6 +226,32 @@ def test_a_thousand_requests_sent_at_once_are_all_answered(client: Client) -> No
         chunk = client.reply()
         assert chunk.payload == wanted.pop(chunk.cookie)
     assert not wanted
+
+
+def test_a_client_that_asks_for_much_lets_another_have_its_turn(serving: Serving, client: Client) -> None:
+    with contextlib.closing(Client(serving.socket, "web")) as other:
+        other.read(0, 4096)
+        flood = b"".join(client.request(READ, index * 4096, 4096)[1] for index in range(64))
+        one = other.request(READ, 0, 4096)[1]
+
+        async def ask_both() -> int:
+            client.sock.sendall(flood)
+            other.sock.sendall(one)
+            for _ in range(1000):
+                await asyncio.sleep(0)
+                if _readable(other.sock):
+                    break
+            return _readable(client.sock)
+
+        assert serving.run(ask_both()) <= 32 * (16 + 4096), "half of it may be answered before"
+        other.reply()
+        for _ in range(64):
+            assert client.reply().payload == bytes(4096)
+
+
+def _readable(sock: socket.socket) -> int:
+    """Bytes."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def test_reads_that_are_not_cached_return_the_same_bytes(serving: Serving, client: Client) -> None:
