@@ -27,6 +27,7 @@ import os
 import select
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ from nbdthin.outbox import HIGH, Outbox
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import Pieces
+from nbdthin.pool.readers import MISSES, Read, Segments
+from nbdthin.pool.threads import Ended
 from nbdthin.pool.volume import ZERO
 from nbdthin.pool.waiting import GivenUp
 from nbdthin.units import KiB, MiB
@@ -92,6 +95,8 @@ _REQUEST_MAGIC = proto.REQUEST_MAGIC
 _unpack_request = proto.REQUEST.unpack_from
 _refuse = transmission.refuse
 _preadv = os.preadv
+_fadvise = os.posix_fadvise
+_WILLNEED = os.POSIX_FADV_WILLNEED
 _pack_simple_into = proto.SIMPLE_REPLY.pack_into
 _pack_data_into = proto.OFFSET_DATA.pack_into
 _simple = transmission.simple_reply
@@ -392,11 +397,13 @@ class Connection(asyncio.BufferedProtocol):
         self._plain_lengths = transmission.plain_lengths(self._rules)
         self._structured = agreed.structured
         self._contexts = agreed.contexts
-        self._data_fd = self._live.pool.data.fd
+        data = self._live.pool.data
+        self._data_fd = data.fd
+        self._readers = self._live.readers
         # Chosen once: who does not want data verified pays nothing for it.
         verify = self._live.pool.policy.verify
         self._answer_read = Connection._read_verified if verify else Connection._read
-        self._small = 0 if verify else SEND  # bytes below which a read is tried by `_read_small`
+        self._small = 0 if verify or not data.nowait else SEND  # bytes below which a read is tried by `_read_small`
         self._data_header = _DATA_HEADER if agreed.structured else _SIMPLE_HEADER
         log.info("%s: connected to %s", self.peer, agreed.export.name)
         # What came behind the handshake is at most an option's length, but may be more than scratch holds.
@@ -624,10 +631,58 @@ class Connection(asyncio.BufferedProtocol):
                 outbox.used = end
                 return True
             self._cold = COLD
+        readers = self._readers
+        turn = readers.turn or readers.begin_turn()
+        turn.count += 1
+        readers.waiting.append((turn, self, position, length, cookie, offset))
+        self._tasks += 1
+        self._in_flight += REQUEST_COST
+        return True
+
+    # -- small reads that have begun (pool.readers.Taker)
+
+    def take(self, waiting: deque[Read], missed: list[Read]) -> None:
+        """As `_read_small`; what has come is sent at once, as the arena is everybody's."""
+        outbox, header, structured, end_turn = self._outbox, self._data_header, self._structured, self._readers.end
+        arena, fd, gone = outbox.arena, self._data_fd, self.gone
+        taken = 0
+        while waiting and waiting[0][1] is self:
+            read = waiting.popleft()
+            turn, _, position, length, cookie, offset = read
+            if not gone:  # else nobody wants it
+                start = outbox.room(header + length) if outbox.used else 0
+                end = start + header + length
+                try:
+                    if _preadv(fd, (arena[start + header : end],), position, NOWAIT) != length:
+                        raise BlockingIOError
+                except BlockingIOError:
+                    missed.append(read)
+                    if len(missed) == MISSES:
+                        break
+                    continue
+                except OSError as error:
+                    self._fail(_READ, cookie, error)
+                else:
+                    if structured:
+                        _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
+                    else:
+                        _pack_simple_into(arena, start, _SIMPLE_MAGIC, 0, cookie)
+                    outbox.used = end
+            taken += 1
+            end_turn(turn)
+        if taken:
+            self._tasks -= taken
+            self._in_flight -= taken * REQUEST_COST
+            self._flush()
+            if (self._paused or self._closing) and not self._flush_due:
+                self._flush_due = True
+                self._loop.call_soon(self._after_tasks)
+
+    def slowly(self, read: Read) -> tuple[Segments, memoryview, Ended]:
+        _, _, position, length, cookie, offset = read
         view = new_buffer(length)
         put = partial(self._put_data, cookie, offset, view)
-        self._read_slowly(cookie, length, [(position, length)], view, put)
-        return True
+        return [(position, length)], view, partial(self._read_ended, cookie, REQUEST_COST, put)
 
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if not length:
@@ -655,7 +710,7 @@ class Connection(asyncio.BufferedProtocol):
         self._cold -= 1
         if -NEAR < position - last < NEAR:
             return False
-        self._live.pool.data.prefetch(position, length)
+        _fadvise(self._data_fd, position, length, _WILLNEED)
         return True
 
     def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
