@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
-from nbdthin.outbox import HIGH, Outbox
+from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import Pieces
@@ -614,7 +614,16 @@ class Connection(asyncio.BufferedProtocol):
         position = self._volume.locate(offset, length)
         if position <= 0:
             return False
-        if not (self._cold and self._prefetch_unseen(position, length)):
+        unseen = False
+        if self._cold:
+            # Being refused costs as much again as asking the disk unseen. One in so many is tried all the same; and one
+            # that is near the one before, as the kernel may have read ahead, and does so only for whoever tries.
+            last, self._last_position = self._last_position, position
+            self._cold -= 1
+            unseen = not -NEAR < position - last < NEAR
+        if unseen:
+            _fadvise(self._data_fd, position, length, _WILLNEED)
+        else:
             outbox, header = self._outbox, self._data_header
             start = outbox.room(header + length) if outbox.used else 0
             end = start + header + length
@@ -642,18 +651,23 @@ class Connection(asyncio.BufferedProtocol):
     # -- small reads that have begun (pool.readers.Taker)
 
     def take(self, waiting: deque[Read], missed: list[Read]) -> None:
-        """As `_read_small`; what has come is sent at once, as the arena is everybody's."""
-        outbox, header, structured, end_turn = self._outbox, self._data_header, self._structured, self._readers.end
+        """As `_read_small` answers what is cached; and send it, as the arena is for whoever has his turn."""
+        outbox, header, structured, readers = self._outbox, self._data_header, self._structured, self._readers
         arena, fd, gone = outbox.arena, self._data_fd, self.gone
+        used = outbox.used
         taken = 0
         while waiting and waiting[0][1] is self:
             read = waiting.popleft()
             turn, _, position, length, cookie, offset = read
             if not gone:  # else nobody wants it
-                start = outbox.room(header + length) if outbox.used else 0
-                end = start + header + length
+                end = used + header + length
+                if end > ARENA:
+                    outbox.used = used
+                    self._flush()
+                    used = 0
+                    end = header + length
                 try:
-                    if _preadv(fd, (arena[start + header : end],), position, NOWAIT) != length:
+                    if _preadv(fd, (arena[used + header : end],), position, NOWAIT) != length:
                         raise BlockingIOError
                 except BlockingIOError:
                     missed.append(read)
@@ -664,15 +678,18 @@ class Connection(asyncio.BufferedProtocol):
                     self._fail(_READ, cookie, error)
                 else:
                     if structured:
-                        _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
+                        _pack_data_into(arena, used, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
                     else:
-                        _pack_simple_into(arena, start, _SIMPLE_MAGIC, 0, cookie)
-                    outbox.used = end
+                        _pack_simple_into(arena, used, _SIMPLE_MAGIC, 0, cookie)
+                    used = end
             taken += 1
-            end_turn(turn)
+            turn.count -= 1
+            if not turn.count:
+                readers.end(turn)
         if taken:
             self._tasks -= taken
             self._in_flight -= taken * REQUEST_COST
+            outbox.used = used
             self._flush()
             if (self._paused or self._closing) and not self._flush_due:
                 self._flush_due = True
@@ -699,19 +716,6 @@ class Connection(asyncio.BufferedProtocol):
         else:
             put = partial(self._put_view, flags, cookie, offset, segments, view)
             self._read_slowly(cookie, length, data, view, put)
-
-    def _prefetch_unseen(self, position: int, length: int) -> bool:
-        """Ask the disk for a small read that is taken to be not cached, as those before it were not; False: try it.
-
-        Being refused costs as much again as asking. One in so many is tried; and one that is near the one before, as
-        the kernel may have read ahead, and does so only for whoever tries.
-        """
-        last, self._last_position = self._last_position, position
-        self._cold -= 1
-        if -NEAR < position - last < NEAR:
-            return False
-        _fadvise(self._data_fd, position, length, _WILLNEED)
-        return True
 
     def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
         """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""

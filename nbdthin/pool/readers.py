@@ -78,7 +78,10 @@ class _Whole:
             return
         except Exception as raised:
             error = raised
-        self._end(read[0])
+        turn = read[0]
+        turn.count -= 1
+        if not turn.count:
+            self._end(turn)
         self._ended(error)
 
     def slowly(self, read: Read) -> tuple[Segments, memoryview, Ended]:
@@ -130,7 +133,9 @@ class Readers:
         self._call(segments, view, partial(self._read_ended, ended, turn))
 
     def _read_ended(self, ended: Ended, turn: Turn, error: Exception | None) -> None:
-        self.end(turn)
+        turn.count -= 1
+        if not turn.count:
+            self.end(turn)
         ended(error)
 
     def _call(self, segments: Segments, view: memoryview, ended: Ended) -> None:
@@ -182,9 +187,8 @@ class Readers:
         self._read_ended(ended, turn, error)
 
     def end(self, turn: Turn) -> None:
-        """A read of it has ended."""
-        turn.count -= 1
-        if not turn.count and turn is not self.turn:
+        """All its reads so far have ended."""
+        if turn is not self.turn:
             self._leave(turn.epoch)
 
     def _sweep(self) -> bool:
