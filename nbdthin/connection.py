@@ -29,6 +29,7 @@ import os
 import select
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,10 +38,12 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
-from nbdthin.outbox import HIGH, Outbox
+from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.live import Pieces
+from nbdthin.pool.readers import MISSES, Read, Segments
+from nbdthin.pool.threads import Ended
 from nbdthin.pool.volume import ZERO
 from nbdthin.pool.waiting import GivenUp
 from nbdthin.units import KiB, MiB
@@ -95,6 +98,8 @@ _REQUEST_MAGIC = proto.REQUEST_MAGIC
 _unpack_request = proto.REQUEST.unpack_from
 _refuse = transmission.refuse
 _preadv = os.preadv
+_fadvise = os.posix_fadvise
+_WILLNEED = os.POSIX_FADV_WILLNEED
 _pack_simple_into = proto.SIMPLE_REPLY.pack_into
 _pack_data_into = proto.OFFSET_DATA.pack_into
 _simple = transmission.simple_reply
@@ -403,11 +408,13 @@ class Connection(asyncio.BufferedProtocol):
         self._plain_lengths = transmission.plain_lengths(self._rules)
         self._structured = agreed.structured
         self._contexts = agreed.contexts
-        self._data_fd = self._live.pool.data.fd
+        data = self._live.pool.data
+        self._data_fd = data.fd
+        self._readers = self._live.readers
         # Chosen once: who does not want data verified pays nothing for it.
         verify = self._live.pool.policy.verify
         self._answer_read = Connection._read_verified if verify else Connection._read
-        self._small = 0 if verify else SEND  # bytes below which a read is tried by `_read_small`
+        self._small = 0 if verify or not data.nowait else SEND  # bytes below which a read is tried by `_read_small`
         self._data_header = _DATA_HEADER if agreed.structured else _SIMPLE_HEADER
         log.info("%s: connected to %s", self.peer, agreed.export.name)
         # What came behind the handshake is at most an option's length, but may be more than scratch holds.
@@ -626,7 +633,16 @@ class Connection(asyncio.BufferedProtocol):
         position = self._volume.locate(offset, length)
         if position <= 0:
             return False
-        if not (self._cold and self._prefetch_unseen(position, length)):
+        unseen = False
+        if self._cold:
+            # Being refused costs as much again as asking the disk unseen. One in so many is tried all the same; and one
+            # that is near the one before, as the kernel may have read ahead, and does so only for whoever tries.
+            last, self._last_position = self._last_position, position
+            self._cold -= 1
+            unseen = not -NEAR < position - last < NEAR
+        if unseen:
+            _fadvise(self._data_fd, position, length, _WILLNEED)
+        else:
             outbox, header = self._outbox, self._data_header
             start = outbox.room(header + length) if outbox.used else 0
             end = start + header + length
@@ -643,10 +659,66 @@ class Connection(asyncio.BufferedProtocol):
                 outbox.used = end
                 return True
             self._cold = COLD
+        readers = self._readers
+        turn = readers.turn or readers.begin_turn()
+        turn.count += 1
+        readers.waiting.append((turn, self, position, length, cookie, offset))
+        self._tasks += 1
+        self._in_flight += REQUEST_COST
+        return True
+
+    # -- small reads that have begun (pool.readers.Taker)
+
+    def take(self, waiting: deque[Read], missed: list[Read]) -> None:
+        """As `_read_small` answers what is cached; and send it, as the arena is for whoever has his turn."""
+        outbox, header, structured, readers = self._outbox, self._data_header, self._structured, self._readers
+        arena, fd, gone = outbox.arena, self._data_fd, self.gone
+        used = outbox.used
+        taken = 0
+        while waiting and waiting[0][1] is self:
+            read = waiting.popleft()
+            turn, _, position, length, cookie, offset = read
+            if not gone:  # else nobody wants it
+                end = used + header + length
+                if end > ARENA:
+                    outbox.used = used
+                    self._flush()
+                    used = 0
+                    end = header + length
+                try:
+                    if _preadv(fd, (arena[used + header : end],), position, NOWAIT) != length:
+                        raise BlockingIOError
+                except BlockingIOError:
+                    missed.append(read)
+                    if len(missed) == MISSES:
+                        break
+                    continue
+                except OSError as error:
+                    self._fail(_READ, cookie, error)
+                else:
+                    if structured:
+                        _pack_data_into(arena, used, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
+                    else:
+                        _pack_simple_into(arena, used, _SIMPLE_MAGIC, 0, cookie)
+                    used = end
+            taken += 1
+            turn.count -= 1
+            if not turn.count:
+                readers.end(turn)
+        if taken:
+            self._tasks -= taken
+            self._in_flight -= taken * REQUEST_COST
+            outbox.used = used
+            self._flush()
+            if (self._paused or self._closing) and not self._flush_due:
+                self._flush_due = True
+                self._loop.call_soon(self._after_tasks)
+
+    def slowly(self, read: Read) -> tuple[Segments, memoryview, Ended]:
+        _, _, position, length, cookie, offset = read
         view = new_buffer(length)
         put = partial(self._put_data, cookie, offset, view)
-        self._read_slowly(cookie, length, [(position, length)], view, put)
-        return True
+        return [(position, length)], view, partial(self._read_ended, cookie, REQUEST_COST, put)
 
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if not length:
@@ -663,19 +735,6 @@ class Connection(asyncio.BufferedProtocol):
         else:
             put = partial(self._put_view, flags, cookie, offset, segments, view)
             self._read_slowly(cookie, length, data, view, put)
-
-    def _prefetch_unseen(self, position: int, length: int) -> bool:
-        """Ask the disk for a small read that is taken to be not cached, as those before it were not; False: try it.
-
-        Being refused costs as much again as asking. One in so many is tried; and one that is near the one before, as
-        the kernel may have read ahead, and does so only for whoever tries.
-        """
-        last, self._last_position = self._last_position, position
-        self._cold -= 1
-        if -NEAR < position - last < NEAR:
-            return False
-        self._live.pool.data.prefetch(position, length)
-        return True
 
     def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
         """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""

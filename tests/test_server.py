@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -21,11 +22,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nbdthin import connection as connection_module
 from nbdthin.connection import ALONE
 from nbdthin.errors import InUse
 from nbdthin.host import own_memory
 from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
+from nbdthin.pool.data import DataFile
 from nbdthin.pool.pool import Pool
 from nbdthin.server import Server
 from tests.rawclient import (
@@ -265,6 +268,101 @@ def test_reads_that_are_not_cached_return_the_same_bytes(serving: Serving, clien
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     assert client.write(100, b"x" * 10) == 0  # the rest of the subblock comes from the disk
     assert client.read(0, 8192) == data[:100] + b"x" * 10 + data[110:8192]
+
+
+@pytest.mark.parametrize("kind", ["client", "structured"])
+def test_many_small_reads_that_are_not_cached_each_get_their_own_bytes(
+    request: pytest.FixtureRequest, serving: Serving, kind: str
+) -> None:
+    client: Client = request.getfixturevalue(kind)
+    data = pattern(14, 8 * MIB)
+    client.write(0, data)
+    client.call(FLUSH, 0, 0)
+    chance = random.Random(15)
+    for length in (4096, 20_000):  # of the larger ones not all fit into the arena at once
+        os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        offsets = {}
+        message = b""
+        for start in chance.sample(range(0, len(data), 64 * KIB), 100):
+            cookie, each = client.request(READ, start + 100, length)
+            offsets[cookie] = start + 100
+            message += each
+        client.sock.sendall(message)
+        while offsets:
+            reply = client.reply()
+            assert (reply.done, reply.error) == (True, 0)
+            start = offsets.pop(reply.cookie)
+            assert reply.payload[8 if kind == "structured" else 0 :] == data[start : start + length]
+
+
+class SlowDisk:
+    """Nothing that is asked of it at once is cached; some positions fail, all others come when `free` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bad: set[int] = set()
+        self.free = threading.Event()
+        self._preadv = connection_module._preadv
+        self._read_into = DataFile.read_into
+        monkeypatch.setattr(connection_module, "_preadv", self._try)
+        monkeypatch.setattr(DataFile, "read_into", lambda data, *arguments: self._wait(data, *arguments))
+
+    def _try(self, fd: int, buffers: Sequence[memoryview], position: int, flags: int) -> int:
+        if position in self.bad or not self.free.is_set():
+            raise BlockingIOError(errno.EAGAIN, "not cached")
+        return self._preadv(fd, buffers, position, flags)
+
+    def _wait(self, data: DataFile, view: memoryview, position: int, flags: int = 0) -> None:
+        self.free.wait()
+        if position in self.bad:
+            raise OSError(errno.EIO, "injected")
+        self._read_into(data, view, position, flags)
+
+
+@pytest.fixture
+def slow_disk(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
+    disk = SlowDisk(monkeypatch)
+    yield disk
+    disk.free.set()
+
+
+def test_an_error_of_a_small_read_that_is_not_cached_reaches_it_alone(
+    serving: Serving, structured: Client, slow_disk: SlowDisk
+) -> None:
+    data = pattern(16, MIB)
+    structured.write(0, data)
+    slow_disk.bad = {serving.live.open("web").volume.locate(number * 64 * KIB, 4096) for number in (0, 7, 8, 15)}
+    requests = [structured.request(READ, number * 64 * KIB, 4096) for number in range(16)]
+    structured.sock.sendall(b"".join(message for _, message in requests))
+    slow_disk.free.set()
+    replies = {reply.cookie: reply for reply in (structured.reply() for _ in requests)}
+    for number, (cookie, _) in enumerate(requests):
+        if number in (0, 7, 8, 15):
+            assert replies[cookie].error == EIO
+        else:
+            assert replies[cookie].payload[8:] == data[number * 64 * KIB :][:4096]
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_small_reads_that_wait_for_the_disk_keep_their_blocks_and_end_when_their_client_has_gone(
+    serving: Serving, client: Client, slow_disk: SlowDisk, cut_off: bool
+) -> None:
+    pool = serving.live.pool
+    client.write(0, pattern(17, MIB))
+    client.call(FLUSH, 0, 0)
+    other = Client(serving.socket, "web")
+    client.sock.sendall(b"".join(client.request(READ, number * 64 * KIB, 4096)[1] for number in range(16)))
+    until(lambda: bool(pool._readers))
+    assert other.call(TRIM, 0, MIB) == other.call(FLUSH, 0, 0) == 0
+    assert other.read(0, 4096) == bytes(4096)
+    if cut_off:
+        serving.loop.call_soon_threadsafe(next(iter(serving.server._connections)).abort)
+    client.close()
+    time.sleep(0.02)  # as it would be freed and forgotten
+    assert pool.has_freed and not pool.can_reclaim
+    assert serving.server.connections == 2
+    slow_disk.free.set()
+    until(lambda: serving.server.connections == 1 and not pool._readers and not pool.has_freed)
+    other.close()
 
 
 def test_what_lies_in_a_parent_is_read_from_disk_when_part_of_a_subblock_is_written(

@@ -13,10 +13,10 @@ finds out why one does not come. Where the oldest keeps the disk busy for long, 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from nbdthin.pool.data import NOWAIT, DataFile
 from nbdthin.pool.threads import Ended, Threads
@@ -29,7 +29,7 @@ MISSES = 2  # reads in a row that have not come: the others have not, either
 Segments = list[tuple[int, int]]  # as DataFile.read_segments takes them, at least one
 
 
-class _Turn:
+class Turn:
     """The reads that one turn of the loop brought: they have entered together."""
 
     __slots__ = ("count", "epoch")
@@ -39,7 +39,53 @@ class _Turn:
         self.count = 0  # that have not ended
 
 
-_Read = tuple[Segments, memoryview, Ended, _Turn]
+class Taker(Protocol):
+    """Whose reads these are."""
+
+    def take(self, waiting: deque[Read], missed: list[Read]) -> None:
+        """Pop at least the first of `waiting`, which is its own, and then its own that follow; try to read each with
+        NOWAIT, and have it `ended`, or append it to `missed`, until these are MISSES.
+        """
+
+    def slowly(self, read: Read) -> tuple[Segments, memoryview, Ended]:
+        """For a thread: what it reads, to where, and what is then to be called. It is `ended` by then."""
+
+
+Read = tuple[Turn, Taker, int, int, int, int]  # position and length, then two numbers that are the taker's own
+
+
+class _Whole:
+    """A read of any kind."""
+
+    __slots__ = ("_data", "_end", "_ended", "_segments", "_view")
+
+    def __init__(
+        self, data: DataFile, end: Callable[[Turn], None], segments: Segments, view: memoryview, ended: Ended
+    ) -> None:
+        self._data = data
+        self._end = end
+        self._segments = segments
+        self._view = view
+        self._ended = ended
+
+    def take(self, waiting: deque[Read], missed: list[Read]) -> None:
+        read = waiting.popleft()
+        error: Exception | None = None
+        try:
+            self._data.read_segments(self._segments, self._view, NOWAIT)
+        except BlockingIOError:
+            missed.append(read)
+            return
+        except Exception as raised:
+            error = raised
+        turn = read[0]
+        turn.count -= 1
+        if not turn.count:
+            self._end(turn)
+        self._ended(error)
+
+    def slowly(self, read: Read) -> tuple[Segments, memoryview, Ended]:
+        return self._segments, self._view, self._ended
 
 
 class Readers:
@@ -58,32 +104,39 @@ class Readers:
         self._data = data
         self._enter = enter
         self._leave = leave
-        self._turn: _Turn | None = None  # of this one
-        self._waiting: deque[_Read] = deque()  # begun, as far as the kernel does that
+        self.turn: Turn | None = None  # of this one, if it has brought a read
+        self.waiting: deque[Read] = deque()  # begun, as far as the kernel does that
         self._due = False  # `_progress` will be called
         self._watched = 0  # reads that threads wait for
         self._stalled = 0  # of these, known not to come soon
         self._returned = False  # one did, since the timer began
         self._timer: asyncio.TimerHandle | None = None
 
+    def begin_turn(self) -> Turn:
+        """For the first read of this turn of the loop. Each read is counted in it, and appended to `waiting`."""
+        turn = self.turn = Turn(self._enter())
+        self._progress_soon()
+        return turn
+
     def expect(self, segments: Segments, view: memoryview, ended: Ended) -> None:
         """Reading `segments` with NOWAIT was refused in this turn of the loop: fill `view`, then call `ended`, in a
         later one.
         """
-        turn = self._turn
-        if turn is None:
-            turn = self._turn = _Turn(self._enter())
-            if not self._due:
-                self._due = True
-                self._loop.call_soon(self._progress)
+        turn = self.turn or self.begin_turn()
         turn.count += 1
-        self._waiting.append((segments, view, ended, turn))
+        self.waiting.append((turn, _Whole(self._data, self.end, segments, view, ended), 0, 0, 0, 0))
 
     def read(self, segments: Segments, view: memoryview, ended: Ended) -> None:
         """Have a thread do it: for what the kernel has not begun, and for what would take long to copy."""
-        turn = _Turn(self._enter())
+        turn = Turn(self._enter())
         turn.count = 1
-        self._call(segments, view, partial(self._end, ended, turn))
+        self._call(segments, view, partial(self._read_ended, ended, turn))
+
+    def _read_ended(self, ended: Ended, turn: Turn, error: Exception | None) -> None:
+        turn.count -= 1
+        if not turn.count:
+            self.end(turn)
+        ended(error)
 
     def _call(self, segments: Segments, view: memoryview, ended: Ended) -> None:
         try:
@@ -93,76 +146,58 @@ class Readers:
 
     def close(self) -> None:
         """Those that have not come never will."""
-        self._waiting.clear()
+        self.waiting.clear()
         if self._timer is not None:
             self._timer.cancel()
+
+    def _progress_soon(self) -> None:
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._progress)
 
     def _progress(self) -> None:
         """Take what has come, again and again while more does; then have the oldest waited for."""
         self._due = False
-        self._turn_over()
+        turn, self.turn = self.turn, None
+        if turn is not None and not turn.count:
+            self._leave(turn.epoch)
         if self._sweep():
-            if self._waiting and not self._due:
-                self._due = True
-                self._loop.call_soon(self._progress)
+            if self.waiting:
+                self._progress_soon()
         else:
             self._watch()
 
-    def _turn_over(self) -> None:
-        turn, self._turn = self._turn, None
-        if turn is not None and not turn.count:
-            self._leave(turn.epoch)
-
     def _watch(self) -> None:
         """Have the oldest waited for, unless one that may come soon is."""
-        if self._waiting and self._watched <= self._stalled and self._watched < MOST_STALLED:
-            segments, view, ended, turn = self._waiting.popleft()
+        if self.waiting and self._watched <= self._stalled and self._watched < MOST_STALLED:
+            read = self.waiting.popleft()
+            segments, view, ended = read[1].slowly(read)
             self._watched += 1
-            self._call(segments, view, partial(self._came, ended, turn))
-        if (self._waiting or self._watched) and self._timer is None:
+            self._call(segments, view, partial(self._came, ended, read[0]))
+        if (self.waiting or self._watched) and self._timer is None:
             self._returned = False
             self._timer = self._loop.call_later(STALL, self._look)
 
-    def _came(self, ended: Ended, turn: _Turn, error: Exception | None) -> None:
+    def _came(self, ended: Ended, turn: Turn, error: Exception | None) -> None:
         self._watched -= 1
         self._stalled = min(self._stalled, self._watched)
         self._returned = True
-        self._end(ended, turn, error)
-        if self._waiting and not self._due:
-            self._due = True
-            self._loop.call_soon(self._progress)
+        if self.waiting:
+            self._progress_soon()  # first: what has come with it leaves with it
+        self._read_ended(ended, turn, error)
 
-    def _end(self, ended: Ended, turn: _Turn, error: Exception | None) -> None:
-        turn.count -= 1
-        if not turn.count and turn is not self._turn:
+    def end(self, turn: Turn) -> None:
+        """All its reads so far have ended."""
+        if turn is not self.turn:
             self._leave(turn.epoch)
-        ended(error)
 
     def _sweep(self) -> bool:
         """Take what has come; False: none has."""
-        waiting, preadv, fd = self._waiting, os.preadv, self._data.fd
-        missed: list[_Read] = []
+        waiting = self.waiting
+        missed: list[Read] = []
         before = len(waiting)
         while waiting and len(missed) < MISSES:
-            segments, view, ended, turn = read = waiting.popleft()
-            error: Exception | None = None
-            try:
-                position = segments[0][0]
-                if len(segments) == 1 and position >= 0:  # the short way
-                    if preadv(fd, (view,), position, NOWAIT) != len(view):
-                        missed.append(read)
-                        continue
-                else:
-                    self._data.read_segments(segments, view, NOWAIT)
-            except BlockingIOError:
-                missed.append(read)
-                continue
-            except Exception as raised:
-                error = raised
-            turn.count -= 1
-            if not turn.count and turn is not self._turn:
-                self._leave(turn.epoch)
-            ended(error)
+            waiting[0][1].take(waiting, missed)
         waiting.extendleft(reversed(missed))
         return len(waiting) < before
 
@@ -171,7 +206,7 @@ class Readers:
         self._timer = None
         if not self._returned:
             self._stalled = self._watched
-        if self._waiting:
+        if self.waiting:
             self._sweep()
-            self._waiting.rotate(-MISSES)  # those behind may have come before these
+            self.waiting.rotate(-MISSES)  # those behind may have come before these
             self._watch()
