@@ -61,10 +61,10 @@ class Server:
         self.stopping = False
         self.poller = Poller(enabled=polling)
         self.speaker: Connection | None = None  # who sent last
-        self.turns_alone = 0  # how often it has sent since someone else did
-        self.handled = 0  # requests in the last turn, large ones counted as more
-        self.share = 0  # of these that it may have in a turn, until it is found to be alone
+        self.turns_alone = 0  # that it has had since someone else sent
         self.flushes_alone = 0  # that it has asked for since
+        self.handled = 0  # requests in the last turn, large ones counted as more
+        self.share = 0  # of these that the speaker may have in a turn, until it is found to be alone
         live.users = self.holders
         live.no_space = self._no_space
 

@@ -307,8 +307,10 @@ class SlowDisk:
         monkeypatch.setattr(DataFile, "read_into", lambda data, *arguments: self._wait(data, *arguments))
 
     def _try(self, fd: int, buffers: Sequence[memoryview], position: int, flags: int) -> int:
-        if position in self.bad or not self.free.is_set():
+        if not self.free.is_set():
             raise BlockingIOError(errno.EAGAIN, "not cached")
+        if position in self.bad:
+            raise OSError(errno.EIO, "injected")
         return self._preadv(fd, buffers, position, flags)
 
     def _wait(self, data: DataFile, view: memoryview, position: int, flags: int = 0) -> None:
@@ -333,6 +335,7 @@ def test_an_error_of_a_small_read_that_is_not_cached_reaches_it_alone(
     slow_disk.bad = {serving.live.open("web").volume.locate(number * 64 * KIB, 4096) for number in (0, 7, 8, 15)}
     requests = [structured.request(READ, number * 64 * KIB, 4096) for number in range(16)]
     structured.sock.sendall(b"".join(message for _, message in requests))
+    until(lambda: bool(serving.live.pool._readers))
     slow_disk.free.set()
     replies = {reply.cookie: reply for reply in (structured.reply() for _ in requests)}
     for number, (cookie, _) in enumerate(requests):

@@ -44,11 +44,12 @@ class Taker(Protocol):
 
     def take(self, waiting: deque[Read], missed: list[Read]) -> None:
         """Pop at least the first of `waiting`, which is its own, and then its own that follow; try to read each with
-        NOWAIT, and have it `ended`, or append it to `missed`, until these are MISSES.
+        NOWAIT, and answer it and count it out of its turn (`Readers.end` with the last), or append it to `missed`,
+        until these are MISSES.
         """
 
     def slowly(self, read: Read) -> tuple[Segments, memoryview, Ended]:
-        """For a thread: what it reads, to where, and what is then to be called. It is `ended` by then."""
+        """For a thread: what it reads, to where, and what is then to be called, when it is counted out of its turn."""
 
 
 Read = tuple[Turn, Taker, int, int, int, int]  # position and length, then two numbers that are the taker's own
@@ -57,13 +58,18 @@ Read = tuple[Turn, Taker, int, int, int, int]  # position and length, then two n
 class _Whole:
     """A read of any kind."""
 
-    __slots__ = ("_data", "_end", "_ended", "_segments", "_view")
+    __slots__ = ("_data", "_ended", "_read_ended", "_segments", "_view")
 
     def __init__(
-        self, data: DataFile, end: Callable[[Turn], None], segments: Segments, view: memoryview, ended: Ended
+        self,
+        data: DataFile,
+        read_ended: Callable[[Ended, Turn, Exception | None], None],
+        segments: Segments,
+        view: memoryview,
+        ended: Ended,
     ) -> None:
         self._data = data
-        self._end = end
+        self._read_ended = read_ended
         self._segments = segments
         self._view = view
         self._ended = ended
@@ -78,11 +84,7 @@ class _Whole:
             return
         except Exception as raised:
             error = raised
-        turn = read[0]
-        turn.count -= 1
-        if not turn.count:
-            self._end(turn)
-        self._ended(error)
+        self._read_ended(self._ended, read[0], error)
 
     def slowly(self, read: Read) -> tuple[Segments, memoryview, Ended]:
         return self._segments, self._view, self._ended
@@ -124,7 +126,7 @@ class Readers:
         """
         turn = self.turn or self.begin_turn()
         turn.count += 1
-        self.waiting.append((turn, _Whole(self._data, self.end, segments, view, ended), 0, 0, 0, 0))
+        self.waiting.append((turn, _Whole(self._data, self._read_ended, segments, view, ended), 0, 0, 0, 0))
 
     def read(self, segments: Segments, view: memoryview, ended: Ended) -> None:
         """Have a thread do it: for what the kernel has not begun, and for what would take long to copy."""

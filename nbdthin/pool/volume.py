@@ -223,7 +223,7 @@ class Volume:
         if entry & touched == touched:
             return (entry >> 32 << self._shift) + within
         if entry >= MIXED:  # of several layers, but a small read mostly meets one of them
-            resolved = layer.mixed.get(block) or layer.resolve(block)
+            resolved = layer.mixed.get(block) or layer.resolve(block)  # without the call, mostly
             physical = resolved[first]
             if physical and (first == last or resolved[first : last + 1].count(physical) == last - first + 1):
                 return (physical << self._shift) + within

@@ -94,7 +94,7 @@ class NbdkitFile(_Peer):
 
 
 class NbdkitMemory(_Peer):
-    """No peer: what is written is gone with the process. What it cannot do no server on this machine can."""
+    """No peer, as what is written is gone with the process: what a C server makes of a request that costs no file."""
 
     name = "nbdkit memory"
     programs = ("nbdkit",)

@@ -55,7 +55,7 @@ class Standing:
 
 
 def peers_of(cell: Cell, all_cells: Sequence[Cell]) -> list[Cell]:
-    """The others than nbdthin at the same work on an image in the same state, best first."""
+    """Those at the same work on an image in the same state, best first."""
     others = (other for other in all_cells if other.samples and other.work is cell.work and other.state is cell.state)
     return sorted((other for other in others if other.server.name in cell.work.against.names), key=lambda o: -o.rate)
 
@@ -72,7 +72,8 @@ def standings(all_cells: Sequence[Cell]) -> list[Standing]:
             elif over := ours.work.against.over:
                 against = [peer for peer in peers if peer.server.name in over]
             if against:
-                cow = next((peer for peer in peers if not peer.server.is_raw(peer.state)), None)
+                cows = (peer for peer in peers if not peer.server.is_raw(peer.state) and bar.own is None)
+                cow = next(cows, None)
                 found.append(Standing(ours, bar, against[0], cow))
     return found
 
@@ -185,7 +186,7 @@ def _standings(found: Sequence[Standing], plan: Plan, style: box.Box) -> Table:
             f"{bar.aim:g}",
             "-" if cpu is None else f"{cpu:.2f}",
             "" if bar.cpu is None else f"{bar.cpu:g}",
-            f"{each.ours.rate / each.best_cow.rate:.2f}" if each.best_cow and bar.own is None else "-",
+            f"{each.ours.rate / each.best_cow.rate:.2f}" if each.best_cow else "-",
             "yes" if each.holds else "NO",
         )
     table.add_section()
@@ -199,8 +200,8 @@ def _note(cell: Cell, measured: Sequence[Cell]) -> str:
         return cell.failure or cell.reason or ""
     if (gain := ratio_to_one_writer(cell, measured)) is not None:
         return f"{gain:.1f} times one writer"
-    if cell.server.name in cell.work.against.floor:
-        return "stores nothing: what is left to any server"
+    if cell.server.name in cell.work.against.beside:
+        return "no peer: keeps it in memory"
     if isinstance(cell.work.job, Task):
         whole = 1000 * statistics.median(sample.seconds for sample in cell.samples)
         return f"{whole:,.1f} ms in all" if cell.work.job is not Task.MAP else ""
@@ -284,6 +285,7 @@ def _standing(each: Standing, plan: Plan) -> dict[str, object]:
         "title": each.title(plan),
         "against": each.ours.work.against.title,
         "image": each.ours.state.value,
+        "over": list(each.ours.work.against.over or each.ours.work.against.names),
         "best_peer": each.best.server.name,
         "best_peer_image": each.best.state.value,
         "best_peer_is_raw": each.best.server.is_raw(each.best.state),

@@ -129,7 +129,7 @@ def cells(works: Sequence[Work], servers: Sequence[Server]) -> list[Cell]:
     for work in works:
         reason = _missing(work)
         for server in servers:
-            if server.name in (Nbdthin.name, *work.against.names, *work.against.floor):
+            if server.name in (Nbdthin.name, *work.against.names, *work.against.beside):
                 states = [each for each in work.states if each is not State.CHAIN_1000 or server.name == Nbdthin.name]
                 found += [Cell(work, server, state, reason) for state in states]
     return found

@@ -50,7 +50,7 @@ class Peers:
     title: str
     names: tuple[str, ...]
     over: tuple[str, ...] = ()  # those that a bar is over; (): all of them. The others are shown all the same
-    floor: tuple[str, ...] = ()  # no peer: what client and protocol leave to any server
+    beside: tuple[str, ...] = ()  # no peers: shown for comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +78,19 @@ class Work:
     unit: str = "requests"  # what its rate counts
 
 
-_FLOOR = ("nbdkit memory",)
+_MEMORY = ("nbdkit memory",)
 _ANY = Peers("raw, or an overlay that is full", ("nbdkit file", "nbdkit cow 4K", "qemu-nbd qcow2", "nbd-server"))
-_RAW = replace(_ANY, over=("nbdkit file", "nbd-server"), floor=_FLOOR)
-_SYNC = Peers("any that syncs", ("nbdkit file", "qemu-nbd qcow2", "nbd-server"), floor=_FLOOR)  # nbdkit's cow does not
-_LARGE = Peers("any", ("nbdkit file", "nbdkit cow 64K", "qemu-nbd qcow2", "nbd-server"), floor=_FLOOR)
+_RAW = replace(_ANY, title="raw; full overlays are shown, too", over=("nbdkit file", "nbd-server"), beside=_MEMORY)
+# nbdkit's cow ignores a FLUSH.
+_SYNC = Peers("any that syncs", ("nbdkit file", "qemu-nbd qcow2", "nbd-server"), beside=_MEMORY)
+_LARGE = Peers("any", ("nbdkit file", "nbdkit cow 64K", "qemu-nbd qcow2", "nbd-server"), beside=_MEMORY)
 _COW = Peers("CoW", ("nbdkit cow 4K", "qemu-nbd qcow2", "qemu-nbd ext_l2", "nbd-server"))
-_THIN = Peers("thin or raw sparse", ("nbdkit file", *_COW.names), floor=_FLOOR)
+_THIN = Peers("thin or raw sparse", ("nbdkit file", *_COW.names), beside=_MEMORY)
 _KEEPS = Peers(
-    *("CoW that stays", ("nbdkit cow 64K", "nbdkit cow 4K", "qemu-nbd qcow2", "qemu-nbd ext_l2")), floor=_FLOOR
+    *("CoW that stays", ("nbdkit cow 64K", "nbdkit cow 4K", "qemu-nbd qcow2", "qemu-nbd ext_l2")), beside=_MEMORY
 )
-# A file system flushes, which nbdkit's cow ignores.
-_UNPACK = replace(_KEEPS, over=("qemu-nbd qcow2", "qemu-nbd ext_l2"))
+# A file system flushes.
+_UNPACK = replace(_KEEPS, title="CoW that syncs; the others are shown, too", over=("qemu-nbd qcow2", "qemu-nbd ext_l2"))
 _CHAIN = Peers("CoW with chains", ("qemu-nbd qcow2",))  # with extended_l2 a chain of 100 has two thirds of its rate
 _FILE = Peers("nbdkit over the same", ("nbdkit file",))
 _RANGES = Peers("any that has them", ("nbdkit file", "qemu-nbd qcow2"))
@@ -145,7 +146,7 @@ WORKS = (
         Work(
             f"tcp-{verb}-{size >> 10}k-d{depth}" if size < MiB else f"tcp-{verb}-1m-d{depth}",
             f"{'4 KiB' if size < MiB else '1 MiB'} random {verb} over TCP, depth {depth}",
-            *(Load(rw, size, depth), replace(_FILE, floor=_FLOOR), _bar(1, 1.5, State.TCP), _TCP),
+            *(Load(rw, size, depth), replace(_FILE, beside=_MEMORY), _bar(1, 1.5, State.TCP), _TCP),
         )
         for size, depth in ((4 * KiB, 1), (4 * KiB, 32), (MiB, 8))
         for verb, rw in (("read", _READ), ("overwrite", _WRITE))
