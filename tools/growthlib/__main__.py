@@ -83,6 +83,7 @@ def _measure(chosen: Sequence[Statement], arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         report.write_json(arguments.json, facts, chosen, scale)
     if arguments.charts is not None:
+        arguments.charts.mkdir(parents=True, exist_ok=True)
         for curve in (curve for each in chosen if each.measured for curve in each.measured.curves):
             charts.write(arguments.charts, curve)
     return 1 if any(each.failure for each in chosen) else 0
