@@ -329,7 +329,7 @@ class Connection(asyncio.BufferedProtocol):
     # -- flow control
 
     def _control_flow(self) -> None:
-        if self._yielding:
+        if self._yielding:  # `_go_on` is on its way
             return
         if self._stalled:
             self._pause()
@@ -365,7 +365,7 @@ class Connection(asyncio.BufferedProtocol):
     def _go_on(self) -> None:
         self._yielding = False
         self._control_flow()
-        self._poller.answered()
+        self._poller.answered()  # or it would take our own work for the client's silence
 
     def _pause(self) -> None:
         if not self._paused and not self._lost:
@@ -725,9 +725,8 @@ class Connection(asyncio.BufferedProtocol):
             self._in_flight -= taken * REQUEST_COST
             outbox.used = used
             self._flush()
-            if (self._paused or self._closing) and not self._flush_due:
-                self._flush_due = True
-                self._loop.call_soon(self._after_tasks)
+            if self._paused or self._closing:
+                self._after_tasks_soon()
 
     def slowly(self, read: Read) -> tuple[Segments, memoryview, Ended]:
         _, _, position, length, cookie, offset = read
@@ -971,6 +970,9 @@ class Connection(asyncio.BufferedProtocol):
     def _ended(self, cost: int) -> None:
         self._tasks -= 1
         self._in_flight -= cost
+        self._after_tasks_soon()
+
+    def _after_tasks_soon(self) -> None:
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._after_tasks)

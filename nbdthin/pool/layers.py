@@ -190,10 +190,8 @@ class Layer:
             own = node.own.get(leaf)
             if own is not None:
                 entry = own[index]
-                data, physical = (
-                    entry & rest,
-                    entry >> 32,
-                )  # one integer for all of it: there are many of these
+                data = entry & rest
+                physical = entry >> 32  # one integer for all of it: there are many of these
                 if data:
                     for sub in range(SUBBLOCKS):
                         if data >> sub & 1:

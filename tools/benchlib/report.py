@@ -55,9 +55,9 @@ class Standing:
 
 
 def peers_of(cell: Cell, all_cells: Sequence[Cell]) -> list[Cell]:
-    """Those at the same work on an image in the same state, best first."""
-    others = (other for other in all_cells if other.samples and other.work is cell.work and other.state is cell.state)
-    return sorted((other for other in others if other.server.name in cell.work.against.names), key=lambda o: -o.rate)
+    """Those that did the same work on an image in the same state, best first."""
+    same = (other for other in all_cells if other.samples and other.work is cell.work and other.state is cell.state)
+    return sorted((each for each in same if each.server.name in cell.work.against.names), key=lambda each: -each.rate)
 
 
 def standings(all_cells: Sequence[Cell]) -> list[Standing]:
@@ -65,15 +65,14 @@ def standings(all_cells: Sequence[Cell]) -> list[Standing]:
     found = []
     for ours in (cell for cell in all_cells if cell.is_ours and cell.samples):
         for bar in (bar for bar in ours.work.bars if bar.state is ours.state):
-            against = peers = peers_of(ours, all_cells)
+            against = peers_of(ours, all_cells)
+            cow = next((peer for peer in against if not peer.server.is_raw(peer.state)), None)
             if bar.own is not None:
                 same = (cell for cell in all_cells if cell.is_ours and cell.work is ours.work and cell.samples)
-                against = [cell for cell in same if cell.state is bar.own]
+                against, cow = [cell for cell in same if cell.state is bar.own], None
             elif over := ours.work.against.over:
-                against = [peer for peer in peers if peer.server.name in over]
+                against = [peer for peer in against if peer.server.name in over]
             if against:
-                cows = (peer for peer in peers if not peer.server.is_raw(peer.state) and bar.own is None)
-                cow = next(cows, None)
                 found.append(Standing(ours, bar, against[0], cow))
     return found
 

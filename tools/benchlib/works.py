@@ -86,11 +86,10 @@ _SYNC = Peers("any that syncs", ("nbdkit file", "qemu-nbd qcow2", "nbd-server"),
 _LARGE = Peers("any", ("nbdkit file", "nbdkit cow 64K", "qemu-nbd qcow2", "nbd-server"), beside=_MEMORY)
 _COW = Peers("CoW", ("nbdkit cow 4K", "qemu-nbd qcow2", "qemu-nbd ext_l2", "nbd-server"))
 _THIN = Peers("thin or raw sparse", ("nbdkit file", *_COW.names), beside=_MEMORY)
-_KEEPS = Peers(
-    *("CoW that stays", ("nbdkit cow 64K", "nbdkit cow 4K", "qemu-nbd qcow2", "qemu-nbd ext_l2")), beside=_MEMORY
-)
+_QCOW2 = ("qemu-nbd qcow2", "qemu-nbd ext_l2")
+_KEEPS = Peers("CoW that stays", ("nbdkit cow 64K", "nbdkit cow 4K", *_QCOW2), beside=_MEMORY)
 # A file system flushes.
-_UNPACK = replace(_KEEPS, title="CoW that syncs; the others are shown, too", over=("qemu-nbd qcow2", "qemu-nbd ext_l2"))
+_UNPACK = replace(_KEEPS, title="CoW that syncs; the others are shown, too", over=_QCOW2)
 _CHAIN = Peers("CoW with chains", ("qemu-nbd qcow2",))  # with extended_l2 a chain of 100 has two thirds of its rate
 _FILE = Peers("nbdkit over the same", ("nbdkit file",))
 _RANGES = Peers("any that has them", ("nbdkit file", "qemu-nbd qcow2"))
