@@ -41,7 +41,7 @@ from nbdthin.errors import Error, NoSpace, PoolFailed, ReadOnly
 from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.pool import extents
 from nbdthin.pool.data import NOWAIT
-from nbdthin.pool.live import Pieces
+from nbdthin.pool.livevolume import Pieces
 from nbdthin.pool.readers import MISSES, Read, Segments
 from nbdthin.pool.threads import Ended
 from nbdthin.pool.volume import ZERO

@@ -19,7 +19,8 @@ from nbdthin import addresses
 from nbdthin.connection import Connection, new_buffer
 from nbdthin.outbox import ARENA
 from nbdthin.polling import Poller
-from nbdthin.pool.live import LivePool, LiveVolume
+from nbdthin.pool.live import LivePool
+from nbdthin.pool.livevolume import LiveVolume
 from nbdthin.pool.records import former_name, is_deferred, lasting_name
 from nbdthin.pool.volume import Volume
 from nbdthin.wire.handshake import ExportInfo

@@ -15,9 +15,11 @@ import uvloop
 
 from nbdthin.errors import Exists, NoSpace, PoolFailed
 from nbdthin.pool import live as live_module
+from nbdthin.pool import livevolume as volume_module
 from nbdthin.pool.check import check
 from nbdthin.pool.commands import Clone, Create, Remove, Rollback, Snapshot
-from nbdthin.pool.live import LivePool, LiveVolume
+from nbdthin.pool.live import LivePool
+from nbdthin.pool.livevolume import LiveVolume
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import LEAF_BLOCKS
 from tests.pool.conftest import kill
@@ -300,8 +302,8 @@ def test_a_discard_of_many_leaves_lets_others_run_and_keeps_what_surrounds_it(
     tmp_path: Path, cloned: bool, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leaf = LEAF_BLOCKS * 16 * KIB
-    size = (live_module.DROPPED + 8) * leaf
-    monkeypatch.setattr(live_module, "DISCARDING", 0)  # seconds: every piece takes longer
+    size = (volume_module.DROPPED + 8) * leaf
+    monkeypatch.setattr(volume_module, "DISCARDING", 0)  # seconds: every piece takes longer
 
     async def work(live: LivePool) -> None:
         await live.execute([Create("web", size)])
@@ -379,7 +381,7 @@ def test_writes_snapshots_removals_and_merges_at_once_stay_apart(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every snapshot holds, of each region, a state between what was answered before and what was asked after."""
-    monkeypatch.setattr(live_module, "INLINE_WRITE", 5000)  # so that many writes spend time in threads
+    monkeypatch.setattr(volume_module, "INLINE_WRITE", 5000)  # so that many writes spend time in threads
 
     async def work(live: LivePool) -> None:
         chance = random.Random(seed)

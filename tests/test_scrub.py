@@ -15,9 +15,10 @@ from nbdthin.pool import live as live_module
 from nbdthin.pool import sums
 from nbdthin.pool.check import check
 from nbdthin.pool.commands import Clone, Command, Create, Remove, Rollback, Snapshot
-from nbdthin.pool.live import LivePool, Pace
+from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.rows import Finding, Scrubbed
+from nbdthin.pool.verifying import Pace
 from nbdthin.units import GiB, KiB, MiB
 from tests.pool.conftest import flip
 from tests.rawclient import REFUSING
@@ -40,14 +41,14 @@ def run(path: Path, work: Callable[[LivePool], Awaitable[None]], rate: int = 64 
 
 
 async def scrub(live: LivePool, *names: str) -> tuple[list[Finding], Scrubbed]:
-    steps = [step async for step in live.scrub(names, 64 * GiB)]
+    steps = [step async for step in live.verifier.scrub(names, 64 * GiB)]
     return [step.finding for step in steps if step.finding is not None], steps[-1]
 
 
 async def summed(live: LivePool) -> None:
     """Return when the background has nothing to do."""
-    while live.merging is not None or live.summing is not None:
-        await (live.merging or live.summing or asyncio.sleep(0))
+    while live.merging is not None or live.verifier.summing is not None:
+        await (live.merging or live.verifier.summing or asyncio.sleep(0))
 
 
 async def prepare(live: LivePool) -> int:
@@ -121,8 +122,8 @@ def test_a_slow_scrub_ends_with_its_reader_and_computing_with_the_pool(tmp_path:
         await live.execute([Create("v", 8 * MiB)])
         await live.open("v").write(0, memoryview(bytes(8 * MiB)))
         await live.execute([Snapshot("v", "s")])
-        assert live.summing is not None  # at a byte a second, for months
-        scrubbing = live.scrub(rate=1)
+        assert live.verifier.summing is not None  # at a byte a second, for months
+        scrubbing = live.verifier.scrub(rate=1)
         reading = asyncio.ensure_future(anext(scrubbing))
         for _ in range(3):
             await asyncio.sleep(0)

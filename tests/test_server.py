@@ -565,8 +565,8 @@ def test_a_defect_of_ours_is_an_io_error_to_one_request_and_a_line_in_the_log(
 ) -> None:
     for target, command, length in (
         ("volume.Volume.write_small", WRITE, 4096),
-        ("live.LiveVolume.write_now", WRITE, 5),
-        ("live.LiveVolume.trim_now", TRIM, 4096),
+        ("livevolume.LiveVolume.write_now", WRITE, 5),
+        ("livevolume.LiveVolume.trim_now", TRIM, 4096),
         ("volume.Volume.locate", READ, 4096),
         ("volume.Volume.segments", READ, 65536),
     ):

@@ -26,7 +26,8 @@ from nbdthin.pool import commands, journal, layers, merge, records, superblock, 
 from nbdthin.pool import pool as pool_module
 from nbdthin.pool.files import Files, write_all
 from nbdthin.pool.journal import Journal
-from nbdthin.pool.live import LivePool, LiveVolume
+from nbdthin.pool.live import LivePool
+from nbdthin.pool.livevolume import LiveVolume
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.wire import transmission
 

@@ -241,8 +241,8 @@ class AskedPool(LivePool):
     async def _checkpoint(self, batch: Batch) -> None:
         await super()._checkpoint(batch)
         async with self._structure, AsyncExitStack() as gates:
-            for volume in list(self._volumes.values()):
-                await gates.enter_async_context(volume.gated())
+            for name in self.pool._volumes:
+                await gates.enter_async_context(self.open(name).gated())
             self.checkpoints += 1
             self.problems.extend(check._space(self.pool))
 

@@ -261,7 +261,7 @@ async def _until_stopped(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
 def _scrub(daemon: Daemon, arguments: Scrub) -> AsyncIterator[Scrubbed]:
     if arguments.rate is not None and arguments.rate <= 0:
         raise Invalid("a rate is more than 0 bytes a second")
-    return daemon.live.scrub(arguments.names, arguments.rate)
+    return daemon.live.verifier.scrub(arguments.names, arguments.rate)
 
 
 # -- the table

@@ -21,39 +21,36 @@ import errno
 import logging
 import os
 import time
-import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from nbdthin.errors import InUse, NoSpace, OverQuota, PoolFailed
-from nbdthin.pool import commands, events, merge, sums
+from nbdthin.pool import commands, events, merge
 from nbdthin.pool.commands import Command
 from nbdthin.pool.crowd import Crowd
-from nbdthin.pool.data import NOWAIT, is_device
+from nbdthin.pool.data import is_device
 from nbdthin.pool.events import Event, Events, Levels, Listener
 from nbdthin.pool.journal import FULL_DISK
-from nbdthin.pool.layers import LEAF_SHIFT, SUBBLOCKS, Layer
+from nbdthin.pool.layers import Layer
 from nbdthin.pool.lenders import Lenders
+from nbdthin.pool.livevolume import DiskFull, LiveVolume
 from nbdthin.pool.policy import QUEUE
 from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.readers import Readers
-from nbdthin.pool.records import LEAF_BLOCKS, Name, former_name, is_deferred
-from nbdthin.pool.rows import Finding, Row, Scrubbed
-from nbdthin.pool.scrub import Scrub
-from nbdthin.pool.threads import Ended, Threads
-from nbdthin.pool.volume import Volume
-from nbdthin.pool.waiting import PATIENT, Asker, GivenUp, Waiting
+from nbdthin.pool.records import Name, former_name, is_deferred
+from nbdthin.pool.rows import Row
+from nbdthin.pool.threads import Threads
+from nbdthin.pool.verifying import SCRUB_RATE, Verifier
+from nbdthin.pool.waiting import GivenUp, Waiting
 from nbdthin.units import KiB, MiB, format_size
 
 COMMIT_INTERVAL = (
     5.0  # seconds: what nobody asked to be durable is so after this long, as with the kernel's file systems
 )
-TAKEN = 64 * KiB  # bytes of a read from the disk that the loop itself takes when they are there
 IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough to keep a disk's queue full
-INLINE_WRITE = 1 * MiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 SLOW_SYNC = 0.0005  # seconds; a sync that takes longer waits for all who are about to ask for one
 MOST_GATHERING = 0.005  # seconds
@@ -61,10 +58,6 @@ LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
 COME_BACK = 60.0  # seconds for which clients may come back to what was removed, where they cannot have meant to go
-COMING = 0.1  # seconds that a command waits for the rest of large writes that have begun
-PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
-DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
-DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
 SWEEP = 64 * MiB  # bytes of data file whose free blocks are out of reach while their space is given back
 CHECKPOINT_PAUSE = 0.002  # seconds after each frame of 16 KiB: so few reads meet one that their p99 does not show it
 LENT_AGAIN = 0.05  # seconds until blocks that clients had still to read are looked at again
@@ -75,357 +68,12 @@ MERGE_BEHIND = 3  # layers waiting to be merged from which on there are no pause
 MERGE_MOST = 32  # from which on a command that leaves another waits for one of them
 MERGE_WAIT = 1.0  # seconds, at most
 SHORT = 10  # none of these pauses when less than a tenth of the pool is free
-SCRUB_RATE = 64 * MiB  # bytes a second: a tenth of a disk or less, and a terabyte in five hours
-PACE_SLACK = 0.1  # seconds of work that may be caught up on after a hold-up
-SUM_AGAIN = 30.0  # seconds until the next try to write checksums
-PROGRESS = 0.2  # seconds between two reports of a scrub
-MOST_DAMAGED = 1000  # places told of, of those that readers meet
 MERGE_COMMIT = 64  # leaves merged before what they freed is committed, and so can be reused
 
 log = logging.getLogger("nbdthin.pool")
 
 T = TypeVar("T")
 Told = tuple[str, str, dict[str, object]]  # an event: kind, message, facts
-
-Pieces = asyncio.Future[None]  # a large write that comes in piece by piece; done when it has ended
-
-
-class Pace:
-    """Holds background work to `rate` bytes a second, by pauses after each piece of it, until `stopped`."""
-
-    def __init__(self, rate: int, stopped: asyncio.Event) -> None:
-        self._rate = rate
-        self._stopped = stopped
-        self._free_at = time.monotonic()  # when what has been done was due to be done
-
-    async def keep(self, done: int) -> None:
-        """`done` more bytes are done."""
-        now = time.monotonic()
-        self._free_at = max(self._free_at, now - PACE_SLACK) + done / self._rate
-        if self._free_at > now and not self._stopped.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), self._free_at - now)
-
-
-class LiveVolume:
-    """A volume or snapshot as all connections to it share it."""
-
-    def __init__(self, live: LivePool, volume: Volume) -> None:
-        self.volume = volume
-        self._live = live
-        self._pool = live.pool
-        self._shift = live.pool.block_size.bit_length() - 1
-        # Blocks, first and last, of those who hold them or wait to, in the order in which they came.
-        self._held: dict[asyncio.Future[None], tuple[int, int]] = {}
-        self._gate: asyncio.Future[None] | None = None  # set while a command changes the volume
-        self._coming: set[Pieces] = set()
-
-    # -- reading
-
-    def read_now(self, segments: list[tuple[int, int]], view: memoryview) -> bool:
-        """Fill `view` from the page cache. OSError from the disk."""
-        if not self._pool.data.nowait:
-            return False
-        try:
-            self.volume.read_segments(segments, view, NOWAIT)
-        except BlockingIOError:
-            return False
-        return True
-
-    def read(self, segments: list[tuple[int, int]], view: memoryview, ended: Ended) -> None:
-        """Fill `view`, then call `ended` with None or an OSError. `segments` must be of this turn of the loop, in which
-        `read_now`, if their length is at most TAKEN, has found that they are not all cached.
-        """
-        if len(view) <= TAKEN and self._pool.data.nowait:
-            self._live.readers.expect(segments, view, ended)
-        else:
-            self._live.readers.read(segments, view, ended)
-
-    async def read_checked(self, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
-        """Fill `view` with a range, zeroes too, after comparing it with its checksums; EIO where they differ.
-
-        `segments` are those of `offset` on, and of this turn of the loop.
-        """
-        layer = self.volume.layer
-        try:
-            await self._live.in_thread(sums.read_checked, self._pool, layer, offset, segments, view)
-        except sums.Damage as error:
-            self._live.tell_damage(self.volume.name, layer, error)
-            raise
-
-    async def prefetch(self, offset: int, length: int) -> None:
-        """Ask the kernel to have a range in its cache."""
-        for start, count in _pieces(offset, length):
-            await self._live.in_thread(self._prefetch, self.volume.segments(start, count))
-
-    def _prefetch(self, segments: list[tuple[int, int]]) -> None:
-        for position, length in segments:
-            if position >= 0:
-                self._pool.data.prefetch(position, length)
-
-    # -- writing
-
-    def begin_pieces(self, length: int) -> Pieces | None:
-        """A write of `length` bytes will come in pieces (`write_now`), which find space for all of it; None: perhaps
-        not. To be ended by `end_pieces`. A command on the volume waits for it, but not for long.
-        """
-        pool = self._pool
-        if self._gate is not None or pool.journal_low:
-            return None
-        if not pool.allocator.has(self.volume.layer.number, (length >> self._shift) + 2):
-            return None
-        pieces: Pieces = asyncio.get_running_loop().create_future()
-        self._coming.add(pieces)
-        return pieces
-
-    def end_pieces(self, pieces: Pieces) -> None:
-        self._coming.discard(pieces)
-        pieces.set_result(None)
-
-    def write_small(self, offset: int, payload: memoryview) -> bool:
-        """`Volume.write_small` where nobody else is at the volume; False: ask `write_now`."""
-        if self._gate is not None or self._held or self._pool.failed is not None:
-            return False
-        return self.volume.write_small(offset, payload)
-
-    def write_now(self, offset: int, payload: memoryview, pieces: Pieces | None = None) -> bool:
-        """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""
-        length = len(payload)
-        if length > INLINE_WRITE or self._blocked(offset, length, pieces):
-            return False
-        volume = self.volume
-        try:
-            if volume.write_small(offset, payload):
-                return True
-            write = volume.reserve(offset, length)
-        except NoSpace:
-            return False
-        except OSError as error:
-            if error.errno in FULL_DISK:
-                return False
-            raise
-        try:
-            if write.reads and not self._pool.data.nowait:
-                raise BlockingIOError
-            write.perform(payload, NOWAIT)
-        except OSError as error:
-            volume.abandon(write)
-            if isinstance(error, BlockingIOError) or error.errno in FULL_DISK:
-                return False
-            raise
-        except BaseException:
-            volume.abandon(write)
-            raise
-        volume.finish(write)
-        return True
-
-    async def write(self, offset: int, payload: memoryview, asker: Asker = PATIENT) -> None:
-        """Write `payload`, which the caller leaves alone until this returns. Raises NoSpace, GivenUp or OSError.
-
-        `asker` is told when the write waits for space, and gives it up by being gone when `space_came` is called.
-        """
-        work = partial(self._write_held, offset, payload)
-        await self._holding(offset, len(payload), work, asker, len(payload))
-
-    async def _holding(
-        self,
-        offset: int,
-        length: int,
-        work: Callable[[], Coroutine[object, object, None]],
-        asker: Asker,
-        payload: int = 0,
-    ) -> None:
-        """Do `work` while holding a range; where it finds no space, let go and try again when there may be some."""
-        deadline: float | None = None
-        while not asker.gone:
-            try:
-                async with self._hold(offset, length):
-                    return await work()
-            except NoSpace as error:
-                with asker.waiting(payload):
-                    deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
-        raise GivenUp
-
-    async def _write_held(self, offset: int, payload: memoryview) -> None:
-        self._pool.check_writable()
-        write = self.volume.reserve(offset, len(payload))
-        try:
-            await self._live.in_thread(write.perform, payload)
-        except BaseException as error:
-            self.volume.abandon(write)
-            if isinstance(error, sums.Damage):
-                self._live.tell_damage(self.volume.name, self.volume.layer, error)
-            if isinstance(error, OSError) and error.errno in FULL_DISK:
-                raise _DiskFull("the file system under the pool is full") from error
-            self._live.space_came()
-            raise
-        self.volume.finish(write)
-
-    def trim_now(self, offset: int, length: int) -> bool:
-        if length > self._at_once or self._pool.journal_low or self._blocked(offset, length):
-            return False
-        self.volume.trim(offset, length)
-        self._live.blocks_freed()
-        return True
-
-    async def trim(self, offset: int, length: int, asker: Asker = PATIENT) -> None:
-        """Raises NoSpace, where what is left of the journal is for other things, or GivenUp."""
-        await self._holding(offset, length, partial(self._trim_held, offset, length), asker)
-
-    async def _trim_held(self, offset: int, length: int) -> None:
-        await self._by_leaves(offset, length, self.volume.trim)
-        self._live.blocks_freed()
-
-    @property
-    def _at_once(self) -> int:
-        """Bytes of the volume that may be discarded without looking at the time."""
-        return self.volume.leaf_bytes * (DROPPED if self.volume.layer.parent is None else 1)
-
-    async def _by_leaves(self, offset: int, length: int, discard: Callable[[int, int], None]) -> None:
-        """`discard` a range whose blocks are held, and let the loop turn now and then."""
-        begun = time.monotonic()
-        for start, count in _pieces(offset, length, self._at_once):
-            discard(start, count)
-            if time.monotonic() - begun > DISCARDING:
-                self._live.publish()  # of a large range there is more than one batch keeps
-                await asyncio.sleep(0)
-                begun = time.monotonic()
-
-    def zero_now(self, offset: int, length: int) -> bool:
-        """write_zeroes, without allocation, where nothing has to be written."""
-        if length > self._at_once or self._pool.journal_low or self._blocked(offset, length):
-            return False
-        if self.volume.partial_zeroes(offset, length):
-            return False
-        self.volume.zero_whole(offset, length, False)
-        self._live.blocks_freed()
-        return True
-
-    async def write_zeroes(self, offset: int, length: int, allocate: bool, asker: Asker = PATIENT) -> None:
-        """Raises NoSpace, GivenUp or OSError."""
-        await self._holding(offset, length, partial(self._zero_held, offset, length, allocate), asker)
-
-    async def _zero_held(self, offset: int, length: int, allocate: bool) -> None:
-        self._pool.check_writable()
-        if allocate:
-            await self._provision(offset, length)
-        parts = self.volume.partial_zeroes(offset, length)
-        self.volume.check_space(parts)
-        for start, end in parts:
-            await self._write_held(start, memoryview(bytes(end - start)))
-        if allocate:
-            for start, count in _pieces(offset, length):
-                self._zero_whole(start, count, allocate)
-                self._live.publish()
-                await asyncio.sleep(0)
-        else:
-            await self._by_leaves(offset, length, self._zero_whole)
-        self._live.blocks_freed()
-
-    def _zero_whole(self, offset: int, length: int, allocate: bool = False) -> None:
-        self._pool.check_writable()
-        self.volume.zero_whole(offset, length, allocate)
-
-    async def _provision(self, offset: int, length: int) -> None:
-        """All of the range or nothing. Raises NoSpace."""
-        self.volume.check_provision(offset, length)  # first: what is taken back is not free before the next commit
-        provisioned: list[int] = []
-        try:
-            for start, count in _pieces(offset, length):
-                provisioned += self.volume.provision(start, count)
-                await asyncio.sleep(0)
-        except BaseException:
-            self.volume.unprovision(provisioned)
-            raise
-
-    # -- keeping writers apart
-
-    def _blocked(self, offset: int, length: int, pieces: Pieces | None = None) -> bool:
-        if self._gate is None and not self._held and self._pool.failed is None:  # as for most writes
-            return False
-        self._pool.check_writable()
-        if self._gate is not None and pieces not in self._coming:
-            return True
-        return bool(self._earlier(*self._blocks(offset, length)))
-
-    def _blocks(self, offset: int, length: int) -> tuple[int, int]:
-        return offset >> self._shift, max(offset, offset + length - 1) >> self._shift
-
-    def _earlier(self, first: int, last: int) -> list[asyncio.Future[None]]:
-        """Whom to wait for before using blocks `first` to `last`; they wait for those before them."""
-        found = []
-        for held in reversed(self._held):
-            start, end = self._held[held]
-            if start <= last and first <= end:
-                found.append(held)
-                if start <= first and last <= end:
-                    break
-        return found
-
-    def _hold(self, offset: int, length: int) -> _Hold:
-        return _Hold(self, self._blocks(offset, length))
-
-    def hold_leaves(self, leaves: list[int]) -> _Hold:
-        """Keep writers off all blocks of some leaves."""
-        firsts = [leaf << LEAF_SHIFT for leaf in leaves]
-        return _Hold(self, *((first, first + LEAF_BLOCKS - 1) for first in firsts))
-
-    async def acquire(self, ranges: Sequence[tuple[int, int]]) -> list[asyncio.Future[None]]:
-        """All at once, in one place of the order: who took them one by one could wait for one who waits for him."""
-        while self._gate is not None:
-            await asyncio.shield(self._gate)
-        earlier = [other for first, last in ranges for other in self._earlier(first, last)] if self._held else []
-        held: list[asyncio.Future[None]] = []
-        for each in ranges:
-            held.append(asyncio.get_running_loop().create_future())
-            self._held[held[-1]] = each
-        try:
-            for other in earlier:
-                await asyncio.shield(other)
-        except BaseException:
-            self.release(held)
-            raise
-        return held
-
-    def release(self, held: list[asyncio.Future[None]]) -> None:
-        for each in held:
-            del self._held[each]
-            each.set_result(None)
-
-    @asynccontextmanager
-    async def gated(self) -> AsyncIterator[None]:
-        """Nothing is being written inside: writes under way have ended, new ones wait."""
-        while self._gate is not None:
-            await asyncio.shield(self._gate)
-        gate = self._gate = asyncio.get_running_loop().create_future()
-        try:
-            if self._coming:
-                await asyncio.wait(self._coming, timeout=COMING)
-                self._coming.clear()
-            while self._held:
-                await asyncio.shield(next(iter(self._held)))
-            yield
-        finally:
-            self._gate = None
-            gate.set_result(None)
-
-
-class _DiskFull(NoSpace):
-    """Not the pool: the file system under its data."""
-
-
-class _Hold:
-    __slots__ = ("_held", "_ranges", "_volume")
-
-    def __init__(self, volume: LiveVolume, *ranges: tuple[int, int]) -> None:
-        self._volume = volume
-        self._ranges = ranges
-
-    async def __aenter__(self) -> None:
-        self._held = await self._volume.acquire(self._ranges)
-
-    async def __aexit__(self, *_: object) -> None:
-        self._volume.release(self._held)
 
 
 class LivePool:
@@ -434,11 +82,7 @@ class LivePool:
     def __init__(self, pool: Pool, scrub_rate: int = SCRUB_RATE) -> None:
         """`scrub_rate` is bytes a second, for scrubs and for computing the checksums that are missing."""
         self.pool = pool
-        self._scrub_rate = scrub_rate
-        self.summing: asyncio.Task[None] | None = None  # computes missing checksums, while there are any
-        self._sum_at = 0.0  # loop time
-        self._damaged: set[int] = set()  # positions of damage that readers met, as was told
-        self._stopped = asyncio.Event()
+        self.verifier = Verifier(self, scrub_rate)
         self.users: Callable[[str], tuple[str, ...]] = lambda _: ()  # who holds a name; the server's to say
         self.no_space: Callable[[str], str | None] = lambda _: None  # the policy for a name, where it is not the pool's
         self.events = Events()
@@ -457,8 +101,6 @@ class LivePool:
         self.readers = Readers(self._loop, self._io, pool.data, self.enter, self.leave)
         self._sync = Threads(self._loop, 1, "nbdthin-sync")  # its own: cold reads must not hold up a commit
         self._upkeep = Threads(self._loop, 1, "nbdthin-upkeep")  # checkpoints, hole punching
-        # By the volume's identity, not its name, which may change hands; each keeps its volume, so no number is reused.
-        self._volumes: weakref.WeakValueDictionary[int, LiveVolume] = weakref.WeakValueDictionary()
         self._next_leave: asyncio.Future[None] = self._loop.create_future()  # done when some thread's I/O ends
         self._structure = asyncio.Lock()  # one set of commands at a time
         # Futures, and since when somebody waits for them: of the batch that has not begun, and of the one under way.
@@ -488,21 +130,24 @@ class LivePool:
         if pool.has_leftovers and not is_device(pool.data.path):
             self.spawn(self._sweep())
         self._merge_soon()
-        self._sum_soon()
+        self.verifier.sum_soon()
         if not pool.journal.next_ready:
             self._prepare_soon()
 
     def open(self, name: str) -> LiveVolume:
         """The volume or snapshot `name`, one object for all. Raises NotFound."""
         volume = self.pool.volume(name)
-        live = self._volumes.get(id(volume))
-        if live is None:
-            live = self._volumes[id(volume)] = LiveVolume(self, volume)
-        return live
+        if volume.live is None:
+            volume.live = LiveVolume(self, volume)
+        return volume.live
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Run I/O on the data file in a thread; blocks freed meanwhile are not reused before it ends."""
         return await self._entered(self._io, partial(function, *arguments))
+
+    async def in_upkeep(self, function: Callable[[], T]) -> T:
+        """The same in the one thread for what nobody waits for."""
+        return await self._entered(self._upkeep, function)
 
     async def _entered(self, threads: Threads, function: Callable[[], T]) -> T:
         epoch = self.enter()
@@ -753,7 +398,7 @@ class LivePool:
         if self.pool.allocator.used != self._watched:
             self._watch()
         self._merge_soon()  # what the batch left without a name may be merged now
-        self._sum_soon()
+        self.verifier.sum_soon()
         if batch.checkpoint_due:
             self.spawn(self._checkpoint(batch))
         elif not self.pool.journal.next_ready and not self._closing:
@@ -827,11 +472,11 @@ class LivePool:
             raise error
         waits = self._loop.time() < deadline
         # Space is coming, whatever the policy says; on a full disk perhaps not enough: then not for ever.
-        if self.pool.allocator.pending > self.lenders.held and (first or waits or not isinstance(error, _DiskFull)):
+        if self.pool.allocator.pending > self.lenders.held and (first or waits or not isinstance(error, DiskFull)):
             await self._freed_space()
             return deadline
         self._tell_no_space(name, error, waits)
-        if isinstance(error, _DiskFull) or self.pool.journal_low:
+        if isinstance(error, DiskFull) or self.pool.journal_low:
             self._space.wake_in(POLL)
         if self.pool.journal_low:
             self._prepare_soon(now=self.pool.journal.may_fit)
@@ -1017,7 +662,7 @@ class LivePool:
             self.merging = None
             self._merges.wake()
             self.pool.sums.moves_ended()
-            self._sum_soon()
+            self.verifier.sum_soon()
 
     @property
     def _merging_behind(self) -> bool:
@@ -1061,87 +706,25 @@ class LivePool:
                 merge.unlink(self.pool, parent, child)
                 self._merges.wake()
                 return
-            async with AsyncExitStack() as held:
-                if child.head:
-                    assert child.name is not None
-                    await held.enter_async_context(self.open(child.name).hold_leaves(leaves))
-                    if merge.child_of(self.pool, parent) is not child:
-                        continue
-                step = merge.Step(self.pool, parent, child, leaves)
-                if step.has_io:
-                    await self.in_thread(step.copy)
-                    if merge.child_of(self.pool, parent) is not child:
-                        continue
-                step.finish()
-            await self._pause_merge(begun, len(step.leaves), step.has_io)
+            step = await self._merge_leaves(parent, child, leaves)
+            if step is not None:
+                await self._pause_merge(begun, len(step.leaves), step.has_io)
 
-    # -- checksums
-
-    def _sum_soon(self) -> None:
-        if self.summing is None and self.pool.sums.todo and not self._closing and self.pool.failed is None:
-            if self._loop.time() >= self._sum_at:
-                self.summing = self.spawn(self._sum())
-
-    async def _sum(self) -> None:
-        """Compute the checksums that sealed layers lack."""
-        pace = Pace(self._scrub_rate, self._stopped)
-        try:
-            for work in sums.missing(self.pool):
-                await pace.keep(await self._entered(self._upkeep, work.run))
-                if self._closing or self.pool.failed is not None:
-                    return
-        finally:
-            if self.pool.sums.failed:
-                self._sum_at = self._loop.time() + SUM_AGAIN
-            self.summing = None
-
-    async def scrub(self, names: Sequence[str] = (), rate: int | None = None) -> AsyncIterator[Scrubbed]:
-        """Compare the data that `names` show, or all, with its checksums, as the disk has it. Raises NotFound.
-
-        `rate` is bytes a second, the configured one by default. Only sealed layers have checksums.
-        """
-        scrub = Scrub(self.pool, names)
-        pace = Pace(rate or self._scrub_rate, self._stopped)
-        done = unsummed = 0
-        told = self._loop.time()
-        for check in scrub.checks():
-            await self.in_thread(check.read)
-            done, unsummed = done + check.bytes, unsummed + check.unsummed
-            for finding in check.findings(scrub.names):
-                self._tell_finding(finding)
-                yield Scrubbed(min(done, scrub.total), scrub.total, unsummed, finding)
-            if self._loop.time() - told > PROGRESS:
-                told = self._loop.time()
-                yield Scrubbed(min(done, scrub.total), scrub.total, unsummed, None)
-            await pace.keep(check.bytes)
-        yield Scrubbed(scrub.total, scrub.total, unsummed, None)
-
-    def _tell_finding(self, finding: Finding) -> None:
-        what = "unreadable" if finding.unreadable else "damaged"
-        line = f"{what} data at byte {finding.offset} of {', '.join(finding.affected) or 'no volume'}"
-        self._tell_damage(line, finding.name, finding.offset, finding.length, finding.position, finding.affected)
-
-    def tell_damage(self, name: str, layer: Layer, error: sums.Damage) -> None:
-        """A client that reads `name` met it; told once."""
-        if error.position in self._damaged or len(self._damaged) >= MOST_DAMAGED:
-            return
-        self._damaged.add(error.position)
-        size = self.pool.block_size
-        block, sub = error.offset // size, error.offset % size // (size // SUBBLOCKS)
-        owner: Layer | None = layer
-        while owner is not None and owner.entry(block) >> 32 != error.position // size:
-            owner = owner.parent
-        affected = tuple(sums.showing(owner, block, sub)) if owner is not None else (name,)
-        line = f"damaged data at byte {error.offset} of {name} was read: refused (affected: {', '.join(affected)})"
-        self._tell_damage(line, name, error.offset, error.length, error.position, affected)
-
-    def _tell_damage(
-        self, line: str, name: str, offset: int, length: int, position: int, affected: tuple[str, ...]
-    ) -> None:
-        where = f"{line}; at byte {position} of {self.pool.data.path}"
-        self.events.notify(
-            events.DAMAGE, where, name=name, offset=offset, length=length, position=position, affected=affected
-        )
+    async def _merge_leaves(self, parent: Layer, child: Layer, leaves: list[int]) -> merge.Step | None:
+        """None: meanwhile `child` has become another's."""
+        async with AsyncExitStack() as held:
+            if child.head:
+                assert child.name is not None
+                await held.enter_async_context(self.open(child.name).hold_leaves(leaves))
+                if merge.child_of(self.pool, parent) is not child:
+                    return None
+            step = merge.Step(self.pool, parent, child, leaves)
+            if step.has_io:
+                await self.in_thread(step.copy)
+                if merge.child_of(self.pool, parent) is not child:
+                    return None
+            step.finish()
+            return step
 
     # -- the end
 
@@ -1160,7 +743,7 @@ class LivePool:
     async def close(self) -> None:
         """Make everything durable, end what runs in the background, close the pool. Raises PoolFailed."""
         self._closing = True
-        self._stopped.set()
+        self.verifier.stop()
         self._timer.cancel()
         for timer in self._awaited.values():
             timer.cancel()
@@ -1189,15 +772,6 @@ def _settle(durable: asyncio.Future[None], failure: Exception | None) -> None:
     else:
         durable.set_exception(failure)
         durable.exception()  # whoever waited may be gone
-
-
-def _pieces(offset: int, length: int, piece: int = PIECE) -> Iterator[tuple[int, int]]:
-    """A range cut at multiples of `piece`, so that the loop can turn in between: (offset, length)."""
-    end = offset + length
-    while offset < end:
-        stop = min(end, (offset // piece + 1) * piece)
-        yield offset, stop - offset
-        offset = stop
 
 
 def _freed(row: Row) -> Told:

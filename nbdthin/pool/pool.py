@@ -24,7 +24,6 @@ import shutil
 import sys
 import time
 import uuid
-import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
@@ -237,12 +236,14 @@ class Pool:
         self._changed: dict[int, Layer] = {}  # layers with dirty entries
         self._freed_blocks: list[int] = []  # since the last `begin`
         self._freed_arrays: list[Words] = []
-        self._volumes: weakref.WeakValueDictionary[str, Volume] = weakref.WeakValueDictionary()
+        self._volumes: dict[str, Volume] = {}  # that were asked for
         self._batch: list[Command] | None = None
         self.unwritten: Batch | None = None  # packed, and not yet durable
         self._settling: set[int] = set()  # layers that the batch being made durable leaves without a name or a child
         self._sealing: set[int] = set()  # layers that it seals
         self._capture: Capture | None = None  # of the checkpoint that is being written
+        # At load: where the checkpoint was read from, its last record, how many it has.
+        self._checkpoint_end: tuple[Path, Record | None, int] = (self.path, None, 0)
         self._checkpoint_at = CHECKPOINT_JOURNAL  # bytes of journal
         self._epoch = 0  # counts finished batches that freed something
         self._readers: dict[int, int] = {}  # epoch -> reads under way that began in it
@@ -363,7 +364,6 @@ class Pool:
         header = os.pread(self.data.fd, DATA_HEADER, 0)
         if header != self.superblock.data_header():
             raise Corrupt(self.data.path, 0, "this is not the data of this pool, or its header is damaged")
-        self._checkpoint_end: tuple[Path, Record | None, int] = (self.path, None, 0)
         self.journal.load(self._replay, repair_tail=not inspect)
         path, last, count = self._checkpoint_end
         if last != End(count - 1):
@@ -731,7 +731,7 @@ class Pool:
         return volume
 
     def opened(self, name: str) -> Volume | None:
-        """What `volume` returned for `name`, if somebody still has it."""
+        """What `volume` returned for `name`, if anybody asked."""
         return self._volumes.get(name)
 
     # -- what volumes and merges do to the mapping

@@ -22,6 +22,7 @@ from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Z
 from nbdthin.pool.records import LEAF_BLOCKS
 
 if TYPE_CHECKING:
+    from nbdthin.pool.livevolume import LiveVolume
     from nbdthin.pool.pool import Pool
 
 ZERO = -1  # the position of a segment that reads as zero
@@ -136,13 +137,13 @@ class Volume:
     """A volume or snapshot that is open for I/O. `layer` and `size` follow what commands do to it."""
 
     __slots__ = (
-        "__weakref__",
         "_block_mask",
         "_data",
         "_shift",
         "_sub_mask",
         "_sub_shift",
         "layer",
+        "live",
         "name",
         "pool",
         "read_only",
@@ -156,6 +157,7 @@ class Volume:
         self.layer = layer
         self.size = size
         self.read_only = read_only
+        self.live: LiveVolume | None = None  # as a server's clients share it
         self._shift = pool.block_size.bit_length() - 1
         self._block_mask = pool.block_size - 1
         self._sub_shift = self._shift - SUB_BITS

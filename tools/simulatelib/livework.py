@@ -20,7 +20,8 @@ import uvloop
 from nbdthin.errors import NoSpace, PoolFailed
 from nbdthin.pool import live as live_module
 from nbdthin.pool.commands import Clone, Command, Create, Label, Remove, Rename, Resize, Rollback, Snapshot
-from nbdthin.pool.live import LivePool, LiveVolume
+from nbdthin.pool.live import LivePool
+from nbdthin.pool.livevolume import LiveVolume
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.records import is_deferred
 from simulatelib.disk import KEPT, LOST, MIXED, Tree, materialise
