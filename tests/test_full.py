@@ -19,7 +19,7 @@ import pytest
 
 import nbdthin
 from nbdthin.config import ExportRule
-from nbdthin.pool import live as live_module
+from nbdthin.pool import livevolume as volume_module
 from nbdthin.pool.commands import (
     Clone,
     Command,
@@ -359,7 +359,7 @@ def test_a_pool_that_fails_tells_those_who_wait(full: Full, monkeypatch: pytest.
 
 
 def test_a_quota_is_exact_under_writers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_module, "INLINE_WRITE", BLOCK)  # larger ones spend time in threads
+    monkeypatch.setattr(volume_module, "INLINE_WRITE", BLOCK)  # larger ones spend time in threads
     with serving(tmp_path, size=512 * BLOCK) as full:
         full.do(Create("v", 64 * MIB), Quota("v", 100 * BLOCK), Create("w", 64 * MIB), Reserve("w", 50 * BLOCK))
         clients = [full.connect("v") for _ in range(4)]

@@ -19,6 +19,7 @@ import uvloop
 
 from nbdthin.errors import NoSpace, PoolFailed
 from nbdthin.pool import live as live_module
+from nbdthin.pool import livevolume as volume_module
 from nbdthin.pool.commands import Clone, Command, Create, Label, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.livevolume import LiveVolume
@@ -282,8 +283,12 @@ def run_live(seed: int, steps: int, work: type[LiveWork] = LiveWork) -> Counts:
     """Commands of number `steps` beside writers; the power is cut at random events of it. Raises Failure."""
     counts = Counts(steps=steps)
     chance = random.Random(seed)
-    constants = {"INLINE_WRITE": 2 * SUB, "COMMIT_INTERVAL": 0.01, "MERGE_COMMIT": 2}
-    with small(live_module, constants), scratch() as directory:
+    constants = (
+        (volume_module, "INLINE_WRITE", 2 * SUB),
+        (live_module, "COMMIT_INTERVAL", 0.01),
+        (live_module, "MERGE_COMMIT", 2),
+    )
+    with small(*constants), scratch() as directory:
         judge = Judge(directory, random.Random(seed + 1))
         tree: Tree | None = None
         try:

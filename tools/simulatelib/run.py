@@ -10,11 +10,10 @@ import random
 import shutil
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from nbdthin.pool import journal as journal_module
 from nbdthin.pool import pool as pool_module
@@ -59,14 +58,14 @@ class Counts:
 
 
 @contextmanager
-def small(module: object = None, constants: Mapping[str, object] = MappingProxyType({})) -> Iterator[None]:
-    """Constants of the engine for pools whose journals turn over within a few commits, and `constants` of `module`."""
+def small(*more: tuple[object, str, object]) -> Iterator[None]:
+    """Constants of the engine for pools whose journals turn over within a few commits; `more`: module, name, value."""
     values: list[tuple[object, str, object]] = [
         (journal_module, "SEGMENT_BYTES", 8 * KiB),
         (journal_module, "_ZEROES", bytes(2 * KiB)),
         (pool_module, "CHECKPOINT_JOURNAL", 24 * KiB),
         (pool_module, "RUN_BYTES", 4 * BLOCK),
-        *((module, name, value) for name, value in constants.items()),
+        *more,
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in values]
     for module, name, value in values:
