@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 
@@ -55,20 +55,22 @@ if TYPE_CHECKING:
     from nbdthin.server import Server
 
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
-INLINE_READ = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
+INLINE_READ: Final = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
 SEND_BUFFER = 4 * MiB  # bytes
 UNIX_SEND_BUFFER = 1 * MiB  # and as many: what is in it is lent (lent.py), so that a peer may keep it from others
-PIECE = 64 * KiB  # bytes of a write beyond which it is written as it comes in, up to each multiple of that
-IN_FLIGHT = 64 * MiB  # bytes a connection may have in work: one request of the largest size
-WAITING = 64 * MiB  # bytes beyond these, if so much waits for space
-REQUEST_COST = 512 * KiB  # bytes that a request in work counts for at least: 128 of them, the kernel's queue depth
-TURN = 500e-6  # seconds for which the loop stays with a connection that is alone
-ALONE = 8  # turns that one client has had, or flushes, while all others were silent: it may be waited for
-SHARE = 4  # requests that a client gets in its turn, or twice what the one before it got: large ones count as more
-ALL = 1 << 30  # requests: no share
-COLD = 15  # small reads after one that was not cached that are taken to be not cached either
-NEAR = 256 * KiB  # bytes from the read before, within which the kernel may be reading ahead
-SEND = 32 * KiB  # bytes of one part of the data file from which on it is read when it is sent
+PIECE: Final = 64 * KiB  # bytes of a write beyond which it is written as it comes in, up to each multiple of that
+IN_FLIGHT: Final = 64 * MiB  # bytes a connection may have in work: one request of the largest size
+WAITING: Final = 64 * MiB  # bytes beyond these, if so much waits for space
+REQUEST_COST: Final = 512 * KiB  # bytes that a request in work counts for at least: the kernel has 128 of them
+TURN: Final = 500e-6  # seconds for which the loop stays with a connection that is alone
+ALONE: Final = 8  # turns that one client has had, or flushes, while all others were silent: it may be waited for
+SHARE: Final = (
+    4  # requests that a client gets in its turn, or twice what the one before it got: large ones count as more
+)
+ALL: Final = 1 << 30  # requests: no share
+COLD: Final = 15  # small reads after one that was not cached that are taken to be not cached either
+NEAR: Final = 256 * KiB  # bytes from the read before, within which the kernel may be reading ahead
+SEND: Final = 32 * KiB  # bytes of one part of the data file from which on it is read when it is sent
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
@@ -76,34 +78,34 @@ GOODBYE = 1.0  # seconds that a client has to close its side when the server sto
 STATUS_EXTENTS = 16384  # extents in one BLOCK_STATUS reply, of 128 KiB then; the client asks again for the rest
 
 _SO_SNDBUFFORCE = 32
-_READ = int(Command.READ)
-_WRITE = int(Command.WRITE)
-_DISC = int(Command.DISC)
-_FLUSH = int(Command.FLUSH)
-_TRIM = int(Command.TRIM)
-_CACHE = int(Command.CACHE)
-_WRITE_ZEROES = int(Command.WRITE_ZEROES)
-_BLOCK_STATUS = int(Command.BLOCK_STATUS)
-_FUA = int(CommandFlag.FUA)
-_NO_HOLE = int(CommandFlag.NO_HOLE)
-_DF = int(CommandFlag.DF)
-_REQ_ONE = int(CommandFlag.REQ_ONE)
-_DONE = int(ChunkFlag.DONE)
-_OFFSET_DATA = int(Chunk.OFFSET_DATA)
-_CHUNK_MAGIC = proto.STRUCTURED_REPLY_MAGIC
-_SIMPLE_MAGIC = proto.SIMPLE_REPLY_MAGIC
-_REQUEST_HEADER = proto.REQUEST.size
-_SIMPLE_HEADER = proto.SIMPLE_REPLY.size
-_DATA_HEADER = proto.OFFSET_DATA.size
-_REQUEST_MAGIC = proto.REQUEST_MAGIC
-_unpack_request = proto.REQUEST.unpack_from
-_refuse = transmission.refuse
-_preadv = os.preadv
-_fadvise = os.posix_fadvise
-_WILLNEED = os.POSIX_FADV_WILLNEED
-_pack_simple_into = proto.SIMPLE_REPLY.pack_into
-_pack_data_into = proto.OFFSET_DATA.pack_into
-_simple = transmission.simple_reply
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+_DISC: Final = int(Command.DISC)
+_FLUSH: Final = int(Command.FLUSH)
+_TRIM: Final = int(Command.TRIM)
+_CACHE: Final = int(Command.CACHE)
+_WRITE_ZEROES: Final = int(Command.WRITE_ZEROES)
+_BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
+_FUA: Final = int(CommandFlag.FUA)
+_NO_HOLE: Final = int(CommandFlag.NO_HOLE)
+_DF: Final = int(CommandFlag.DF)
+_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
+_DONE: Final = int(ChunkFlag.DONE)
+_OFFSET_DATA: Final = int(Chunk.OFFSET_DATA)
+_CHUNK_MAGIC: Final = proto.STRUCTURED_REPLY_MAGIC
+_SIMPLE_MAGIC: Final = proto.SIMPLE_REPLY_MAGIC
+_REQUEST_HEADER: Final = proto.REQUEST.size
+_SIMPLE_HEADER: Final = proto.SIMPLE_REPLY.size
+_DATA_HEADER: Final = proto.OFFSET_DATA.size
+_REQUEST_MAGIC: Final = proto.REQUEST_MAGIC
+_unpack_request: Final = proto.REQUEST.unpack_from
+_refuse: Final = transmission.refuse
+_preadv: Final = os.preadv
+_fadvise: Final = os.posix_fadvise
+_WILLNEED: Final = os.POSIX_FADV_WILLNEED
+_pack_simple_into: Final = proto.SIMPLE_REPLY.pack_into
+_pack_data_into: Final = proto.OFFSET_DATA.pack_into
+_simple: Final = transmission.simple_reply
 
 log = logging.getLogger("nbdthin.server")
 
@@ -455,7 +457,12 @@ class Connection(asyncio.BufferedProtocol):
         outbox = self._outbox
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
-        volume, write_small, plain_lengths = self._volume, self._device.write_small, self._plain_lengths
+        volume, device, plain_lengths = self._volume, self._device, self._plain_lengths
+        flags: int  # said to be one, as they all are: what is compiled keeps them unboxed
+        command: int
+        cookie: int
+        offset: int
+        length: int
         if self._skip:
             position = min(self._skip, end)
             self._skip -= position
@@ -489,7 +496,7 @@ class Connection(asyncio.BufferedProtocol):
                         done = length < self._small and self._read_small(cookie, offset, length)
                     else:
                         start, stop = stop, stop + length
-                        done = length <= PIECE and stop <= end and write_small(offset, view[start:stop])
+                        done = length <= PIECE and stop <= end and device.write_small(offset, view[start:stop])
                         if done:
                             self._written(0, cookie)
                 except Exception as failure:
@@ -572,14 +579,14 @@ class Connection(asyncio.BufferedProtocol):
         """
         flags, cookie, offset = self._payload_request
         left, pieces = self._left, self._pieces
-        view, end, write_now = self._view, self._end, self._device.write_now
+        view, end, device = self._view, self._end, self._device
         while left:
             count = min(left, PIECE - offset % PIECE)
             if end - position < count:
                 self._keep_from(position)
                 break
             try:
-                if not write_now(offset, view[position : position + count], pieces):
+                if not device.write_now(offset, view[position : position + count], pieces):
                     self._payload_request, self._left = (flags, cookie, offset), left
                     self._end_pieces()
                     return self._take_whole(position)

@@ -17,6 +17,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 
@@ -24,12 +25,12 @@ from nbdthin.lent import Lent
 from nbdthin.pool.live import LivePool
 from nbdthin.units import KiB, MiB
 
-MOST_BUFFERS = 1024  # IOV_MAX
-HIGH = 1 * MiB  # bytes unsent from which on the peer is slow
-LOW = HIGH // 4  # and until which it stays so
+MOST_BUFFERS: Final = 1024  # IOV_MAX
+HIGH: Final = 1 * MiB  # bytes unsent from which on the peer is slow
+LOW: Final = HIGH // 4  # and until which it stays so
 PATIENCE = 1.0  # seconds without progress after which ranges are copied, so that freed blocks come free
-PIECE = 1 * MiB  # bytes sent at once: about 0.1 ms
-ARENA = 256 * KiB  # bytes of small replies that are laid out behind each other; a full queue of them
+PIECE: Final = 1 * MiB  # bytes sent at once: about 0.1 ms
+ARENA: Final = 256 * KiB  # bytes of small replies that are laid out behind each other; a full queue of them
 
 Buffer = bytes | bytearray | memoryview
 

@@ -17,15 +17,17 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from typing import Final
 
 WINDOW = 100e-6  # seconds without a request after which the loop sleeps
 TAKEN = 30e-6  # seconds of an offer from which on somebody had the processor
 LONG = 150e-6  # and from which on it was not the client alone
-REST = 0.005  # seconds without polling after somebody else had it; twice as many each time, up to
+REST: Final = 0.005  # seconds without polling after somebody else had it; twice as many each time, up to
 LONGEST_REST = 0.2
-_RECOVERY = 0.99  # of that is left after each request that polling has brought
-_SMOOTH = 1 / 8  # weight of the latest gap between requests
-_give_way = os.sched_yield
+_RECOVERY: Final = 0.99  # of that is left after each request that polling has brought
+_SMOOTH: Final = 1 / 8  # weight of the latest gap between requests
+_give_way: Final = os.sched_yield
+_now: Final = time.monotonic
 
 
 class Poller:
@@ -41,7 +43,7 @@ class Poller:
 
     def came(self) -> None:
         """A request is here."""
-        gap = time.monotonic() - self.time
+        gap = _now() - self.time
         self._gap += (min(gap, 4 * WINDOW) - self._gap) * _SMOOTH
 
     def wait(self, ready: Callable[[int], object]) -> bool:
@@ -52,7 +54,7 @@ class Poller:
         before = self.time
         while not ready(0):
             _give_way()
-            now = time.monotonic()
+            now = _now()
             if now - before > TAKEN and (now - before > LONG or not ready(0)):
                 self._begin_rest(now)
                 return False
@@ -65,17 +67,17 @@ class Poller:
 
     def answered(self) -> None:
         """All that came is done with: the next may come at once."""
-        now = self.time = time.monotonic()
+        now = self.time = _now()
         if not self._polling and self._gap < WINDOW and now >= self._rest_until:
             self._polling = True
             self._loop.call_soon(self._poll)
 
     def _poll(self) -> None:
-        now = time.monotonic()
+        now = _now()
         self._polling = self._polling and now - self.time < WINDOW
         if self._polling:
             _give_way()
-            if (after := time.monotonic()) - now > LONG:
+            if (after := _now()) - now > LONG:
                 self._begin_rest(after)
             else:
                 self._loop.call_soon(self._poll)

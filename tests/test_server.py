@@ -712,14 +712,14 @@ def test_a_client_that_goes_in_the_middle_of_a_large_write_holds_nothing_up(serv
 def test_a_large_write_that_fails_in_the_middle_is_consumed_and_refused(
     serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = serving.live.pool.data.pwritev
+    real = serving.live.pool.data.pwrite
 
-    def pwritev(fd: int, buffers: Sequence[memoryview], position: int) -> int:
-        if bytes(buffers[0][:4]) == b"BAD!":
+    def pwrite(fd: int, data: memoryview, position: int) -> int:
+        if bytes(data[:4]) == b"BAD!":
             raise OSError(EIO, "no such luck")
-        return real(fd, buffers, position)
+        return real(fd, data, position)
 
-    monkeypatch.setattr(serving.live.pool.data, "pwritev", pwritev)
+    monkeypatch.setattr(serving.live.pool.data, "pwrite", pwrite)
     data = bytes(MIB // 2) + b"BAD!" + bytes(MIB // 2 - 4)
     assert client.write(0, data) == EIO
     assert client.write(0, bytes(MIB)) == 0

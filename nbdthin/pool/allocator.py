@@ -15,15 +15,19 @@ that is decided about space is decided there: limits shorten a run, and a pool t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from nbdthin.errors import NoSpace, OverQuota
 
-FREE, USED, PENDING, RESERVED = range(4)
-HEADER_BLOCKS = 1
-NEVER = 1 << 62
+FREE: Final = 0
+USED: Final = 1
+PENDING: Final = 2
+RESERVED: Final = 3
+HEADER_BLOCKS: Final = 1
+NEVER: Final = 1 << 60
 
 FULL = "the pool is full (remove snapshots or volumes, trim what is not needed, or: nbdthin extend SIZE)"
 KEPT = "what the pool has left is reserved for other volumes (remove or trim something, or: nbdthin extend SIZE)"

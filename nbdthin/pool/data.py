@@ -15,22 +15,23 @@ import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from nbdthin.errors import Invalid, Locked, NotFound
 from nbdthin.pool.files import FILES, Files, write_all
 from nbdthin.units import KiB
 
-NOWAIT = os.RWF_NOWAIT
+NOWAIT: Final = os.RWF_NOWAIT
 BLKGETSIZE64 = 0x80081272
 
 # Bytes of a system call that writes. The page cache keeps what was written at once in one large folio, up to 2 MiB, and
 # ext4 looks at every 4 KiB of it again for each write into it: 4 KiB onto what 1 MiB writes have left take 8.5 us, onto
 # this 3.2 us (kernel 6.18), for 16 calls instead of one where 1 MiB is written.
-FOLIO = 64 * KiB
+FOLIO: Final = 64 * KiB
 
-_LOOK = 128 * KiB  # what the kernel reads ahead at once
-_COLD = 1.0  # seconds after something was not cached in which nothing is believed to be
-_BYTE = bytearray(1)
+_LOOK: Final = 128 * KiB  # what the kernel reads ahead at once
+_COLD: Final = 1.0  # seconds after something was not cached in which nothing is believed to be
+_BYTE: Final = bytearray(1)
 
 # What file systems and devices without hole punching answer.
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
@@ -63,7 +64,7 @@ class DataFile:
         """Opens and locks. Raises NotFound, Locked, or Invalid when it holds less than `size` bytes."""
         self.path = path
         self._files = files
-        self.pwritev = files.write
+        self.pwrite = files.write
         self.dirty = 0
         self.punches = True  # unless that is not wanted, and until the file system refuses
         self.maps = True  # until memory is refused, or a sync failed
@@ -191,7 +192,7 @@ class DataFile:
         done = 0
         while done < length:
             piece = payload if length <= FOLIO else payload[done : done + FOLIO - (position + done) % FOLIO]
-            count = self.pwritev(self.fd, (piece,), position + done)
+            count = self.pwrite(self.fd, piece, position + done)
             if count != len(piece):
                 self.write_rest(piece[count:], position + done + count)
             done += len(piece)

@@ -3,7 +3,7 @@
 `Files` is the real thing, and nothing else is ever used outside of tests: what wraps it there can note each call, or
 have one fail (tools/simulatelib). Reads, locks and looks at sizes are not here: they change nothing.
 
-Every call may be made from any thread. A write may be short, as pwritev(2) says.
+Every call may be made from any thread. A write may be short, as pwrite(2) says.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class Files:
     """The operating system's own calls. OSError from each."""
 
-    # (fd, buffers, position) -> bytes written: on the data path, so there is not even a frame in between.
-    write = staticmethod(os.pwritev)
+    # (fd, data, position) -> bytes written: on the data path, so there is not even a frame in between.
+    write = staticmethod(os.pwrite)
 
     def open(self, path: Path, flags: int) -> int:
         """A file for reading and writing; with O_CREAT it may be new, with O_EXCL alone it is a block device.
@@ -140,7 +140,7 @@ def write_all(files: Files, fd: int, data: bytes | memoryview, position: int) ->
     """Write all of `data` at `position`. A write that gets nowhere is an error: it would be tried for ever."""
     done = 0
     while done < len(data):
-        written = files.write(fd, (memoryview(data)[done:] if done else data,), position + done)
+        written = files.write(fd, memoryview(data)[done:] if done else data, position + done)
         if not written:
             raise OSError(errno.EIO, "a write of nothing")
         done += written

@@ -310,7 +310,7 @@ class Journal:
     def _mark(self, kind: int) -> None:
         """Say behind the last frame that it is durable. An error is for the next sync to meet."""
         with contextlib.suppress(OSError):
-            self._files.write(self._fd, (mark(self.sequence, kind),), self._position)
+            self._files.write(self._fd, mark(self.sequence, kind), self._position)
 
     @property
     def room(self) -> int:

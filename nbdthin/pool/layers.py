@@ -24,6 +24,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +32,15 @@ import numpy.typing as npt
 from nbdthin.pool import records
 from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Record
 
-SUBBLOCKS = 16
-FULL = 0xFFFF
-MIXED = 0xFFFFFFFF << 32  # no physical block has this number (Pool.init sees to it)
-LEAF_SHIFT = 9
-LEAF_MASK = LEAF_BLOCKS - 1
-ZERO_LEAF = array("Q", bytes(8 * LEAF_BLOCKS))  # shared; never written
+SUBBLOCKS: Final = 16
+FULL: Final = 0xFFFF
+MIXED: Final = 0xFFFFFFFF << 32  # no physical block has this number (Pool.init sees to it)
+LEAF_SHIFT: Final = 9
+LEAF_MASK: Final = LEAF_BLOCKS - 1
+ZERO_LEAF: Final = array("Q", bytes(8 * LEAF_BLOCKS))  # shared; never written
 PART_LEAVES = 256  # gone over at once: 1 MiB of entries
 _WORTH_NUMPY = 16  # entries of one leaf from which on numpy is faster than a loop: 4 us for a leaf, 0.2 us for an entry
-MIXED_CACHE = 1 << 14  # resolved blocks a layer remembers (about 300 bytes each)
+MIXED_CACHE: Final = 1 << 14  # resolved blocks a layer remembers (about 300 bytes each)
 
 Words = npt.NDArray[np.uint64]
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nbdthin.errors import NoSpace
 from nbdthin.pool import sums
@@ -26,10 +26,10 @@ from nbdthin.units import KiB, MiB
 if TYPE_CHECKING:
     from nbdthin.pool.live import LivePool
 
-TAKEN = 64 * KiB  # bytes of a read from the disk that the loop itself takes when they are there
+TAKEN: Final = 64 * KiB  # bytes of a read from the disk that the loop itself takes when they are there
 INLINE_WRITE = 1 * MiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 COMING = 0.1  # seconds that a command waits for the rest of large writes that have begun
-PIECE = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
+PIECE: Final = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms
 DROPPED = 32  # leaves that are discarded at once where nothing is below: 0.1 ms
 DISCARDING = 0.0005  # seconds that one discard may take of a turn of the loop before it lets others have theirs
 

@@ -16,14 +16,14 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from nbdthin.pool.data import NOWAIT, DataFile
 from nbdthin.pool.threads import Ended, Threads
 
-STALL = 0.002  # seconds after which another read is waited for beside those that have not come
-MOST_STALLED = 8  # reads waited for at once: half of the threads
-MISSES = 2  # reads in a row that have not come: the others have not, either
+STALL: Final = 0.002  # seconds after which another read is waited for beside those that have not come
+MOST_STALLED: Final = 8  # reads waited for at once: half of the threads
+MISSES: Final = 2  # reads in a row that have not come: the others have not, either
 
 
 Segments = list[tuple[int, int]]  # as DataFile.read_segments takes them, at least one

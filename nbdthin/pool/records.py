@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgpack
 
-LEAF_BLOCKS = 512  # entries in a leaf
-LEAF_BYTES = 8 * LEAF_BLOCKS
+LEAF_BLOCKS: Final = 512  # entries in a leaf
+LEAF_BYTES: Final = 8 * LEAF_BLOCKS
 _DEFERRED = "~"  # not a letter of a name that anybody can give
 
 

@@ -24,6 +24,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import msgpack
 
@@ -35,8 +36,8 @@ from nbdthin.units import MiB
 
 ENOUGH = 8 * MiB  # bytes of one batch from which on a commit is due
 MOST = 32 * MiB  # bytes of one batch that are kept
-_BOOT = 36  # bytes that name a boot
-_ENTRIES = TAGS[Entries]
+_BOOT: Final = 36  # bytes that name a boot
+_ENTRIES: Final = TAGS[Entries]
 
 log = logging.getLogger("nbdthin.pool")
 

@@ -10,7 +10,7 @@ Data goes to its block before the entry says so; until `finish`, a reserved bloc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from nbdthin.pool.livevolume import LiveVolume
     from nbdthin.pool.pool import Pool
 
-ZERO = -1  # the position of a segment that reads as zero
-SUB_BITS = 4  # 16 subblocks a block
+ZERO: Final = -1  # the position of a segment that reads as zero
+SUB_BITS: Final = 4  # 16 subblocks a block
 JOURNAL_LOW = (
     "the file system of the pool's journal is full: what is left of the journal is kept for removing things "
     "(remove snapshots or volumes, trim, or free space there)"
@@ -282,7 +282,7 @@ class Volume:
         data = self._data
         done = False
         try:
-            done = data.pwritev(data.fd, (payload,), (physical << shift) + within) == length
+            done = data.pwrite(data.fd, payload, (physical << shift) + within) == length
         except OSError:
             return False
         finally:

@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -39,7 +39,7 @@ from nbdthin.pool.pool import Batch, Pool
 from nbdthin.pool.unsynced import Unsynced
 from tests.rawclient import EIO, ENOSPC, Client, Serving
 
-Buffers = Sequence[bytes | bytearray | memoryview]
+Buffer = bytes | bytearray | memoryview
 WRITES = ("short", "nothing", "EIO", "ENOSPC")
 OTHERS = ("EIO",)
 
@@ -84,14 +84,13 @@ class Faulty(Recorder):
         code = getattr(errno, self.fault)
         return OSError(code, os.strerror(code))
 
-    def write(self, fd: int, buffers: Buffers, position: int) -> int:  # type: ignore[override]
+    def write(self, fd: int, data: Buffer, position: int) -> int:  # type: ignore[override]
         if not self._due("write"):
-            return super().write(fd, buffers, position)
+            return super().write(fd, data, position)
         if self.fault == "nothing":
             return 0
         if self.fault == "short":
-            data = b"".join(buffers)
-            return super().write(fd, (data[: (len(data) + 1) // 2],), position)
+            return super().write(fd, data[: (len(data) + 1) // 2], position)
         raise self._error()
 
     def open(self, path: Path, flags: int) -> int:
@@ -277,10 +276,10 @@ class Failing(Files):
         self.code = 0
         self.syncs = True
 
-    def write(self, fd: int, buffers: Buffers, position: int) -> int:  # type: ignore[override]
+    def write(self, fd: int, data: Buffer, position: int) -> int:  # type: ignore[override]
         if self.code and position >= BLOCK:
             raise OSError(self.code, os.strerror(self.code))
-        return os.pwritev(fd, buffers, position)
+        return os.pwrite(fd, data, position)
 
     def sync(self, fd: int) -> None:
         if not self.syncs:

@@ -391,7 +391,7 @@ def test_a_write_that_fails_gives_its_blocks_back(pool: Pool, volume: Volume, mo
         ]
         for work in works:
             with monkeypatch.context() as patch:
-                Faults(patch, pool.data, "pwritev", code)
+                Faults(patch, pool.data, "pwrite", code)
                 with pytest.raises(OSError) as caught:
                     work()
             assert caught.value.errno == code
@@ -465,7 +465,7 @@ def test_a_shrink_that_cannot_write_its_tail_changes_nothing(
 
 def test_data_is_written_before_the_entry_says_so(pool: Pool, volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
-    calls.watch(pool.data, "pwritev", "write")
+    calls.watch(pool.data, "pwrite", "write")
     calls.watch(pool, "put", "put")
     volume.write(0, pattern(2 * BLOCK))
     volume.write_small(3 * BLOCK, memoryview(pattern(SUB)))

@@ -14,7 +14,7 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,13 +185,13 @@ class Recorder(Files):
             self._quiet.discard(fd)
             super().close(fd)
 
-    def write(self, fd: int, buffers: Sequence[bytes | bytearray | memoryview], position: int) -> int:  # type: ignore[override]
+    def write(self, fd: int, data: bytes | bytearray | memoryview, position: int) -> int:  # type: ignore[override]
         if fd not in self._quiet:
             self._interrupt()
         if self.slow is not None and threading.current_thread() is not threading.main_thread():
             self.slow()
         with self._lock:
-            data = b"".join(buffers)
+            data = bytes(data)  # the caller's may change
             count = os.pwrite(fd, data, position)
             self.log.append(Write(self._open[fd], position, data[:count]))
             return count
