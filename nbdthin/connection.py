@@ -418,7 +418,8 @@ class Connection(asyncio.BufferedProtocol):
         self._device = self._server.use(self, agreed.export.name)
         self._volume = self._device.volume
         self._rules = transmission.legality(agreed)
-        self._plain_lengths = transmission.plain_lengths(self._rules)
+        plain = transmission.plain_lengths(self._rules)
+        self._plain_read, self._plain_write = plain.get(_READ, 0), plain.get(_WRITE, 0)
         self._structured = agreed.structured
         self._contexts = agreed.contexts
         data = self._live.pool.data
@@ -457,7 +458,8 @@ class Connection(asyncio.BufferedProtocol):
         outbox = self._outbox
         position = 0
         waiting = False  # for something before it goes on with what is in scratch
-        volume, device, plain_lengths = self._volume, self._device, self._plain_lengths
+        volume, device = self._volume, self._device
+        plain_read, plain_write = self._plain_read, self._plain_write
         flags: int  # said to be one, as they all are: what is compiled keeps them unboxed
         command: int
         cookie: int
@@ -487,7 +489,8 @@ class Connection(asyncio.BufferedProtocol):
                 log.info("%s: not a request, magic number %#x", self.peer, magic)
                 self.abort()
                 return
-            plain = not flags and 0 < length <= plain_lengths.get(command, 0) and offset + length <= volume.size
+            most = plain_read if command == _READ else plain_write if command == _WRITE else 0
+            plain = not flags and 0 < length <= most and offset + length <= volume.size
             if plain:
                 left -= length >> 16
                 stop = position + _REQUEST_HEADER
