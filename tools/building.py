@@ -85,7 +85,7 @@ def get_requires_for_build_wheel(config_settings: _Settings = None) -> list[str]
 def build_wheel(wheel_directory: str, config_settings: _Settings = None, metadata_directory: str | None = None) -> str:
     wheel_directory = os.path.abspath(wheel_directory)
     metadata_directory = metadata_directory and os.path.abspath(metadata_directory)
-    with _compiling() if _is_asked_to_compile() else contextlib.nullcontext():
+    with _compiling() if _is_asked_to_compile() else _copy({}):
         name: str = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
     return name
 
@@ -156,7 +156,7 @@ def set_up(**more: Any) -> None:
         [f"{name.replace('.', '/')}.py" for name in COMPILED],
         group_name=_LIBRARY,
         multi_file=True,
-        opt_level=os.environ.get("OPT", "2"),
+        opt_level="2",
         debug_level="0",
     )
     for extension in extensions:
