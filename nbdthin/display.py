@@ -271,6 +271,7 @@ def _process_facts(process: ProcessFacts) -> Facts:
     yield "CPU", f"{process.cpu:.1f} s"
     yield "Threads", str(process.threads)
     yield "Open files", f"{process.files} of {process.files_limit}"
+    yield "Data path", "compiled" if process.compiled else "interpreted"
 
 
 def _loop_facts(loop: LoopFacts) -> Facts:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import resource
 import stat
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
 import psutil
@@ -29,7 +31,14 @@ def process_facts() -> ProcessFacts:
             files=process.num_fds(),
             files_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             cpu=times.user + times.system,
+            compiled=is_compiled(),
         )
+
+
+def is_compiled() -> bool:
+    """Whether what a request runs through is compiled in this process: all that tools/building.py lists, or nothing."""
+    spec = importlib.util.find_spec("nbdthin.connection")
+    return spec is not None and isinstance(spec.loader, ExtensionFileLoader)
 
 
 def disk_facts(path: Path) -> DiskFacts:

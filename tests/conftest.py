@@ -15,7 +15,9 @@ from typing import NoReturn
 
 import pytest
 
+from nbdthin import host
 from tests.clients.daemon import Daemon, running
+from tests.compiled import skip_what_replaces_compiled_code
 
 PACKAGES = Path(__file__).parent / "packages.txt"  # tools/test installs from it
 
@@ -29,12 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["NBDTHIN_RUN"] = run_directory.name
     config.add_cleanup(run_directory.cleanup)
     config.addinivalue_line("markers", "slow: takes longer than ten seconds; left out by tools/test --fast")
+    config.addinivalue_line("markers", "interpreted(reason): cannot be where the data path is compiled; left out there")
     config.addinivalue_line("markers", "guest: boots a guest in QEMU; left out by tools/test --fast")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones last: what is wrong with the rest is then known sooner."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    if host.is_compiled():
+        skip_what_replaces_compiled_code(items)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import uvloop
 from nbdthin import polling
 from nbdthin.polling import LONG, Poller
 
+pytestmark = pytest.mark.interpreted("a class of ours cannot inherit from a compiled one")
+
 
 class Counting(Poller):
     polls = 0

@@ -50,6 +50,7 @@ class ProcessFacts:
     files: int  # open file descriptors
     files_limit: int
     cpu: float  # seconds of user and system time since the start
+    compiled: bool  # the data path is, by mypyc; otherwise it runs interpreted
 
 
 @dataclass(frozen=True, slots=True)

@@ -340,14 +340,15 @@ class LivePool:
             try:
                 return await self._sync.run(partial(self._time_sync, batch))
             except NoSpace as error:
-                self.pool.note_journal()
-                self._watch()
-                began = self._loop.time() if began is None else began
-                self._refuse_waiters(began, error)
-                await self._room.wait(self._loop.time() + POLL)
+                full = error
             except OSError as error:
                 self._fail(error)
                 raise PoolFailed(f"the pool is read-only: {self.pool.failed}") from error
+            self.pool.note_journal()
+            self._watch()
+            began = self._loop.time() if began is None else began
+            self._refuse_waiters(began, full)
+            await self._room.wait(self._loop.time() + POLL)  # not in the handler: as in LiveVolume._holding
 
     def _refuse_waiters(self, began: float, error: NoSpace) -> None:
         """Tell those who have waited long enough for a commit that has found no room since `began`."""

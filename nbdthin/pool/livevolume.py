@@ -171,8 +171,9 @@ class LiveVolume:
                 async with self._hold(offset, length):
                     return await work()
             except NoSpace as error:
-                with asker.waiting(payload):
-                    deadline = await self._live.wait_for_space(self.volume.name, error, deadline)
+                full = error
+            with asker.waiting(payload):  # not in the handler: mypyc would leave the error current while this waits
+                deadline = await self._live.wait_for_space(self.volume.name, full, deadline)
         raise GivenUp
 
     async def _write_held(self, offset: int, payload: memoryview) -> None:

@@ -34,6 +34,7 @@ from typing import Self, TypeVar, cast
 
 import numpy as np
 
+from nbdthin.compiling import mypyc_attr
 from nbdthin.errors import Corrupt, Exists, Invalid, Locked, NoSpace, NotFound, PoolFailed
 from nbdthin.pool import commands, du, events, explain, extents, merge, owners, space, volumemap
 from nbdthin.pool.allocator import HEADER_BLOCKS, NEVER, Allocator
@@ -198,6 +199,7 @@ class Capture:
         yield End(count)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # tools/simulatelib has one that watches
 class Pool:
     """An open pool. `Pool.init` makes one, `Pool.open` opens it under its lock.
 

@@ -174,6 +174,7 @@ def _history(root: Path, history: Callable[[Work], None], fail_at: int, fault: s
 HISTORIES = ("delete", "merge_with_copies", "resize", "trim", "checkpoint", "rotation")
 
 
+@pytest.mark.interpreted("which call it was is looked up in frames, of which compiled code has none")
 @pytest.mark.parametrize("name", HISTORIES)
 def test_each_call_of_a_history_may_fail_once(name: str) -> None:
     history = directed.HISTORIES[name]

@@ -20,6 +20,8 @@ PAGE = 4096
 COUNT = 64  # pages
 CONTENT = bytes(os.urandom(COUNT * PAGE))
 
+pytestmark = pytest.mark.interpreted("a class of ours cannot inherit from a compiled one")
+
 
 class Disk(DataFile):
     """A real file, on a disk that does not begin what it refuses; some places fail, or hang until `free`."""

@@ -18,7 +18,7 @@ from nbdthin.units import GiB, MiB, format_size, parse_size
 from . import bigpool, charts, machine, process, report
 from .errors import BenchError
 from .options import pattern
-from .ours import Nbdthin
+from .ours import Nbdthin, choose_data_path
 from .peers import PEERS
 from .rounds import Bench, Cell, Plan, cells
 from .servers import Ground, Server
@@ -66,6 +66,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--directory", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where images go (/var/tmp)")
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
     add("--charts", type=Path, metavar="DIR", help="write charts there, as SVG")
+    add("--interpreted", action="store_true", help="nbdthin as if tools/compile had not been run")
     add("--list", action="store_true", help="print the names of the cells, and end")
     return parser.parse_args(argv)
 
@@ -121,6 +122,7 @@ def _bench(chosen: Sequence[Cell], tried: Sequence[Trial], plan: Plan, arguments
         _check_room(plan.size, directory)
     programs = [program for cell in chosen for program in ("fio", *cell.server.programs[:1])]
     facts = machine.describe(programs, directory)
+    facts["data path"] = choose_data_path(arguments.interpreted)
     with tempfile.TemporaryDirectory(prefix="nbench-", dir=directory) as place:
         with process.servers_ended(), Console(stderr=True).status("") as status:
             bench = Bench(Ground(Path(place), plan.size), plan, status.update)

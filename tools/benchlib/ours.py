@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,7 @@ from .errors import BenchError
 from .process import Daemon, cpu_seconds, free_port
 from .servers import Export, Ground, Setting, State, write_some
 
+_COMPILE = Path(__file__).parents[1] / "compile"
 _TREE = MiB  # bytes that the file system may keep for its tree of extents
 _REST = 60.0  # seconds until the checksums of a parent must be there
 _SPACE_BACK = 60.0  # seconds; a file system mounted with `discard` takes several for a GiB
@@ -44,6 +47,16 @@ socket = "control"
 rate = "{sums}"
 """
 _SUMS = "1 GiB"
+
+
+def choose_data_path(interpreted: bool) -> str:
+    """Have all nbdthin that is started from now on run compiled, if tools/compile has been run. Says which it is."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # not the sources in the working directory
+    found = subprocess.run([_COMPILE, "--where"], stdout=subprocess.PIPE, text=True)
+    if interpreted or found.returncode:
+        return "interpreted"
+    os.environ["PYTHONPATH"] = os.pathsep.join((found.stdout.strip(), os.environ.get("PYTHONPATH", "")))
+    return "compiled"
 
 
 @dataclass(frozen=True, slots=True)
