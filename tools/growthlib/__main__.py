@@ -15,6 +15,7 @@ from pathlib import Path
 from benchlib import machine, process
 from benchlib.errors import BenchError
 from benchlib.options import pattern
+from benchlib.ours import choose_data_path
 from rich.console import Console
 
 from nbdthin.errors import Error
@@ -72,6 +73,7 @@ def _measure(chosen: Sequence[Statement], arguments: argparse.Namespace) -> int:
     machine.require(programs)
     scale = Scale(arguments.quick)
     facts = machine.describe(programs, arguments.directory)
+    facts["data path"] = choose_data_path(False)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="growth-", dir=arguments.directory) as place:
         with process.servers_ended(), Console(stderr=True).status("") as status:
