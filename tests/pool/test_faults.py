@@ -245,6 +245,7 @@ def _live(root: Path, fail_at: int, fault: str, kind: str = "") -> tuple[Faulty,
     return files, work
 
 
+@pytest.mark.interpreted("which call it was is looked up in frames, of which compiled code has none")
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "short", "nothing"])
 def test_any_call_of_a_live_pool_may_fail_once(fault: str, caplog: pytest.LogCaptureFixture) -> None:
