@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from building import COMPILED
 
 from .clients.daemon import Daemon, run, running
 from .conftest import missing, need
@@ -25,6 +28,7 @@ TESTS = (
     *(
         "tests/pool/test_merge.py",
         "tests/pool/test_unsynced.py",
+        "tests/pool/test_journal.py",
         "tests/pool/test_faults.py",
         "tests/pool/test_full.py",
     ),
@@ -135,3 +139,24 @@ def test_a_compiled_wheel_serves_in_a_fresh_environment(tmp_path: Path, monkeypa
     finally:
         daemon.close()
     assert (tmp_path / "read").read_bytes() == STUFF
+
+
+def _walk(nodes: Sequence[ast.AST]) -> Iterator[ast.AST]:
+    for node in nodes:
+        yield from ast.walk(node)
+
+
+@pytest.mark.parametrize("module", COMPILED)
+def test_compiled_code_waits_in_no_handler_and_leaves_no_generator_to_be_made_a_list(module: str) -> None:
+    """mypyc keeps an error current while a handler waits: any other coroutine may raise it then. And what a generator
+    expression yields it makes all at once, but for the functions that it knows.
+    """
+    known = {"all", "any", "dict", "list", "max", "min", "next", "set", "sorted", "sum", "tuple"}
+    tree = ast.parse((TOP / f"{module.replace('.', '/')}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try):
+            inside = _walk([*node.handlers, *node.finalbody])
+            assert not [each.lineno for each in inside if isinstance(each, ast.Await | ast.AsyncFor | ast.AsyncWith)]
+        elif isinstance(node, ast.Call) and any(isinstance(each, ast.GeneratorExp) for each in node.args):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            assert name in known | {"extend", "fromkeys", "join", "update"}, f"{module}, line {node.lineno}"

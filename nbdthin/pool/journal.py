@@ -64,6 +64,12 @@ def frame(sequence: int, payload: bytes) -> bytes:
     return _header(FRAME, sequence, payload) + payload
 
 
+def _frames(sequence: int, payloads: Iterable[bytes]) -> Iterator[bytes]:
+    """One after the other, as they are asked for: an expression would be compiled to a list of them all."""
+    for payload in payloads:
+        yield frame(sequence, payload)
+
+
 def mark(sequence: int, kind: int = MARK) -> bytes:
     """What says that frame `sequence` is durable; as LAST_MARK, that another segment follows, too."""
     return _header(kind, sequence, b"")
@@ -407,7 +413,7 @@ class Journal:
         return header is not None and header.is_mark
 
     def _prepare(self, path: Path) -> None:
-        write_file(self._files, path, (_ZEROES for _ in range(SEGMENT_BYTES // len(_ZEROES))))
+        write_file(self._files, path, [_ZEROES] * (SEGMENT_BYTES // len(_ZEROES)))
 
     def _log_path(self, first: int) -> Path:
         return self.directory / f"{first:016x}.log"
@@ -423,7 +429,7 @@ class Journal:
     def write_checkpoint(self, number: int, payloads: Iterable[bytes]) -> None:
         """Make `payloads` what frames up to `number` - 1 amount to. May run in a thread beside appends."""
         path = self.directory / f"{number:016x}.checkpoint"
-        size = write_file(self._files, path, (frame(number, payload) for payload in payloads))
+        size = write_file(self._files, path, _frames(number, payloads))
         self._files.sync_directory(self.directory)
         self.checkpoint_bytes = size
 

@@ -340,14 +340,13 @@ class LivePool:
             try:
                 return await self._sync.run(partial(self._time_sync, batch))
             except NoSpace as error:
-                full = error
+                self.pool.note_journal()
+                self._watch()
+                began = self._loop.time() if began is None else began
+                self._refuse_waiters(began, error)
             except OSError as error:
                 self._fail(error)
                 raise PoolFailed(f"the pool is read-only: {self.pool.failed}") from error
-            self.pool.note_journal()
-            self._watch()
-            began = self._loop.time() if began is None else began
-            self._refuse_waiters(began, full)
             await self._room.wait(self._loop.time() + POLL)  # not in the handler: as in LiveVolume._holding
 
     def _refuse_waiters(self, began: float, error: NoSpace) -> None:
@@ -749,22 +748,26 @@ class LivePool:
         for timer in self._awaited.values():
             timer.cancel()
         self.stop()
+        failure: BaseException | None = None  # not `finally`, which waits below: as in LiveVolume._holding
         try:
             if self.pool.failed is None:
                 await self.commit()
         except (GivenUp, NoSpace):
             pass  # the pool tries once more
-        finally:
-            while self._tasks:
-                await asyncio.wait(list(self._tasks))
-            self.readers.close()
-            for threads in (self._sync, self._io, self._upkeep):
-                threads.end()
-            self.lenders.close()
-            try:
-                self.pool.close()
-            except NoSpace as error:
-                log.error("what nobody was told is durable may be lost: %s", error)
+        except BaseException as error:
+            failure = error
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
+        self.readers.close()
+        for threads in (self._sync, self._io, self._upkeep):
+            threads.end()
+        self.lenders.close()
+        try:
+            self.pool.close()
+        except NoSpace as error:
+            log.error("what nobody was told is durable may be lost: %s", error)
+        if failure is not None:
+            raise failure
 
 
 def _settle(durable: asyncio.Future[None], failure: Exception | None) -> None:

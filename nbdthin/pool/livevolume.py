@@ -166,15 +166,19 @@ class LiveVolume:
     ) -> None:
         """Do `work` while holding a range; where it finds no space, let go and try again when there may be some."""
         deadline: float | None = None
-        while not asker.gone:
-            try:
-                async with self._hold(offset, length):
-                    return await work()
-            except NoSpace as error:
-                full = error
-            with asker.waiting(payload):  # not in the handler: mypyc would leave the error current while this waits
-                deadline = await self._live.wait_for_space(self.volume.name, full, deadline)
-        raise GivenUp
+        full: NoSpace | None = None
+        try:
+            while not asker.gone:
+                try:
+                    async with self._hold(offset, length):
+                        return await work()
+                except NoSpace as error:
+                    full = error  # no waiting in the handler: compiled, the error would be everybody's meanwhile
+                with asker.waiting(payload):
+                    deadline = await self._live.wait_for_space(self.volume.name, full, deadline)
+            raise GivenUp
+        finally:
+            full = None  # its traceback has this frame, and that the payload: no collector should have to come
 
     async def _write_held(self, offset: int, payload: memoryview) -> None:
         self._pool.check_writable()
