@@ -404,8 +404,12 @@ class Pool:
         self.state.sealing = {layer.number for layer in self.state.layers.values() if not layer.head}
         freed = self.allocator.hold(before)
         for number, records in enumerate(recovered, 1):
+            last = number == len(recovered)
+            # The state is that behind the last of them. A checkpoint before would have the others come on top of it,
+            # with what they say of layers that are gone in the end.
+            self._checkpoint_at = CHECKPOINT_JOURNAL if last else NEVER
             self._records = records
-            if number == len(recovered) and len(freed):
+            if last and len(freed):
                 self._freed_arrays = [freed]
             self.commit()
         self.unsynced.forget()

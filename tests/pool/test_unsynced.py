@@ -340,6 +340,27 @@ def test_two_batches_that_a_kill_left_are_recovered_whenever_the_next_kill_comes
     assert again.volume("v").read(0, BLOCK) == pattern(BLOCK)
 
 
+def test_a_checkpoint_that_is_due_waits_for_all_that_a_kill_left(
+    pools: Pools, served: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would show what the second batch has done, which is told again behind it, of layers that are gone by then."""
+    served.create("w", BLOCK)
+    served.commit()
+    served.volume("v").write(0, pattern(64 * BLOCK))
+    served.begin()
+    served.volume("w").write(0, pattern(BLOCK))
+    served.remove("w")
+    served.unsynced.publish()
+    path = pools.kill(served)
+    monkeypatch.setattr("nbdthin.pool.pool.CHECKPOINT_JOURNAL", 0)
+    before = checkpoints(path)
+    recovered = pools.open(path, autocommit=False)
+    assert checkpoints(path) != before
+    again = pools.open(pools.kill(recovered))
+    assert [row.name for row in again.list()] == ["v"]
+    assert again.volume("v").read(0, 64 * BLOCK) == pattern(64 * BLOCK)
+
+
 def test_a_recovery_without_room_for_the_journal_loses_nothing(pools: Pools, served: Pool) -> None:
     served.volume("v").write(0, pattern(BLOCK))
     served.unsynced.publish()
