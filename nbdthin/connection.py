@@ -64,9 +64,7 @@ WAITING: Final = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST: Final = 512 * KiB  # bytes that a request in work counts for at least: the kernel has 128 of them
 TURN: Final = 500e-6  # seconds for which the loop stays with a connection that is alone
 ALONE: Final = 8  # turns that one client has had, or flushes, while all others were silent: it may be waited for
-SHARE: Final = (
-    4  # requests that a client gets in its turn, or twice what the one before it got: large ones count as more
-)
+SHARE: Final = 4  # requests of a client's turn, or twice what the one before it got: large ones count as more
 ALL: Final = 1 << 30  # requests: no share
 COLD: Final = 15  # small reads after one that was not cached that are taken to be not cached either
 NEAR: Final = 256 * KiB  # bytes from the read before, within which the kernel may be reading ahead

@@ -35,9 +35,9 @@ def process_facts() -> ProcessFacts:
         )
 
 
-def is_compiled() -> bool:
-    """Whether what a request runs through is compiled in this process: all that tools/building.py lists, or nothing."""
-    spec = importlib.util.find_spec("nbdthin.connection")
+def is_compiled(module: str = "nbdthin.connection") -> bool:
+    """Whether a module is compiled in this process. Of those that tools/building.py lists all are, or none."""
+    spec = importlib.util.find_spec(module)
     return spec is not None and isinstance(spec.loader, ExtensionFileLoader)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-import sys
-from importlib.machinery import ExtensionFileLoader
 from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
+
+from nbdthin import host
 
 
 def skip_what_replaces_compiled_code(items: list[pytest.Item]) -> None:
@@ -39,10 +39,6 @@ def _check(target: object, name: str) -> None:
     found = inspect.getattr_static(owner, name, None)
     module = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
     own = not isinstance(owner, ModuleType) or getattr(found, "__module__", None) == module
-    if own and _is_compiled(module) and callable(found) and not isinstance(found, type | FunctionType):
+    compiled = own and module.startswith("nbdthin.") and host.is_compiled(module)
+    if compiled and callable(found) and not isinstance(found, type | FunctionType):
         pytest.skip(f"compiled: nothing can take the place of {owner.__name__}.{name}")
-
-
-def _is_compiled(module: str) -> bool:
-    spec = sys.modules[module].__spec__
-    return module.startswith("nbdthin.") and spec is not None and isinstance(spec.loader, ExtensionFileLoader)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from building import COMPILED
+from building import COMPILED, need_compiler
 
 from .clients.daemon import Daemon, run, running
 from .conftest import missing, need
@@ -21,18 +21,14 @@ pytestmark = pytest.mark.slow
 TOP = Path(__file__).parent.parent
 COMPILE = TOP / "tools/compile"
 HISTORIES = ("merge_with_copies", "deferred", "trim")
+FILES = {
+    "tests": ("nbd", "server", "outbox", "live", "full", "deferred", "scrub"),
+    "tests/pool": ("model", "pool", "layers", "volume", "merge", "unsynced", "journal", "faults", "full"),
+    "tests/clients": ("kill", "shutdown"),
+}
 TESTS = (
-    *("tests/wire", "tests/test_nbd.py", "tests/test_server.py", "tests/test_outbox.py"),
-    *("tests/test_live.py", "tests/test_full.py", "tests/test_deferred.py", "tests/test_scrub.py"),
-    *("tests/pool/test_model.py", "tests/pool/test_pool.py", "tests/pool/test_layers.py", "tests/pool/test_volume.py"),
-    *(
-        "tests/pool/test_merge.py",
-        "tests/pool/test_unsynced.py",
-        "tests/pool/test_journal.py",
-        "tests/pool/test_faults.py",
-        "tests/pool/test_full.py",
-    ),
-    *("tests/clients/test_kill.py", "tests/clients/test_shutdown.py"),
+    "tests/wire",
+    *(f"{directory}/test_{name}.py" for directory, names in FILES.items() for name in names),
     *(f"tests/test_simulate.py::test_a_cut_at_any_call_of_a_history_loses_nothing[{name}]" for name in HISTORIES),
 )
 STUFF = os.urandom(3 << 20)
@@ -40,14 +36,10 @@ STUFF = os.urandom(3 << 20)
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler() -> None:
-    need("cc")
-    done = subprocess.run(["cc", "-E", f"-I{_include()}", "-"], input=b"#include <Python.h>", capture_output=True)
-    if done.returncode:
-        missing("Python.h is missing (apt-get install python3-dev)")
-
-
-def _include() -> str:
-    return run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('include'))").strip()
+    try:
+        need_compiler()
+    except SystemExit as error:
+        missing(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -241,7 +241,7 @@ class AskedPool(LivePool):
     async def _checkpoint(self, batch: Batch) -> None:
         await super()._checkpoint(batch)
         async with self._structure, AsyncExitStack() as gates:
-            for name in self.pool._volumes:
+            for name in list(self.pool._volumes):  # others may be asked for meanwhile
                 await gates.enter_async_context(self.open(name).gated())
             self.checkpoints += 1
             self.problems.extend(check._space(self.pool))

@@ -83,7 +83,7 @@ def get_requires_for_build_wheel(config_settings: _Settings = None) -> list[str]
         requires: list[str] = build_meta.get_requires_for_build_wheel(config_settings)
     if not _is_asked_to_compile():
         return requires
-    _need_compiler()
+    need_compiler()
     project = tomllib.loads((_TREE / "pyproject.toml").read_text())["project"]
     return [*requires, *project["dependencies"], *project["optional-dependencies"]["compile"]]
 
@@ -117,7 +117,7 @@ def _is_asked_to_compile() -> bool:
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    _need_compiler()
+    need_compiler()
     with _copy({"setup.py": "import building\n\nbuilding.set_up()\n"}):
         yield
 
@@ -143,7 +143,7 @@ def _copy(more: Mapping[str, str]) -> Iterator[None]:
             os.chdir(before)
 
 
-def _need_compiler() -> None:
+def need_compiler() -> None:
     """Ends the process with a line on what to do; pip shows it, without a traceback."""
     command = [*shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC")), "-fsyntax-only", "-x", "c", "-"]
     command.append(f"-I{sysconfig.get_path('include')}")
@@ -157,7 +157,7 @@ def set_up(**more: Any) -> None:
     """What a setup.py would do. mypyc's own files go to ./build."""
     from mypyc.build import mypycify
 
-    # As one C file, which mypyc's default is, this took gcc three times as long, for nothing that was to be measured.
+    # As one C file, which mypyc's default is, this took gcc three times as long, and was no faster then.
     extensions: list[Any] = mypycify(
         [*_LENIENT, *(f"{name.replace('.', '/')}.py" for name in COMPILED)],
         group_name=_LIBRARY,

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from nbdthin.errors import OverQuota
+from nbdthin.pool.allocator import NEVER
 from nbdthin.pool.layers import Layer, State
 from nbdthin.pool.records import Name
 from nbdthin.units import format_size
@@ -50,7 +51,7 @@ class Limits:
             return None
         layer = state.layers[number]
         row = state.names.get(layer.name) if layer.name is not None else None
-        quota = 1 << 62
+        quota = NEVER
         if row is not None and row.quota:
             quota = row.quota // self._block_size - charged(layer, row.origin)
             if quota <= 0:

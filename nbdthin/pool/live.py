@@ -10,7 +10,7 @@ call is durable; callers that ask while a commit is under way share the next one
 - a write that finds no space lets go of its blocks before it waits for some, so that nothing ever waits for it;
 - a commit that finds no room in the journal has not failed: it is tried again; who waits for it is told after a while.
 
-What can be done at once, in the loop, the `..._now` functions do; they return False when the slow way must be taken.
+How clients share one volume is in livevolume.py, what becomes of checksums in verifying.py.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from .process import Daemon, cpu_seconds, free_port
 from .servers import Export, Ground, Setting, State, write_some
 
 _COMPILE = Path(__file__).parents[1] / "compile"
-_MADE = ".venv/compiled"
+_COMPILED = str(_COMPILE.parent.parent / ".venv/compiled")  # where it puts what it makes
 _TREE = MiB  # bytes that the file system may keep for its tree of extents
 _REST = 60.0  # seconds until the checksums of a parent must be there
 _SPACE_BACK = 60.0  # seconds; a file system mounted with `discard` takes several for a GiB
@@ -53,13 +53,12 @@ _SUMS = "1 GiB"
 def choose_data_path(interpreted: bool) -> str:
     """Have all nbdthin that is started from now on run compiled, if tools/compile has been run. Says which it is."""
     os.environ["PYTHONSAFEPATH"] = "1"  # not the sources in the working directory
-    found = subprocess.run([_COMPILE, "--where"], stdout=subprocess.PIPE, text=True).stdout.strip()
-    path = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
-    if interpreted or not found:
-        os.environ["PYTHONPATH"] = os.pathsep.join(each for each in path if each != str(_COMPILE.parent.parent / _MADE))
-        return "interpreted"
-    os.environ["PYTHONPATH"] = os.pathsep.join((found, *path))
-    return "compiled"
+    path = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each not in ("", _COMPILED)]
+    compiled = not interpreted and subprocess.run([_COMPILE, "--where"], stdout=subprocess.DEVNULL).returncode == 0
+    if compiled:
+        path.insert(0, _COMPILED)
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    return "compiled" if compiled else "interpreted"
 
 
 @dataclass(frozen=True, slots=True)
