@@ -20,9 +20,11 @@ from typing import Final, Protocol
 
 from nbdthin.pool.data import NOWAIT, DataFile
 from nbdthin.pool.threads import Ended, Threads
+from nbdthin.units import KiB
 
 STALL: Final = 0.002  # seconds after which another read is waited for beside those that have not come
 MOST_STALLED: Final = 8  # reads waited for at once: half of the threads
+SWEPT: Final = 128 * KiB  # bytes of large reads that are taken in one turn of the loop: others have theirs
 MISSES: Final = 2  # reads in a row that have not come: the others have not, either
 
 
@@ -126,7 +128,7 @@ class Readers:
         """
         turn = self.turn or self.begin_turn()
         turn.count += 1
-        self.waiting.append((turn, _Whole(self._data, self._read_ended, segments, view, ended), 0, 0, 0, 0))
+        self.waiting.append((turn, _Whole(self._data, self._read_ended, segments, view, ended), 0, len(view), 0, 0))
 
     def read(self, segments: Segments, view: memoryview, ended: Ended) -> None:
         """Have a thread do it: for what the kernel has not begun, and for what would take long to copy."""
@@ -198,7 +200,9 @@ class Readers:
         waiting = self.waiting
         missed: list[Read] = []
         before = len(waiting)
-        while waiting and len(missed) < MISSES:
+        left = SWEPT
+        while waiting and len(missed) < MISSES and left > 0:
+            left -= waiting[0][3]
             waiting[0][1].take(waiting, missed)
         waiting.extendleft(reversed(missed))
         return len(waiting) < before
