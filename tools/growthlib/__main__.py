@@ -32,7 +32,7 @@ def statements() -> list[Statement]:
         Statement("open", "A thousand open clones of one image", clones.measure_open),
         Statement("deletion", "Deleting a snapshot costs what it alone holds", deletion.measure),
         Statement("sequential", "Sequential reads after random writes", sequential.measure, (*fio, "nbdkit")),
-        Statement("tails", "p99 of 4 KiB reads beside other clients", tails.measure, fio),
+        Statement("tails", "p99 of 4 KiB reads beside other clients", tails.measure, (*fio, "nbdkit")),
         Statement("upkeep", "p99 of 4 KiB reads beside checkpoints and merges", tails.measure_upkeep),
     ]
 

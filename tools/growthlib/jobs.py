@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from benchlib import fio
 from benchlib.errors import BenchError
 
 _PATIENCE = 120.0  # seconds
+_GOODBYE = 10.0  # seconds for one that is told to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,4 +50,7 @@ def beside(uri: str, job: Job) -> Iterator[None]:
                 assert process.stderr is not None
                 raise BenchError(f"the client beside ended: {process.stderr.read().strip()[:200]}")
         finally:
+            process.terminate()  # it says goodbye: nbdkit 1.32 ends with a client that is killed while it reads
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GOODBYE)
             process.kill()
