@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import uvloop
 
 from nbdthin.pool.data import DataFile
-from nbdthin.pool.readers import MOST_STALLED, Readers
+from nbdthin.pool.readers import MOST_STALLED, SWEPT, Readers
 from nbdthin.pool.threads import Threads
 
 PAGE = 4096
@@ -73,15 +74,15 @@ class Bench:
         assert epoch == 7
         self.entered -= 1
 
-    def read(self, page: int) -> asyncio.Future[bytes | int]:
-        """Two pages as two segments; an error's number in place of what they hold."""
+    def read(self, page: int, pages: int = 2) -> asyncio.Future[bytes | int]:
+        """As two segments; an error's number in place of what they hold."""
         future: asyncio.Future[bytes | int] = asyncio.get_running_loop().create_future()
-        view = memoryview(bytearray(2 * PAGE))
+        view = memoryview(bytearray(pages * PAGE))
 
         def ended(error: Exception | None) -> None:
             future.set_result(bytes(view) if error is None else getattr(error, "errno", 0) or 0)
 
-        self.readers.expect([(page * PAGE, PAGE), ((page + 1) * PAGE, PAGE)], view, ended)
+        self.readers.expect([(page * PAGE, PAGE), ((page + 1) * PAGE, (pages - 1) * PAGE)], view, ended)
         return future
 
     def end(self) -> None:
@@ -90,8 +91,8 @@ class Bench:
         self.threads.end()
 
 
-def content(page: int) -> bytes:
-    return CONTENT[page * PAGE : (page + 2) * PAGE]
+def content(page: int, pages: int = 2) -> bytes:
+    return CONTENT[page * PAGE : (page + pages) * PAGE]
 
 
 @pytest.fixture(params=[Disk, Beginning])
@@ -111,6 +112,26 @@ def test_each_gets_what_it_asked_for_and_nothing_stays_entered(disk: Disk) -> No
         assert await asyncio.gather(*reads) == [content(page) for page in pages]
         assert bench.entered == 0
         bench.end()
+
+    uvloop.run(main())
+
+
+def test_others_have_their_turn_between_large_reads_that_have_come(tmp_path: Path) -> None:
+    async def main() -> None:
+        (tmp_path / "data").write_bytes(CONTENT)
+        disk = Beginning(tmp_path / "data")
+        disk.asked |= set(range(0, COUNT * PAGE, PAGE))
+        bench = Bench(disk)
+        pages = 16
+        reads = [bench.read(page, pages) for page in range(0, COUNT, pages)]
+        ended = [0]
+        while ended[-1] < len(reads):
+            await asyncio.sleep(0)
+            ended.append(sum(read.done() for read in reads))
+        assert max(after - before for before, after in itertools.pairwise(ended)) == SWEPT // (pages * PAGE)
+        assert [read.result() for read in reads] == [content(page, pages) for page in range(0, COUNT, pages)]
+        bench.end()
+        disk.close()
 
     uvloop.run(main())
 
