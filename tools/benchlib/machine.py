@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 import platform
 import re
@@ -29,18 +27,7 @@ _PACKAGES = {
     "mke2fs": "e2fsprogs",
     "debootstrap": "debootstrap",
 }
-_MADV_POPULATE_WRITE = 23  # Linux 5.14
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)*")
-
-
-def back_memory(size: int) -> None:
-    """Have the next `size` bytes of memory that are used be memory that this machine has.
-
-    A virtual machine's host may take back what is free (virtio-balloon's free page reporting), and each page of that
-    costs whoever gets it first 4 us more: the copy into new pages took 200 ms of 200 MiB where it is 25 otherwise.
-    """
-    with contextlib.suppress(OSError), mmap.mmap(-1, size) as memory:
-        memory.madvise(_MADV_POPULATE_WRITE)
 
 
 def require(programs: Collection[str]) -> None:

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 from nbdthin.units import MiB, format_size
 
-from . import cold, fio, images, machine, ranges, slowdisk, tree
+from . import cold, fio, images, ranges, slowdisk, tree
 from .errors import BenchError
 from .ours import Nbdthin
 from .process import cpu_seconds
 from .servers import Export, Ground, Server, State
-from .works import FIRST_WRITE_SHARE, TREE_TASKS, Load, Task, Work
+from .works import FIRST_WRITE_SHARE, Load, Task, Work
 
 _WARM_UP = 0.3  # seconds: first touches, thread pools, socket buffers
 _CHILD_ENDS = 0.03  # seconds for a server's child to end after its connection, and its parent to notice
@@ -225,7 +225,6 @@ class Bench:
         while not last:
             export = cell.server.open(cell.state, self._ground)
             try:
-                machine.back_memory(2 * self._plan.size)
                 samples.append(self._run(export, load, requests, number + 1))
                 measured = sum(sample.seconds for sample in samples)
                 last = measured >= self._plan.seconds or time.monotonic() >= deadline
@@ -248,8 +247,6 @@ class Bench:
         export = self._lent.get(cell.server.name) or self._lend(cell, job)
         try:
             with job.prepared(export) as go:
-                if task in TREE_TASKS:
-                    machine.back_memory(2 * job.size)
                 before, began = cpu_seconds(export.pid), time.monotonic()
                 amount = go()
                 seconds = time.monotonic() - began
