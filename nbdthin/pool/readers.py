@@ -196,7 +196,7 @@ class Readers:
             self._leave(turn.epoch)
 
     def _sweep(self) -> bool:
-        """Take what has come; False: none has."""
+        """Take what has come, of large reads some of it; False: none has."""
         waiting = self.waiting
         missed: list[Read] = []
         before = len(waiting)
@@ -213,6 +213,7 @@ class Readers:
         if not self._returned:
             self._stalled = self._watched
         if self.waiting:
-            self._sweep()
+            if self._sweep():
+                self._progress_soon()
             self.waiting.rotate(-MISSES)  # those behind may have come before these
             self._watch()

@@ -26,17 +26,22 @@ def drop(export: Export) -> None:
         client.flush()
         files = list(_files(export.pid))
         for path in files:
-            file = os.open(path, os.O_RDONLY)
-            try:
-                os.fdatasync(file)
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(file)
+            forget(path)
         cached, size = (sum(figures) for figures in zip(*map(_cached, files), strict=True)) if files else (0, 0)
     if not size:
         raise BenchError("the server has no file open that could hold the image")
     if cached > _LEFT * size:
         raise BenchError(f"{cached} of {size} bytes of the image stayed in the page cache")
+
+
+def forget(path: Path) -> None:
+    """Ask the page cache to have nothing of a file any more."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
 
 
 def _files(pid: int) -> Iterator[Path]:

@@ -6,13 +6,14 @@ cache is told to forget the data file.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchlib import images
+from benchlib.cold import forget
 from benchlib.process import Daemon
 
 from nbdthin.units import GiB, KiB, MiB
@@ -31,15 +32,6 @@ class _Filled:
     name: str
     uri: str
     file: Path
-
-    def forget(self) -> None:
-        """Nothing of it is cached any more."""
-        descriptor = os.open(self.file, os.O_RDONLY)
-        try:
-            os.fdatasync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 def measure(place: Path, scale: Scale) -> Measured:
@@ -69,7 +61,7 @@ def _in_turn(both: list[_Filled], job: Job, cold: bool, rounds: int) -> dict[str
     for number in range(-(rounds > 1), rounds):
         for filled in both:
             if cold:
-                filled.forget()
+                forget(filled.file)
             rate = jobs.run(filled.uri, job)
             if number >= 0:  # one before them warms up
                 rates[filled.name].append(rate)
@@ -79,8 +71,7 @@ def _in_turn(both: list[_Filled], job: Job, cold: bool, rounds: int) -> dict[str
 @contextmanager
 def _both(place: Path, size: int) -> Iterator[list[_Filled]]:
     raw, sock = place / "raw", place / "k"
-    raw.touch()
-    os.truncate(raw, size)
+    images.make_sparse(raw, size)
     daemon = Daemon(["nbdkit", "-f", "-U", str(sock), "file", str(raw)], sock)
     try:
         with serving(place, 2 * size + GiB) as served:

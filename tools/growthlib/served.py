@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 import psutil
 from benchlib import bigpool
@@ -15,6 +14,7 @@ from benchlib.client import Client
 from benchlib.process import Daemon, cpu_seconds
 
 import nbdthin
+from nbdthin.addresses import UnixAddress
 from nbdthin.host import own_memory
 from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.units import KiB
@@ -70,7 +70,7 @@ class Served:
         return Client(self.socket, name)
 
     def uri(self, name: str) -> str:
-        return f"nbd+unix:///{quote(name, safe='')}?socket={quote(str(self.socket))}"
+        return UnixAddress(self.socket).uri(name)
 
     def settle(self, seconds: float = 0.3) -> None:
         """Let what goes on in the background come to an end: a checkpoint, the next journal segment."""

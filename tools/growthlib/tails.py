@@ -7,21 +7,21 @@ meets both. Each read is compared with what was written.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 from benchlib import images, latency, trials
 from benchlib.client import Client
+from benchlib.cold import forget
 from benchlib.errors import BenchError
 from benchlib.process import Daemon
 from benchlib.rounds import Plan
 
+from nbdthin.addresses import UnixAddress
 from nbdthin.units import GiB, KiB, MiB
 
 from . import jobs
@@ -56,17 +56,12 @@ class _Server:
     files: tuple[Path, ...]  # where the data lies
 
     def uri(self, volume: str) -> str:
-        return f"nbd+unix:///{volume}?socket={quote(str(self.socket))}"
+        return UnixAddress(self.socket).uri(volume)
 
     def forget(self) -> None:
         """None of it is cached any more, but for what is read by who measures."""
         for file in self.files:
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fdatasync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+            forget(file)
         with Client(self.socket, "read") as client:
             for offset in range(0, _READ, MiB):
                 client.read(offset, MiB)
@@ -155,8 +150,7 @@ def _nbdkit(place: Path, size: int) -> Iterator[_Server]:
     directory.mkdir()
     files = tuple(directory / name for name in _sizes(size))
     for file, length in zip(files, _sizes(size).values(), strict=True):
-        file.touch()
-        os.truncate(file, length)
+        images.make_sparse(file, length)
     daemon = Daemon(["nbdkit", "-f", "-U", str(sock), "file", f"dir={directory}"], sock)
     try:
         yield _Server("nbdkit", sock, files)
