@@ -16,7 +16,7 @@ import numpy.typing as npt
 from nbdthin.errors import Corrupt, Invalid
 from nbdthin.pool import allocator
 from nbdthin.pool.journal import Frame, Journal
-from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer, State, Words, words
+from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer, State, Words, are_mixed, words
 from nbdthin.pool.pool import REPAIRED, Pool
 from nbdthin.pool.records import LEAF_BLOCKS, decode, is_deferred
 from nbdthin.pool.repair import Identity, examine, identify, locked
@@ -200,8 +200,10 @@ def _caches(state: State) -> Iterator[str]:
             continue  # what shows the same has the same caches
         for leaf, effective in layer.effective_leaves.items():
             entries = words(effective)
-            said = np.where(_bits(entries), (entries >> np.uint64(32))[:, None], np.uint64(0))
-            stale = (said != sources(layer, leaf)).any(axis=1) & (entries < MIXED)
+            data = _bits(entries)
+            said = np.where(data, (entries >> np.uint64(32))[:, None], np.uint64(0))
+            tells = data | ~are_mixed(entries)[:, None]
+            stale = (tells & (said != sources(layer, leaf))).any(axis=1)
             for index in np.flatnonzero(stale).tolist():
                 yield f"the effective entry of block {(leaf << LEAF_SHIFT) + index} of layer {layer.number} is stale"
         for block, physical in layer.mixed.items():

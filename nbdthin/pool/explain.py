@@ -13,7 +13,7 @@ from nbdthin.errors import Invalid, OverQuota
 from nbdthin.pool import sums
 from nbdthin.pool.allocator import FULL as POOL_FULL
 from nbdthin.pool.allocator import KEPT
-from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, Layer
+from nbdthin.pool.layers import LEAF_MASK, LEAF_SHIFT, SUBBLOCKS, Layer, is_mixed
 from nbdthin.pool.limits import advised
 from nbdthin.pool.views import DATA, KINDS, NOTHING, UNWRITTEN, ZERO, Explanation, Look, WritePlan
 from nbdthin.pool.volume import JOURNAL_LOW, Volume
@@ -58,7 +58,7 @@ def explain(pool: Pool, name: str, offset: int, length: int | None = None) -> Ex
         owner=None if owner is None else owner.name,
         depth=len(looks) - 1,
         chain=len(looks) + _below(owner),
-        lookup=_lookup(layer, block),
+        lookup=_lookup(layer, block, sub),
         layers=tuple(looks),
         physical=physical,
         position=None if physical is None else physical * pool.block_size + within,
@@ -89,9 +89,10 @@ def _below(layer: Layer | None) -> int:
     return count
 
 
-def _lookup(layer: Layer, block: int) -> str:
+def _lookup(layer: Layer, block: int, sub: int) -> str:
     """Where a read finds the entry: see layers.py."""
-    if layer.effective(block >> LEAF_SHIFT)[block & LEAF_MASK] >= MIXED:
+    entry = layer.effective(block >> LEAF_SHIFT)[block & LEAF_MASK]
+    if is_mixed(entry) and not entry >> sub & 1:
         return "walk"
     return "own leaf" if block >> LEAF_SHIFT in layer.own else "shared leaf"
 

@@ -9,7 +9,7 @@ from itertools import takewhile
 import numpy as np
 import numpy.typing as npt
 
-from nbdthin.pool.layers import FULL, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, Words, words
+from nbdthin.pool.layers import FULL, LEAF_SHIFT, SUBBLOCKS, ZERO_LEAF, Layer, Words, are_mixed, words
 from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.rows import Extent
 
@@ -35,7 +35,7 @@ def data_masks(layer: Layer, leaves: Sequence[int]) -> Words:
     """The subblocks with data, a mask a block, of some leaves."""
     entries = np.concatenate([words(layer.effective(leaf)) for leaf in leaves])
     masks: Words = entries & np.uint64(FULL)
-    mixed = np.flatnonzero(entries >= MIXED)
+    mixed = np.flatnonzero(are_mixed(entries))
     if len(mixed):
         for number, leaf in enumerate(leaves):
             start, stop = np.searchsorted(mixed, (number << LEAF_SHIFT, number + 1 << LEAF_SHIFT)).tolist()

@@ -14,7 +14,9 @@ parent's, the same object, so a thousand clones share their image's. Rules that 
 - a layer that owns nothing shows what its parent shows, and has its caches, the same objects (`_share`): a clone that
   is only read takes no memory for it, however large it is. They part when it gets its first own leaf (`_part`);
 - an own leaf that a checkpoint holds (`captured`) is not changed but replaced, by `put` with a copy;
-- an effective entry whose subblocks lie in several physical blocks is MIXED, and is resolved by walking (`resolve`).
+- an effective entry whose subblocks lie in several physical blocks is mixed: it has the block that most of what shows
+  is in, as far as composing knows, and those subblocks, each said to be data and zero at once. The others, and all of
+  MIXED, of which no block is known, are resolved by walking (`resolve`).
 
 `State.apply` is the only place where names and layers come and go, live and at recovery.
 """
@@ -34,7 +36,7 @@ from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Record
 
 SUBBLOCKS: Final = 16
 FULL: Final = 0xFFFF
-MIXED: Final = 0xFFFFFFFF << 32  # no physical block has this number (Pool.init sees to it)
+MIXED: Final = 0xFFFFFFFF << 32  # no physical block has this number (Pool.init sees to it); also the mask of the number
 LEAF_SHIFT: Final = 9
 LEAF_MASK: Final = LEAF_BLOCKS - 1
 ZERO_LEAF: Final = array("Q", bytes(8 * LEAF_BLOCKS))  # shared; never written
@@ -50,18 +52,30 @@ def words(leaf: array[int]) -> Words:
     return np.frombuffer(leaf, dtype=np.uint64)
 
 
+def is_mixed(entry: int) -> bool:
+    """Of an effective entry: subblocks that it does not say to be data may be, in other physical blocks."""
+    return bool(entry >> SUBBLOCKS & entry & FULL) or entry >= MIXED
+
+
+def are_mixed(entries: Words) -> npt.NDArray[np.bool_]:
+    """`is_mixed` of each."""
+    result: npt.NDArray[np.bool_] = (entries >> np.uint64(SUBBLOCKS) & entries & FULL != 0) | (entries >= MIXED)
+    return result
+
+
 def compose(own: int, below: int) -> int:
     """The effective entry of `own` over the parent's effective entry `below`."""
     data = own & FULL
-    rest = FULL & ~(data | own >> 16)
-    if below >= MIXED:
-        return MIXED if rest else own
+    rest = FULL & ~(data | own >> SUBBLOCKS)
     inherited = below & rest
-    if not inherited:
-        return own
-    if not data:
-        return below & MIXED | inherited
-    return MIXED
+    if inherited == rest or not is_mixed(below):
+        if not inherited:
+            return own
+        if not data:
+            return below & MIXED | inherited
+    if inherited.bit_count() > data.bit_count():
+        return below & MIXED | inherited << SUBBLOCKS | inherited
+    return own & MIXED | data << SUBBLOCKS | data if data else MIXED
 
 
 def near(own: array[int], block: int, region: int) -> int:
@@ -79,12 +93,15 @@ def compose_leaves(own: array[int], below: array[int]) -> array[int]:
     """`compose` for all entries of a leaf; a new array."""
     upper, lower = words(own), words(below)
     data = upper & FULL
-    rest = FULL & ~(data | upper >> np.uint64(16))
+    rest = FULL & ~(data | upper >> np.uint64(SUBBLOCKS))
     inherited = lower & rest
-    result = np.where(data == 0, (lower & MIXED) | inherited, np.uint64(MIXED))
-    result = np.where(inherited == 0, upper, result)
-    result = np.where((lower >= MIXED) & (rest != 0), np.uint64(MIXED), result)
-    return array("Q", result.tobytes())
+    most = np.where(
+        np.bitwise_count(inherited) > np.bitwise_count(data), lower & MIXED | inherited, upper & MIXED | data
+    )
+    mixed = np.where(most & FULL, most | (most & FULL) << np.uint64(SUBBLOCKS), np.uint64(MIXED))
+    one = np.where(inherited == 0, upper, lower & MIXED | inherited)
+    in_one = ((inherited == rest) | ~are_mixed(lower)) & ((inherited == 0) | (data == 0))
+    return array("Q", np.where(in_one, one, mixed).tobytes())
 
 
 def covers_all(leaf: array[int]) -> bool:
@@ -175,7 +192,7 @@ class Layer:
             todo.extend(child for child in node.children.values() if not child.own)
 
     def resolve(self, block: int) -> tuple[int, ...]:
-        """The physical block of each subblock of a MIXED block, 0 for one that reads as zero."""
+        """The physical block of each subblock of a mixed block, 0 for one that reads as zero."""
         found = self.mixed.get(block)
         if found is not None:
             return found
@@ -207,7 +224,7 @@ class Layer:
     def data_mask(self, block: int) -> int:
         """The subblocks of `block` that hold data (the rest read as zero)."""
         entry = self.effective(block >> LEAF_SHIFT)[block & LEAF_MASK]
-        if entry < MIXED:
+        if not is_mixed(entry):
             return entry & FULL
         return sum(1 << sub for sub, physical in enumerate(self.resolve(block)) if physical)
 

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterable, Set
 import numpy as np
 import numpy.typing as npt
 
-from nbdthin.pool.layers import FULL, LEAF_SHIFT, MIXED, ZERO_LEAF, Layer, Words, words
+from nbdthin.pool.layers import FULL, LEAF_SHIFT, ZERO_LEAF, Layer, Words, are_mixed, words
 from nbdthin.pool.records import is_deferred
 
 _VISIBLE = -1  # the key in Layer.referenced of the sum over all leaves, kept for sealed layers
@@ -77,8 +77,10 @@ def _count(layer: Layer, leaf: int) -> int:
     if effective is ZERO_LEAF:
         return 0
     entries = words(effective)
-    mixed = np.flatnonzero(entries >= MIXED)
-    return int(np.count_nonzero(entries & FULL)) + (_count_mixed(layer, leaf, mixed) if len(mixed) else 0)
+    several = are_mixed(entries)
+    count = int(np.count_nonzero((entries & FULL != 0) & ~several))
+    mixed = np.flatnonzero(several)
+    return count + _count_mixed(layer, leaf, mixed) if len(mixed) else count
 
 
 def _count_mixed(layer: Layer, leaf: int, mixed: npt.NDArray[np.intp]) -> int:

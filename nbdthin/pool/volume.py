@@ -18,7 +18,7 @@ from nbdthin.errors import Invalid, NoSpace, ReadOnly
 from nbdthin.pool import sums
 from nbdthin.pool.data import FOLIO
 from nbdthin.pool.extents import data_masks
-from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, near, words
+from nbdthin.pool.layers import FULL, LEAF_MASK, LEAF_SHIFT, MIXED, SUBBLOCKS, ZERO_LEAF, Layer, is_mixed, near, words
 from nbdthin.pool.records import LEAF_BLOCKS
 
 if TYPE_CHECKING:
@@ -189,17 +189,17 @@ class Volume:
             count = min(length, block_mask + 1 - within)
             entry = layer.effective(block >> LEAF_SHIFT)[block & LEAF_MASK]
             touched = (2 << ((within + count - 1) >> self._sub_shift)) - (1 << (within >> self._sub_shift))
-            if not entry & touched and entry < MIXED:
+            if not entry & touched and not is_mixed(entry):
                 position = ZERO
             elif entry & touched == touched:
                 position = (entry >> 32 << shift) + within
             else:  # more than one kind: go by the subblock
                 count = min(count, self._sub_mask + 1 - (offset & self._sub_mask))
                 sub = within >> self._sub_shift
-                if entry >= MIXED:
-                    physical = layer.resolve(block)[sub]
+                if entry >> sub & 1:
+                    physical = entry >> 32
                 else:
-                    physical = entry >> 32 if entry >> sub & 1 else 0
+                    physical = layer.resolve(block)[sub] if is_mixed(entry) else 0
                 position = (physical << shift) + within if physical else ZERO
             if (position == last_position == ZERO) or (last_position > 0 and position == last_position + last_length):
                 last_length += count
@@ -224,7 +224,7 @@ class Volume:
         touched = (2 << last) - (1 << first)
         if entry & touched == touched:
             return (entry >> 32 << self._shift) + within
-        if entry >= MIXED:  # of several layers, but a small read mostly meets one of them
+        if is_mixed(entry):  # a small read mostly meets one of its blocks
             resolved = layer.mixed.get(block) or layer.resolve(block)  # without the call, mostly
             physical = resolved[first]
             if physical and (first == last or resolved[first : last + 1].count(physical) == last - first + 1):

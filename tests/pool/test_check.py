@@ -196,6 +196,13 @@ def stale_effective_leaf(pool: Pool) -> str:
     return "the effective entry of block 0"
 
 
+def stale_mixed_entry(pool: Pool) -> str:
+    layer = pool.volume("v").layer
+    leaf = layer.effective_leaves[0] = layer.effective(0)[:]
+    leaf[0] ^= 1 << 32
+    return "the effective entry of block 0"
+
+
 def stale_mixed_block(pool: Pool) -> str:
     layer = pool.volume("v").layer
     layer.resolve(0)
@@ -267,6 +274,7 @@ def short_leaf(pool: Pool) -> str:
         block_given_away,
         wrong_pending,
         stale_effective_leaf,
+        stale_mixed_entry,
         stale_mixed_block,
         unknown_child,
         false_child,

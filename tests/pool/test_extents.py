@@ -9,7 +9,7 @@ import pytest
 
 from nbdthin.pool import extents
 from nbdthin.pool.extents import HOLE, STATUS_LEAVES, ZERO
-from nbdthin.pool.layers import MIXED, SUBBLOCKS, Layer, words
+from nbdthin.pool.layers import SUBBLOCKS, Layer, are_mixed, words
 from nbdthin.pool.pool import Pool
 from nbdthin.pool.rows import Extent
 from nbdthin.units import MiB
@@ -139,7 +139,7 @@ def test_leaves_of_all_kinds_behind_each_other_are_told_as_one_by_one(pools: Poo
         if number < 2:
             pool.snapshot("v", f"s{number}")
     layer = pool.volume("v").layer
-    assert max(int((words(layer.effective(leaf)) >= MIXED).sum()) for leaf in range(leaves)) >= 16
+    assert max(int(are_mixed(words(layer.effective(leaf))).sum()) for leaf in range(leaves)) >= 16
     expected = [_of(context, layer, number) for number in range(leaves * LEAF // SUB)]
     for start in (0, 5, 16, LEAF // SUB - 1, 3 * LEAF // SUB, 7 * LEAF // SUB + 3):
         runs = [(SUB * len(list(same)), flags) for flags, same in groupby(expected[start:])]

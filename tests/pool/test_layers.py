@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from array import array
+from collections import Counter
 
 import pytest
 
@@ -21,6 +22,7 @@ from nbdthin.pool.layers import (
     compose,
     compose_leaves,
     covers_all,
+    is_mixed,
 )
 from nbdthin.pool.records import LEAF_BLOCKS, BadRecord, Entries, Leaf, Name, Record, Unname, u64
 from nbdthin.units import KiB
@@ -66,24 +68,44 @@ def test_composing_two_entries_is_what_the_masks_say_of_each_subblock() -> None:
         upper, lower = meaning(own), [physical or 0 for physical in meaning(below)]
         expected = [below if above is None else above for above, below in zip(upper, lower, strict=True)]
         composed = compose(own, below)
-        if composed >= MIXED:
-            assert len(set(expected) - {0}) == 2, "mixed only where two blocks are needed"
+        if is_mixed(composed):
+            (one, ones), (_, others) = Counter(filter(None, expected)).most_common()  # "mixed" where two are needed
+            assert composed >> 32 == one or ones == others
+            assert all(expected[sub] == composed >> 32 for sub in range(SUBBLOCKS) if composed >> sub & 1)
+            assert (composed & FULL).bit_count() == ones
         else:
             assert [physical or 0 for physical in meaning(composed)] == expected
 
 
-def test_composing_over_a_mixed_entry_is_mixed_unless_nothing_of_it_shows() -> None:
-    assert compose(entry(3, 0, FULL), MIXED) == entry(3, 0, FULL)
-    assert compose(entry(3, 0xFF00, 0x00FF), MIXED) == entry(3, 0xFF00, 0x00FF)
-    assert compose(entry(0, FULL, 0), MIXED) == entry(0, FULL, 0)
-    assert compose(entry(3, 0, FULL ^ 1), MIXED) == MIXED
-    assert compose(0, MIXED) == MIXED
+def mixed_entry(physical: int, data: int) -> int:
+    """An effective entry of a block of which `data` is in a physical one, and the rest elsewhere."""
+    return entry(physical, data, data)
+
+
+@pytest.mark.parametrize("below", [MIXED, mixed_entry(9, 0b110)])
+def test_composing_over_a_mixed_entry_is_mixed_unless_nothing_of_it_shows(below: int) -> None:
+    assert is_mixed(below)
+    assert compose(entry(3, 0, FULL), below) == entry(3, 0, FULL)
+    assert compose(entry(3, 0xFF00, 0x00FF), below) == entry(3, 0xFF00, 0x00FF)
+    assert compose(entry(0, FULL, 0), below) == entry(0, FULL, 0)
+    assert compose(entry(3, 0, FULL ^ 1), below) == mixed_entry(3, FULL ^ 1)
+    assert compose(0, below) == below
+
+
+def test_a_mixed_entry_has_the_block_that_most_of_what_shows_is_in() -> None:
+    below = compose(entry(3, 0, 1), entry(9, 0, FULL))
+    assert below == mixed_entry(9, FULL ^ 1)
+    assert compose(entry(4, 0, 0xFFF0), below) == mixed_entry(4, 0xFFF0)
+    assert compose(entry(4, 0, 0b100), below) == mixed_entry(9, FULL ^ 0b101)
+    assert compose(entry(0, FULL ^ 1, 0), below) == MIXED, "what it knows does not show"
+    assert compose(entry(0, 1, 0), below) == entry(9, 0, FULL ^ 1), "what it does not know does not show"
 
 
 def test_composing_leaves_is_composing_their_entries() -> None:
     rng = random.Random(2)
     own = array("Q", [some_entry(rng) for _ in range(LEAF_BLOCKS)])
-    below = array("Q", [rng.choice([MIXED, some_entry(rng, 9)]) for _ in range(LEAF_BLOCKS)])
+    mixed = [MIXED, *(mixed_entry(9, 1 << sub | 1) for sub in range(SUBBLOCKS))]
+    below = array("Q", [rng.choice([rng.choice(mixed), some_entry(rng, 9)]) for _ in range(LEAF_BLOCKS)])
     assert list(compose_leaves(own, below)) == [compose(*pair) for pair in zip(own, below, strict=True)]
 
 
@@ -125,8 +147,9 @@ def test_an_effective_entry_says_of_each_subblock_what_walking_says() -> None:
         for layer in chain.layers:
             for block in range(0, LEAF_BLOCKS, 7):
                 found = layer.effective(0)[block]
-                resolved = layer.resolve(block) if found >= MIXED else tuple(item or 0 for item in meaning(found))
+                resolved = layer.resolve(block) if is_mixed(found) else tuple(item or 0 for item in meaning(found))
                 assert resolved == walk(layer, block)
+                assert all(resolved[sub] == found >> 32 for sub in range(SUBBLOCKS) if found >> sub & 1)
                 mask = sum(1 << sub for sub, physical in enumerate(resolved) if physical)
                 assert layer.data_mask(block) == mask
 
@@ -153,7 +176,7 @@ def test_a_head_does_not_write_into_its_parents_leaf() -> None:
     chain.head.put(5, entry(9, 0, 1))
     assert below == before
     assert chain.layers[0].effective(0)[5] == entry(1, 0, FULL)
-    assert chain.head.effective(0)[5] == MIXED
+    assert chain.head.effective(0)[5] == mixed_entry(1, FULL ^ 1)
 
 
 def test_the_shared_empty_leaf_is_never_written() -> None:
