@@ -69,6 +69,8 @@ ALL: Final = 1 << 30  # requests: no share
 COLD: Final = 15  # small reads after one that was not cached that are taken to be not cached either
 NEAR: Final = 256 * KiB  # bytes from the read before, within which the kernel may be reading ahead
 SEND: Final = 32 * KiB  # bytes of one part of the data file from which on it is read when it is sent
+AHEAD: Final = 8 * MiB  # bytes behind one of several large reads in order that the disk is asked for before the client
+AHEAD_STEP: Final = 1 * MiB  # bytes asked for at once
 HANDSHAKE_TIMEOUT = 10.0  # seconds for each option; a client that holds a socket and says nothing is a leak
 LAST_HANDSHAKES = 1.0  # seconds for all of its handshake that is left to a client when the server stops
 LINGER = 60.0  # seconds that a closing connection gives its peer to take the last replies
@@ -144,6 +146,8 @@ class Connection(asyncio.BufferedProtocol):
         self._flush_due = False
         self._cold = 0  # so many reads more are asked of the disk without a look at the cache
         self._last_position = 0  # of the last small read
+        self._read_to = -1  # bytes of the volume: the end of the last large read
+        self._ahead_to = 0  # and of what the disk was asked for, while large reads come in order; 0: nothing
         self._tasks = 0  # requests in work
         self._in_flight = 0  # bytes they stand for
         self._waiting = 0  # bytes of those that wait for space
@@ -747,9 +751,16 @@ class Connection(asyncio.BufferedProtocol):
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return
         segments = self._volume.segments(offset, length)
-        if length >= SEND and self._all_cached(segments):
-            self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
-            return
+        in_order = False
+        if length >= SEND:
+            in_order, self._read_to = offset == self._read_to, offset + length
+            if not in_order:
+                self._ahead_to = 0
+            elif self._ahead_to:
+                self._read_ahead(self._read_to)
+            if self._all_cached(segments):
+                self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
+                return
         data = [segment for segment in segments if segment[0] != ZERO]
         view = new_buffer(sum(count for _, count in data))
         if length <= INLINE_READ and self._device.read_now(data, view):
@@ -757,6 +768,19 @@ class Connection(asyncio.BufferedProtocol):
         else:
             put = partial(self._put_view, flags, cookie, offset, segments, view)
             self._read_slowly(cookie, length, data, view, put)
+            if in_order and not self._ahead_to:
+                self._ahead_to = self._read_to
+                self._read_ahead(self._read_to)
+
+    def _read_ahead(self, position: int) -> None:
+        """Ask the disk for what comes behind `position`. The kernel reads ahead in the data file, where what comes next
+        in a volume may lie elsewhere.
+        """
+        start = max(self._ahead_to, position)
+        stop = min(position + AHEAD, self._volume.size)
+        while stop - start >= AHEAD_STEP and self._readers.prefetch(self._volume.segments(start, AHEAD_STEP)):
+            start += AHEAD_STEP
+        self._ahead_to = start
 
     def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
         """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
-import mmap
 import os
 import socket
 import threading
@@ -14,7 +12,6 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import uvloop
 
@@ -23,6 +20,7 @@ from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.pool.live import LivePool
 from nbdthin.pool.pool import Pool
 from nbdthin.units import KiB, MiB
+from tests.pagecache import is_cached
 from tests.rawclient import READ, REFUSING, TRIM, Client, Serving, until
 
 BLOCK = 64 * KiB
@@ -293,17 +291,6 @@ def test_after_a_failed_sync_nothing_that_the_disk_may_not_have_stays_mapped(tmp
             assert data.mapped(position, BLOCK) is None
 
     uvloop.run(main())
-
-
-def is_cached(fd: int, position: int, length: int) -> bool:
-    """Any of it, by mincore(2). A read with RWF_NOWAIT asks the disk, which may be quick enough to answer it."""
-    with mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=position) as mapped:
-        pages = np.empty(length // mmap.PAGESIZE, np.uint8)
-        view = np.frombuffer(mapped, np.uint8)
-        address = ctypes.c_void_p(view.ctypes.data)
-        assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)) == 0
-        del view  # or it could not be closed
-        return bool((pages & 1).any())
 
 
 def test_what_is_not_cached_is_read_in_a_thread(serving: Serving, ranges: list[int]) -> None:

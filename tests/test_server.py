@@ -31,6 +31,7 @@ from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollbac
 from nbdthin.pool.data import DataFile
 from nbdthin.pool.pool import Pool
 from nbdthin.server import Server
+from tests.pagecache import is_cached
 from tests.rawclient import (
     BLOCK_STATUS,
     CACHE,
@@ -293,6 +294,43 @@ def test_many_small_reads_that_are_not_cached_each_get_their_own_bytes(
             assert (reply.done, reply.error) == (True, 0)
             start = offsets.pop(reply.cookie)
             assert reply.payload[8 if kind == "structured" else 0 :] == data[start : start + length]
+
+
+def _cached(serving: Serving, offset: int) -> bool:
+    """Any of 64 KiB of the volume."""
+    ((position, length),) = serving.live.pool.volume("web").segments(offset, 64 * KIB)
+    return is_cached(serving.live.pool.data.fd, position, length)
+
+
+def test_large_reads_in_order_have_the_disk_asked_for_what_comes_next_in_the_volume(
+    serving: Serving, client: Client
+) -> None:
+    data = pattern(16, 12 * MIB)
+    for start in (8 * MIB, 4 * MIB, 0):  # the other way round in the data file
+        client.write(start, data[start : start + 4 * MIB])
+    client.call(FLUSH, 0, 0)
+    os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    read_to = 4 * MIB + 512 * KIB
+    for start in range(0, read_to, 256 * KIB):
+        assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
+    until(lambda: _cached(serving, 7 * MIB))
+    for start in range(read_to, len(data), 256 * KIB):
+        assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
+
+
+@pytest.mark.parametrize("order", [(0, 2 * MIB, MIB), (0, 0, 256 * KIB)], ids=["in no order", "of what is cached"])
+def test_other_large_reads_have_it_asked_for_nothing_more(
+    serving: Serving, client: Client, order: tuple[int, ...]
+) -> None:
+    data = pattern(17, 8 * MIB)
+    client.write(0, data)
+    client.call(FLUSH, 0, 0)
+    os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    client.read(0, MIB)
+    for start in order:
+        assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
+    time.sleep(0.05)
+    assert not _cached(serving, 5 * MIB)
 
 
 class SlowDisk:

@@ -202,8 +202,11 @@ class DataFile:
         """After a short write, which is how a full disk shows first: ask for what is missing, to learn the reason."""
         write_all(self._files, self.fd, rest, position)
 
-    def prefetch(self, position: int, length: int) -> None:
-        os.posix_fadvise(self.fd, position, length, os.POSIX_FADV_WILLNEED)
+    def prefetch(self, segments: Sequence[tuple[int, int]]) -> None:
+        """Ask the disk for several places; where the position is below 0 there is nothing to ask for."""
+        for position, length in segments:
+            if position >= 0:
+                os.posix_fadvise(self.fd, position, length, os.POSIX_FADV_WILLNEED)
 
     def sync(self) -> None:
         """Make durable what was written. After a failure nobody knows what is: never try again."""

@@ -85,12 +85,7 @@ class LiveVolume:
     async def prefetch(self, offset: int, length: int) -> None:
         """Ask the kernel to have a range in its cache."""
         for start, count in _pieces(offset, length):
-            await self._live.in_thread(self._prefetch, self.volume.segments(start, count))
-
-    def _prefetch(self, segments: list[tuple[int, int]]) -> None:
-        for position, length in segments:
-            if position >= 0:
-                self._pool.data.prefetch(position, length)
+            await self._live.in_thread(self._pool.data.prefetch, self.volume.segments(start, count))
 
     # -- writing
 

@@ -25,6 +25,7 @@ from nbdthin.units import KiB
 STALL: Final = 0.002  # seconds after which another read is waited for beside those that have not come
 MOST_STALLED: Final = 8  # reads waited for at once: half of the threads
 SWEPT: Final = 128 * KiB  # bytes of large reads that are taken in one turn of the loop: others have theirs
+MOST_ASKED: Final = 4  # calls of `prefetch` under way: a quarter of the threads
 MISSES: Final = 2  # reads in a row that have not come: the others have not, either
 
 
@@ -115,6 +116,7 @@ class Readers:
         self._stalled = 0  # of these, known not to come soon
         self._returned = False  # one did, since the timer began
         self._timer: asyncio.TimerHandle | None = None
+        self._asked = 0  # of the disk, by `prefetch`, and not answered yet
 
     def begin_turn(self) -> Turn:
         """For the first read of this turn of the loop. Each read is counted in it, and appended to `waiting`."""
@@ -135,6 +137,22 @@ class Readers:
         turn = Turn(self._enter())
         turn.count = 1
         self._call(segments, view, partial(self._read_ended, ended, turn))
+
+    def prefetch(self, segments: Segments) -> bool:
+        """Have a thread ask the disk for what will be read soon, and what goes wrong is for that read to find. False:
+        not now, as who reads should not wait for many of these.
+        """
+        if self._asked == MOST_ASKED or not self._data.nowait:
+            return False
+        try:
+            self._threads.call(partial(self._data.prefetch, segments), self._prefetched)
+        except RuntimeError:  # there is no thread
+            return False
+        self._asked += 1
+        return True
+
+    def _prefetched(self, _: Exception | None) -> None:
+        self._asked -= 1
 
     def _read_ended(self, ended: Ended, turn: Turn, error: Exception | None) -> None:
         turn.count -= 1

@@ -7,14 +7,14 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import uvloop
 
 from nbdthin.pool.data import DataFile
-from nbdthin.pool.readers import MOST_STALLED, SWEPT, Readers
+from nbdthin.pool.readers import MOST_ASKED, MOST_STALLED, SWEPT, Readers
 from nbdthin.pool.threads import Threads
 
 PAGE = 4096
@@ -130,6 +130,30 @@ def test_others_have_their_turn_between_large_reads_that_have_come(tmp_path: Pat
             ended.append(sum(read.done() for read in reads))
         assert max(after - before for before, after in itertools.pairwise(ended)) == SWEPT // (pages * PAGE)
         assert [read.result() for read in reads] == [content(page, pages) for page in range(0, COUNT, pages)]
+        bench.end()
+        disk.close()
+
+    uvloop.run(main())
+
+
+class Asked(Disk):
+    """One that has to be asked for long."""
+
+    def prefetch(self, segments: Sequence[tuple[int, int]]) -> None:
+        self.free.wait()
+
+
+def test_a_read_does_not_wait_for_many_that_only_ask_the_disk(tmp_path: Path) -> None:
+    async def main() -> None:
+        (tmp_path / "data").write_bytes(CONTENT)
+        disk = Asked(tmp_path / "data")
+        bench = Bench(disk)
+        assert all(bench.readers.prefetch([(0, PAGE)]) for _ in range(MOST_ASKED))
+        assert not bench.readers.prefetch([(0, PAGE)])
+        assert await bench.read(3) == content(3)
+        disk.free.set()
+        await asyncio.gather(*(bench.read(page) for page in range(20)))  # and those have ended before
+        assert bench.readers.prefetch([(0, PAGE)])
         bench.end()
         disk.close()
 

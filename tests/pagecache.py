@@ -1,0 +1,19 @@
+"""What the page cache has of a file."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import numpy as np
+
+
+def is_cached(fd: int, position: int, length: int) -> bool:
+    """Any of it, by mincore(2). A read with RWF_NOWAIT asks the disk, which may be quick enough to answer it."""
+    with mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=position) as mapped:
+        pages = np.empty(length // mmap.PAGESIZE, np.uint8)
+        view = np.frombuffer(mapped, np.uint8)
+        address = ctypes.c_void_p(view.ctypes.data)
+        assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)) == 0
+        del view  # or it could not be closed
+        return bool((pages & 1).any())
