@@ -757,7 +757,7 @@ class Connection(asyncio.BufferedProtocol):
             if not in_order:
                 self._ahead_to = 0
             elif self._ahead_to:
-                self._read_ahead(self._read_to)
+                self._read_ahead()
             if self._all_cached(segments):
                 self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
                 return
@@ -769,15 +769,14 @@ class Connection(asyncio.BufferedProtocol):
             put = partial(self._put_view, flags, cookie, offset, segments, view)
             self._read_slowly(cookie, length, data, view, put)
             if in_order and not self._ahead_to:
-                self._ahead_to = self._read_to
-                self._read_ahead(self._read_to)
+                self._read_ahead()
 
-    def _read_ahead(self, position: int) -> None:
-        """Ask the disk for what comes behind `position`. The kernel reads ahead in the data file, where what comes next
-        in a volume may lie elsewhere.
+    def _read_ahead(self) -> None:
+        """Ask the disk for what comes behind the last large read. The kernel reads ahead in the data file, where what
+        comes next in a volume may lie elsewhere.
         """
-        start = max(self._ahead_to, position)
-        stop = min(position + AHEAD, self._volume.size)
+        start = max(self._ahead_to, self._read_to)
+        stop = min(self._read_to + AHEAD, self._volume.size)
         while stop - start >= AHEAD_STEP and self._readers.prefetch(self._volume.segments(start, AHEAD_STEP)):
             start += AHEAD_STEP
         self._ahead_to = start

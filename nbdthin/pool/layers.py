@@ -54,19 +54,19 @@ def words(leaf: array[int]) -> Words:
 
 def is_mixed(entry: int) -> bool:
     """Of an effective entry: subblocks that it does not say to be data may be, in other physical blocks."""
-    return bool(entry >> SUBBLOCKS & entry & FULL) or entry >= MIXED
+    return bool(entry >> 16 & entry & FULL) or entry >= MIXED
 
 
 def are_mixed(entries: Words) -> npt.NDArray[np.bool_]:
     """`is_mixed` of each."""
-    result: npt.NDArray[np.bool_] = (entries >> np.uint64(SUBBLOCKS) & entries & FULL != 0) | (entries >= MIXED)
+    result: npt.NDArray[np.bool_] = (entries >> np.uint64(16) & entries & FULL != 0) | (entries >= MIXED)
     return result
 
 
 def compose(own: int, below: int) -> int:
     """The effective entry of `own` over the parent's effective entry `below`."""
     data = own & FULL
-    rest = FULL & ~(data | own >> SUBBLOCKS)
+    rest = FULL & ~(data | own >> 16)
     inherited = below & rest
     if inherited == rest or not is_mixed(below):
         if not inherited:
@@ -74,8 +74,8 @@ def compose(own: int, below: int) -> int:
         if not data:
             return below & MIXED | inherited
     if inherited.bit_count() > data.bit_count():
-        return below & MIXED | inherited << SUBBLOCKS | inherited
-    return own & MIXED | data << SUBBLOCKS | data if data else MIXED
+        return below & MIXED | inherited << 16 | inherited
+    return own & MIXED | data << 16 | data if data else MIXED
 
 
 def near(own: array[int], block: int, region: int) -> int:
@@ -93,12 +93,12 @@ def compose_leaves(own: array[int], below: array[int]) -> array[int]:
     """`compose` for all entries of a leaf; a new array."""
     upper, lower = words(own), words(below)
     data = upper & FULL
-    rest = FULL & ~(data | upper >> np.uint64(SUBBLOCKS))
+    rest = FULL & ~(data | upper >> np.uint64(16))
     inherited = lower & rest
     most = np.where(
         np.bitwise_count(inherited) > np.bitwise_count(data), lower & MIXED | inherited, upper & MIXED | data
     )
-    mixed = np.where(most & FULL, most | (most & FULL) << np.uint64(SUBBLOCKS), np.uint64(MIXED))
+    mixed = np.where(most & FULL, most | (most & FULL) << np.uint64(16), np.uint64(MIXED))
     one = np.where(inherited == 0, upper, lower & MIXED | inherited)
     in_one = ((inherited == rest) | ~are_mixed(lower)) & ((inherited == 0) | (data == 0))
     return array("Q", np.where(in_one, one, mixed).tobytes())
