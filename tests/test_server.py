@@ -305,8 +305,8 @@ def _cached(serving: Serving, offset: int) -> bool:
 def test_large_reads_in_order_have_the_disk_asked_for_what_comes_next_in_the_volume(
     serving: Serving, client: Client
 ) -> None:
-    data = pattern(16, 12 * MIB)
-    for start in (8 * MIB, 4 * MIB, 0):  # the other way round in the data file
+    data = pattern(16, 24 * MIB)
+    for start in range(20 * MIB, -1, -4 * MIB):  # the other way round in the data file
         client.write(start, data[start : start + 4 * MIB])
     client.call(FLUSH, 0, 0)
     os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -314,6 +314,9 @@ def test_large_reads_in_order_have_the_disk_asked_for_what_comes_next_in_the_vol
     for start in range(0, read_to, 256 * KIB):
         assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
     until(lambda: _cached(serving, 7 * MIB))
+    assert client.read(16 * MIB, 256 * KIB) == data[16 * MIB :][: 256 * KIB]  # which is in no order with them
+    time.sleep(0.05)
+    assert not _cached(serving, 19 * MIB)
     for start in range(read_to, len(data), 256 * KIB):
         assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
 
