@@ -4,8 +4,9 @@ A client that waits for each answer before it asks again sends its next request 
 meanwhile is woken by the kernel, and in a virtual machine by the hypervisor, which takes longer than the request
 itself. As halt-polling hypervisors do, this polls only as long as it has paid lately: where requests have come quickly
 one after the other, and nobody else wanted the processor. Between two looks it offers that to others (sched_yield(2)):
-as often as not the client takes it, woken by the answer on the processor that sent it. If somebody else does, polling
-rests, the longer the oftener: a process that sleeps is put before one that computes, and one that polls is not.
+as often as not the client takes it, woken by the answer on the processor that sent it. If somebody else does, for more
+than an interrupt or a hypervisor takes now and then, polling rests, the longer the oftener: a process that sleeps is
+put before one that computes, and one that polls is not.
 
 There are two ways. Where one connection is alone, it looks at its own socket (`wait`), which takes a tenth of a turn of
 the loop; else the loop turns without sleeping.
@@ -19,12 +20,13 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-WINDOW = 100e-6  # seconds without a request after which the loop sleeps
+WINDOW = 200e-6  # seconds without a request after which the loop sleeps
 TAKEN = 30e-6  # seconds of an offer from which on somebody had the processor
-LONG = 150e-6  # and from which on it was not the client alone
+LONG = 300e-6  # seconds, of such offers lately, from which on it was not the client alone, nor an interrupt
 REST: Final = 0.005  # seconds without polling after somebody else had it; twice as many each time, up to
 LONGEST_REST = 0.2
 _RECOVERY: Final = 0.99  # of that is left after each request that polling has brought
+_FORGIVEN: Final = 0.9  # and of what somebody else had of the processor
 _SMOOTH: Final = 1 / 8  # weight of the latest gap between requests
 _give_way: Final = os.sched_yield
 _now: Final = time.monotonic
@@ -38,6 +40,7 @@ class Poller:
         self._gap = 2 * WINDOW if enabled else float("inf")  # seconds between an answer and the next request, lately
         self.time = 0.0  # when all that came was answered, by time.monotonic
         self._polling = False
+        self._taken = 0.0  # seconds that somebody else had the processor, lately
         self._rest = REST  # seconds, the next time
         self._rest_until = 0.0
 
@@ -56,12 +59,15 @@ class Poller:
             _give_way()
             now = _now()
             if now - before > TAKEN and (now - before > LONG or not ready(0)):
-                self._begin_rest(now)
-                return False
+                self._taken += now - before
+                if self._taken > LONG:
+                    self._begin_rest(now)
+                    return False
             if now >= until:
                 return False
             before = now
         self._rest = max(self._rest * _RECOVERY, REST)
+        self._taken *= _FORGIVEN
         self.came()
         return True
 
@@ -84,5 +90,6 @@ class Poller:
 
     def _begin_rest(self, now: float) -> None:
         self._polling = False
+        self._taken = 0.0
         self._rest_until = now + self._rest
         self._rest = min(2 * self._rest, LONGEST_REST)

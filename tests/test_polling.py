@@ -114,6 +114,31 @@ def test_it_rests_where_somebody_else_takes_the_processor_and_longer_each_time(m
     uvloop.run(main())
 
 
+@pytest.mark.parametrize(("gain", "rests"), [(100, False), (1, True)])
+def test_one_look_that_took_long_is_no_reason_to_rest_and_many_are(
+    monkeypatch: pytest.MonkeyPatch, gain: int, rests: bool
+) -> None:
+    """An interrupt, or the hypervisor: `gain` requests come between one such look and the next."""
+
+    async def main() -> None:
+        unhurried(monkeypatch, 60.0)
+        monkeypatch.setattr(polling, "TAKEN", 0.001)
+        monkeypatch.setattr(polling, "LONG", 0.2)  # less than a busy machine takes for one look
+        poller, slow, fast = Counting(), Offers(monkeypatch, 0.05), Offers(monkeypatch)
+        quickly(poller)
+        found = []
+        for _ in range(8):
+            monkeypatch.setattr(polling, "_give_way", slow._give_way)
+            before = slow.count
+            poller.answered()
+            found.append(poller.wait(partial(slow.more_than, before + 1)))  # the first look brings nothing
+            monkeypatch.setattr(polling, "_give_way", fast._give_way)
+            found += [poller.wait(lambda _: True) for _ in range(gain)]
+        assert all(found) is not rests
+
+    uvloop.run(main())
+
+
 def test_a_client_on_the_same_processor_is_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         poller, offers = Counting(), Offers(monkeypatch)
