@@ -659,7 +659,7 @@ class Connection(asyncio.BufferedProtocol):
         if position <= 0:
             return False
         unseen = False
-        if self._cold:
+        if self._cold and not self._is_awaited:
             # Being refused costs as much again as asking the disk unseen. One in so many is tried all the same; and one
             # that is near the one before, as the kernel may have read ahead, and does so only for whoever tries.
             last, self._last_position = self._last_position, position
@@ -676,6 +676,9 @@ class Connection(asyncio.BufferedProtocol):
                 count = _preadv(self._data_fd, (arena[start + header : end],), position, NOWAIT)
             except OSError:  # not cached, or worse: the slow way finds out
                 count = -1
+            if count != length and self._is_awaited:
+                done = self._readers.wait_for([(position, length)], arena[start + header : end])
+                count = length if done else -1
             if count == length:
                 if self._structured:
                     _pack_data_into(arena, start, _CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset)
@@ -691,6 +694,11 @@ class Connection(asyncio.BufferedProtocol):
         self._tasks += 1
         self._in_flight += REQUEST_COST
         return True
+
+    @property
+    def _is_awaited(self) -> bool:
+        """The one request that is here is all that any client asks for."""
+        return self._end == _REQUEST_HEADER and self._server.turns_alone > ALONE and not self._tasks
 
     # -- small reads that have begun (pool.readers.Taker)
 
@@ -763,7 +771,8 @@ class Connection(asyncio.BufferedProtocol):
                 return
         data = [segment for segment in segments if segment[0] != ZERO]
         view = new_buffer(sum(count for _, count in data))
-        if length <= INLINE_READ and self._device.read_now(data, view):
+        done = length <= INLINE_READ and self._device.read_now(data, view)
+        if done or (self._is_awaited and not in_order and self._readers.wait_for(data, view)):
             self._put_view(flags, cookie, offset, segments, view)
         else:
             put = partial(self._put_view, flags, cookie, offset, segments, view)

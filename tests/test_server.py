@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,9 +28,12 @@ from nbdthin.connection import ALONE
 from nbdthin.errors import InUse
 from nbdthin.host import own_memory
 from nbdthin.pool import live as live_module
+from nbdthin.pool import readers as readers_module
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
 from nbdthin.pool.data import DataFile
 from nbdthin.pool.pool import Pool
+from nbdthin.pool.readers import Readers
+from nbdthin.pool.threads import Threads
 from nbdthin.server import Server
 from tests.pagecache import is_cached
 from tests.rawclient import (
@@ -302,23 +306,26 @@ def _cached(serving: Serving, offset: int) -> bool:
     return is_cached(serving.live.pool.data.fd, position, length)
 
 
+@pytest.mark.interpreted("how quick a disk must be is changed")
+@pytest.mark.parametrize("length", [64 * KIB, 256 * KIB])
 def test_large_reads_in_order_have_the_disk_asked_for_what_comes_next_in_the_volume(
-    serving: Serving, client: Client
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
+    monkeypatch.setattr(readers_module, "QUICK", 60.0)  # the loop itself would wait for it
     data = pattern(16, 24 * MIB)
     for start in range(20 * MIB, -1, -4 * MIB):  # the other way round in the data file
         client.write(start, data[start : start + 4 * MIB])
     client.call(FLUSH, 0, 0)
     os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     read_to = 4 * MIB + 512 * KIB
-    for start in range(0, read_to, 256 * KIB):
-        assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
-    until(lambda: _cached(serving, 7 * MIB))
+    for start in range(0, read_to, length):
+        assert client.read(start, length) == data[start : start + length]
+    until(lambda: _cached(serving, 11 * MIB))  # which in the data file lies before what was read
     assert client.read(16 * MIB, 256 * KIB) == data[16 * MIB :][: 256 * KIB]  # which is in no order with them
     time.sleep(0.05)
     assert not _cached(serving, 19 * MIB)
-    for start in range(read_to, len(data), 256 * KIB):
-        assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
+    for start in range(read_to, len(data), length):
+        assert client.read(start, length) == data[start : start + length]
 
 
 @pytest.mark.parametrize("order", [(0, 2 * MIB, MIB), (0, 0, 256 * KIB)], ids=["in no order", "of what is cached"])
@@ -334,6 +341,60 @@ def test_other_large_reads_have_it_asked_for_nothing_more(
         assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
     time.sleep(0.05)
     assert not _cached(serving, 5 * MIB)
+
+
+@pytest.mark.interpreted("a class of ours is watched")
+@pytest.mark.parametrize("length", [4 * KIB, 60 * KIB])
+def test_who_is_alone_and_waits_for_a_quick_disk_is_answered_without_a_thread(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr(readers_module, "QUICK", 60.0)
+    monkeypatch.setattr(serving.live.readers, "_took", 0.0)
+    handed_over = 0
+    call = Threads.call
+
+    def count(threads: Threads, *arguments: Any) -> None:
+        nonlocal handed_over
+        handed_over += 1
+        call(threads, *arguments)
+
+    monkeypatch.setattr(Threads, "call", count)
+    waited_for = 0
+    wait_for = Readers.wait_for
+
+    def count_waiting(readers: Readers, *arguments: Any) -> bool:
+        nonlocal waited_for
+        waited_for += 1
+        return wait_for(readers, *arguments)
+
+    monkeypatch.setattr(Readers, "wait_for", count_waiting)
+    data = pattern(18, 16 * MIB)
+    client.write(0, data)
+    client.call(FLUSH, 0, 0)
+
+    def forget() -> None:
+        os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read_all(*clients: Client) -> int:
+        """How many reads were handed over."""
+        forget()
+        before = handed_over
+        places = random.Random(19).sample(range(0, len(data), 256 * KIB), 64)
+        for index, start in enumerate(places):
+            assert clients[index % len(clients)].read(start, length) == data[start : start + length]
+        return handed_over - before
+
+    with contextlib.closing(Client(serving.socket, "web")) as other:
+        both = read_all(client, other)  # each of them was not alone
+        assert read_all(client) <= ALONE + 1 < both
+        for places in (range(0, 4 * MIB, length), random.Random(20).sample(range(0, len(data), 256 * KIB), 64)):
+            forget()
+            before, requests = waited_for, [client.request(READ, start, length) for start in places]
+            client.sock.sendall(b"".join(message for _, message in requests))
+            replies = {reply.cookie: reply.payload for reply in (client.reply() for _ in requests)}
+            for start, (cookie, _) in zip(places, requests, strict=True):
+                assert replies[cookie] == data[start : start + length]
+            assert waited_for == before, "many at once"
 
 
 class SlowDisk:

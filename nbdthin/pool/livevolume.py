@@ -17,16 +17,16 @@ from nbdthin.pool import sums
 from nbdthin.pool.data import NOWAIT
 from nbdthin.pool.journal import FULL_DISK
 from nbdthin.pool.layers import LEAF_SHIFT
+from nbdthin.pool.readers import TAKEN
 from nbdthin.pool.records import LEAF_BLOCKS
 from nbdthin.pool.threads import Ended
 from nbdthin.pool.volume import Volume
 from nbdthin.pool.waiting import PATIENT, Asker, GivenUp
-from nbdthin.units import KiB, MiB
+from nbdthin.units import MiB
 
 if TYPE_CHECKING:
     from nbdthin.pool.live import LivePool
 
-TAKEN: Final = 64 * KiB  # bytes of a read from the disk that the loop itself takes when they are there
 INLINE_WRITE = 1 * MiB  # bytes; a larger write's copy would hold up the loop for longer than a hand-over costs
 COMING = 0.1  # seconds that a command waits for the rest of large writes that have begun
 PIECE: Final = 16 * MiB  # bytes of volume that are gone over block by block in one turn of the loop: about 1 ms

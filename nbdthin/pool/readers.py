@@ -4,7 +4,7 @@ A read that was refused with RWF_NOWAIT has begun all the same: since Linux 5.10
 refuses (mm/filemap.c, filemap_get_pages). So when the loop has tried all the reads that one receive brought in, the
 disk has all of them, and what is left is to learn when they are there. One thread waits for the oldest, by reading it;
 when it comes back the loop takes with NOWAIT what has come by then, which is most of them: one hand-over for a batch of
-reads, where a thread for each costs 80 us of it.
+reads, where a thread for each costs 80 us of it. What a client that is alone waits for, the loop itself does.
 
 Nothing depends on what the kernel has begun: each read becomes the oldest, and is then read by a thread, which also
 finds out why one does not come. Where the oldest keeps the disk busy for long, others are waited for beside it.
@@ -13,6 +13,7 @@ finds out why one does not come. Where the oldest keeps the disk busy for long, 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,8 @@ from nbdthin.units import KiB
 STALL: Final = 0.002  # seconds after which another read is waited for beside those that have not come
 MOST_STALLED: Final = 8  # reads waited for at once: half of the threads
 SWEPT: Final = 128 * KiB  # bytes of large reads that are taken in one turn of the loop: others have theirs
+TAKEN: Final = 64 * KiB  # bytes of a read from the disk that the loop itself takes when they are there
+QUICK: Final = 0.001  # seconds that such a read may take of the loop
 MOST_ASKED: Final = 4  # calls of `prefetch` under way: a quarter of the threads
 MISSES: Final = 2  # reads in a row that have not come: the others have not, either
 
@@ -117,6 +120,7 @@ class Readers:
         self._returned = False  # one did, since the timer began
         self._timer: asyncio.TimerHandle | None = None
         self._asked = 0  # of the disk, by `prefetch`, and not answered yet
+        self._took = QUICK  # seconds, the last time that up to TAKEN were waited for
 
     def begin_turn(self) -> Turn:
         """For the first read of this turn of the loop. Each read is counted in it, and appended to `waiting`."""
@@ -137,6 +141,26 @@ class Readers:
         turn = Turn(self._enter())
         turn.count = 1
         self._call(segments, view, partial(self._read_ended, ended, turn))
+
+    def wait_for(self, segments: Segments, view: memoryview) -> bool:
+        """Fill `view` in the loop itself, where the disk is quick; False: it is not, or fails.
+
+        For a client that is alone, and waits for this: handing over to a thread and back takes as long as the disk. One
+        that is quick no longer holds up the loop once: then a thread is asked until it is quick again.
+        """
+        if self._took >= QUICK or len(view) > TAKEN:
+            return False
+        try:
+            self._read(segments, view)
+        except OSError:
+            return False
+        return True
+
+    def _read(self, segments: Segments, view: memoryview) -> None:
+        begun = time.monotonic()
+        self._data.read_segments(segments, view)
+        if len(view) <= TAKEN:
+            self._took = time.monotonic() - begun
 
     def prefetch(self, segments: Segments) -> bool:
         """Have a thread ask the disk for what will be read soon, and what goes wrong is for that read to find. False:
@@ -162,7 +186,7 @@ class Readers:
 
     def _call(self, segments: Segments, view: memoryview, ended: Ended) -> None:
         try:
-            self._threads.call(partial(self._data.read_segments, segments, view), ended)
+            self._threads.call(partial(self._read, segments, view), ended)
         except RuntimeError as error:  # there is no thread, and none to be had
             self._loop.call_soon(ended, error)
 

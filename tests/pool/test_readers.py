@@ -7,12 +7,14 @@ import errno
 import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import uvloop
 
+from nbdthin.pool import readers as readers_module
 from nbdthin.pool.data import DataFile
 from nbdthin.pool.readers import MOST_ASKED, MOST_STALLED, SWEPT, Readers
 from nbdthin.pool.threads import Threads
@@ -130,6 +132,51 @@ def test_others_have_their_turn_between_large_reads_that_have_come(tmp_path: Pat
             ended.append(sum(read.done() for read in reads))
         assert max(after - before for before, after in itertools.pairwise(ended)) == SWEPT // (pages * PAGE)
         assert [read.result() for read in reads] == [content(page, pages) for page in range(0, COUNT, pages)]
+        bench.end()
+        disk.close()
+
+    uvloop.run(main())
+
+
+class Paced(Disk):
+    """One whose reads take so long."""
+
+    seconds = 0.0
+
+    def read_into(self, view: memoryview, position: int, flags: int = 0) -> None:
+        time.sleep(self.seconds)
+        super().read_into(view, position, flags)
+
+
+def test_the_loop_itself_waits_for_a_quick_disk_and_not_for_a_slow_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers_module, "QUICK", 0.2)  # more than a busy machine takes
+
+    async def main() -> None:
+        (tmp_path / "data").write_bytes(CONTENT)
+        disk = Paced(tmp_path / "data")
+        bench = Bench(disk)
+        view = memoryview(bytearray(2 * PAGE))
+
+        def waited_for(page: int) -> bool:
+            return bench.readers.wait_for([(page * PAGE, len(view))], view) and view == content(page)
+
+        assert not waited_for(3), "nothing is known of the disk"
+        await bench.read(3)
+        assert waited_for(4) and waited_for(5)
+        disk.bad = {6 * PAGE}
+        assert not waited_for(6), "who finds out why is not the loop"
+        disk.seconds = 0.3
+        assert waited_for(7), "once"
+        assert not waited_for(8)
+        await bench.read(8)
+        assert not waited_for(9)
+        disk.seconds = 0.0
+        await bench.read(9)
+        assert waited_for(10)
+        much = memoryview(bytearray(readers_module.TAKEN + PAGE))
+        assert not bench.readers.wait_for([(0, len(much))], much)
         bench.end()
         disk.close()
 
