@@ -1,9 +1,17 @@
-"""Reads of 4 KiB, so many at once, each timed and each compared with what must be there."""
+"""Reads of 4 KiB, so many at once, each timed and each compared with what must be there.
+
+The process that reads is put before all others, where it may be: with an ordinary priority it would measure how long it
+waits for a processor itself, up to a tick of 4 ms where two clients and a server share two of them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +21,8 @@ from numpy.typing import NDArray
 from . import images
 from .client import Client
 from .errors import BenchError
+
+_NICE = -10
 
 Times = NDArray[np.float64]
 
@@ -55,7 +65,7 @@ def read(path: Path, export: str, size: int, depth: int, seconds: float) -> Timi
     sent: list[float] = []
     answered: dict[int, float] = {}  # by number, as answers may come in any order
     clock = time.monotonic
-    with Client(path, export) as client:
+    with Client(path, export) as client, _first():
         gc.disable()  # a collection in the client would look like a slow read of the server
         try:
             deadline = clock() + seconds
@@ -73,3 +83,15 @@ def read(path: Path, export: str, size: int, depth: int, seconds: float) -> Timi
         finally:
             gc.enable()
     return Timings(np.array(sent), np.array([answered[number] for number in range(len(sent))]))
+
+
+@contextmanager
+def _first() -> Iterator[None]:
+    """Put before others inside, as root."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
