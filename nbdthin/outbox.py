@@ -77,8 +77,9 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._socket = socket.socket(fileno=os.dup(fd))
         self.fd = self._socket.fileno()
+        self.lends = self._socket.family == socket.AF_UNIX
         self._lent: Lent | None = None
-        if self._socket.family == socket.AF_UNIX:
+        if self.lends:
             self._lent = Lent(self._socket)
             live.lenders.add(self._lent)
         self._changed = changed

@@ -27,6 +27,7 @@ from nbdthin import connection as connection_module
 from nbdthin.connection import ALONE
 from nbdthin.errors import InUse
 from nbdthin.host import own_memory
+from nbdthin.outbox import Outbox
 from nbdthin.pool import live as live_module
 from nbdthin.pool import readers as readers_module
 from nbdthin.pool.commands import Clone, Create, Remove, Rename, Resize, Rollback, Snapshot
@@ -35,6 +36,7 @@ from nbdthin.pool.pool import Pool
 from nbdthin.pool.readers import Readers
 from nbdthin.pool.threads import Threads
 from nbdthin.server import Server
+from nbdthin.ways import Ways
 from tests.pagecache import is_cached
 from tests.rawclient import (
     BLOCK_STATUS,
@@ -341,6 +343,31 @@ def test_other_large_reads_have_it_asked_for_nothing_more(
         assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
     time.sleep(0.05)
     assert not _cached(serving, 5 * MIB)
+
+
+@pytest.mark.interpreted("what it measures is told instead")
+@pytest.mark.parametrize("kind", ["client", "structured"])
+@pytest.mark.parametrize("lends", [True, False])
+def test_large_reads_are_the_same_bytes_lent_and_copied(
+    request: pytest.FixtureRequest, serving: Serving, monkeypatch: pytest.MonkeyPatch, kind: str, lends: bool
+) -> None:
+    client: Client = request.getfixturevalue(kind)
+    monkeypatch.setattr(Ways, "asked", lambda ways, _: setattr(ways, "lends", lends))
+    lent = 0
+    put_range = Outbox.put_range
+
+    def count(box: Outbox, *arguments: int) -> None:
+        nonlocal lent
+        lent += 1
+        put_range(box, *arguments)
+
+    monkeypatch.setattr(Outbox, "put_range", count)
+    data = pattern(21, 8 * MIB)
+    client.write(0, data)
+    for length in (32 * KIB, 100_000, MIB):
+        for start in (0, 333, 5 * MIB):
+            assert client.read(start, length) == data[start : start + length]
+    assert bool(lent) is lends
 
 
 @pytest.mark.interpreted("a class of ours is watched")

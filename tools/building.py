@@ -68,6 +68,7 @@ COMPILED = (
     "nbdthin.pool.unsynced",
     "nbdthin.pool.volume",
     "nbdthin.pool.volumemap",
+    "nbdthin.ways",
 )
 _LIBRARY = "nbdthin.compiled"  # all are in nbdthin/compiled__mypyc.*.so; the files beside the sources lead there
 _LENIENT = ("--no-warn-unused-ignores", "--no-warn-return-any")  # other versions of libraries may have other types
