@@ -77,9 +77,8 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._socket = socket.socket(fileno=os.dup(fd))
         self.fd = self._socket.fileno()
-        self.lends = self._socket.family == socket.AF_UNIX
         self._lent: Lent | None = None
-        if self.lends:
+        if self._socket.family == socket.AF_UNIX:
             self._lent = Lent(self._socket)
             live.lenders.add(self._lent)
         self._changed = changed
@@ -91,6 +90,11 @@ class Outbox:
         self._timer: asyncio.TimerHandle | None = None
         self._progress = False  # since the timer began
         self._closed = False
+
+    @property
+    def lends(self) -> bool:
+        """Ranges are lent to the socket, not copied when they are sent."""
+        return self._lent is not None
 
     def put(self, reply: Buffer) -> None:
         """Not empty, and the outbox's from now on."""

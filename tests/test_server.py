@@ -345,6 +345,19 @@ def test_other_large_reads_have_it_asked_for_nothing_more(
     assert not _cached(serving, 5 * MIB)
 
 
+def _calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of each call of a method from now on, which is done as before."""
+    calls = []
+    method = getattr(owner, name)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
 @pytest.mark.interpreted("what it measures is told instead")
 @pytest.mark.parametrize("kind", ["client", "structured"])
 @pytest.mark.parametrize("lends", [True, False])
@@ -353,15 +366,7 @@ def test_large_reads_are_the_same_bytes_lent_and_copied(
 ) -> None:
     client: Client = request.getfixturevalue(kind)
     monkeypatch.setattr(Ways, "asked", lambda ways, _: setattr(ways, "lends", lends))
-    lent = 0
-    put_range = Outbox.put_range
-
-    def count(box: Outbox, *arguments: int) -> None:
-        nonlocal lent
-        lent += 1
-        put_range(box, *arguments)
-
-    monkeypatch.setattr(Outbox, "put_range", count)
+    lent = _calls(monkeypatch, Outbox, "put_range")
     data = pattern(21, 8 * MIB)
     client.write(0, data)
     for length in (32 * KIB, 100_000, MIB):
@@ -377,24 +382,8 @@ def test_who_is_alone_and_waits_for_a_quick_disk_is_answered_without_a_thread(
 ) -> None:
     monkeypatch.setattr(readers_module, "QUICK", 60.0)
     monkeypatch.setattr(serving.live.readers, "_took", 0.0)
-    handed_over = 0
-    call = Threads.call
-
-    def count(threads: Threads, *arguments: Any) -> None:
-        nonlocal handed_over
-        handed_over += 1
-        call(threads, *arguments)
-
-    monkeypatch.setattr(Threads, "call", count)
-    waited_for = 0
-    wait_for = Readers.wait_for
-
-    def count_waiting(readers: Readers, *arguments: Any) -> bool:
-        nonlocal waited_for
-        waited_for += 1
-        return wait_for(readers, *arguments)
-
-    monkeypatch.setattr(Readers, "wait_for", count_waiting)
+    handed_over = _calls(monkeypatch, Threads, "call")
+    waited_for = _calls(monkeypatch, Readers, "wait_for")
     data = pattern(18, 16 * MIB)
     client.write(0, data)
     client.call(FLUSH, 0, 0)
@@ -405,23 +394,23 @@ def test_who_is_alone_and_waits_for_a_quick_disk_is_answered_without_a_thread(
     def read_all(*clients: Client) -> int:
         """How many reads were handed over."""
         forget()
-        before = handed_over
+        before = len(handed_over)
         places = random.Random(19).sample(range(0, len(data), 256 * KIB), 64)
         for index, start in enumerate(places):
             assert clients[index % len(clients)].read(start, length) == data[start : start + length]
-        return handed_over - before
+        return len(handed_over) - before
 
     with contextlib.closing(Client(serving.socket, "web")) as other:
         both = read_all(client, other)  # each of them was not alone
         assert read_all(client) <= ALONE + 1 < both
         for places in (range(0, 4 * MIB, length), random.Random(20).sample(range(0, len(data), 256 * KIB), 64)):
             forget()
-            before, requests = waited_for, [client.request(READ, start, length) for start in places]
+            before, requests = len(waited_for), [client.request(READ, start, length) for start in places]
             client.sock.sendall(b"".join(message for _, message in requests))
             replies = {reply.cookie: reply.payload for reply in (client.reply() for _ in requests)}
             for start, (cookie, _) in zip(places, requests, strict=True):
                 assert replies[cookie] == data[start : start + length]
-            assert waited_for == before, "many at once"
+            assert len(waited_for) == before, "many at once"
 
 
 class SlowDisk:

@@ -22,7 +22,7 @@ from . import images
 from .client import Client
 from .errors import BenchError
 
-_NICE = -10
+_NICE = -10  # of the process that reads
 
 Times = NDArray[np.float64]
 
