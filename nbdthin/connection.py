@@ -47,7 +47,6 @@ from nbdthin.pool.threads import Ended
 from nbdthin.pool.volume import ZERO
 from nbdthin.pool.waiting import GivenUp
 from nbdthin.units import KiB, MiB
-from nbdthin.ways import Ways
 from nbdthin.wire import proto, transmission
 from nbdthin.wire.handshake import Handshake, HandshakeState, Negotiated
 from nbdthin.wire.proto import Chunk, ChunkFlag, Command, CommandFlag, Errno
@@ -147,7 +146,6 @@ class Connection(asyncio.BufferedProtocol):
         self._flush_due = False
         self._cold = 0  # so many reads more are asked of the disk without a look at the cache
         self._last_position = 0  # of the last small read
-        self._ways = Ways()
         self._read_to = -1  # bytes of the volume: the end of the last large read
         self._ahead_to = 0  # and of what the disk was asked for, while large reads come in order; 0: nothing
         self._tasks = 0  # requests in work
@@ -768,7 +766,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._ahead_to = 0
             elif self._ahead_to:
                 self._read_ahead()
-            if self._is_sent_later(length) and self._all_cached(segments):
+            if self._all_cached(segments):
                 self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
                 return
         data = [segment for segment in segments if segment[0] != ZERO]
@@ -791,13 +789,6 @@ class Connection(asyncio.BufferedProtocol):
         while stop - start >= AHEAD_STEP and self._readers.prefetch(self._volume.segments(start, AHEAD_STEP)):
             start += AHEAD_STEP
         self._ahead_to = start
-
-    def _is_sent_later(self, length: int) -> bool:
-        """A large read is to be read when it is sent, if it is cached."""
-        if not self._outbox.lends or length > INLINE_READ:
-            return True
-        self._ways.asked(length)
-        return self._ways.lends
 
     def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
         """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""

@@ -1,10 +1,10 @@
 """What a connection has still to send, in order: bytes, and ranges of the data file that are read when they are sent.
 
 It writes past the transport, which is only read from: a reply leaves with one system call in the turn that made it. A
-unix socket gets a range without a copy (`sendfile`): it points at the page cache until the peer has read it, and until
-then the pool keeps those blocks from being anybody else's (lent.py). Punching a hole would not do: where a page is part
-of a large folio, that zeroes it in place (seen with ext4 on 6.18). For any other socket a range is the file's memory
-map, which only the kernel looks into: the page cache is copied into the socket, once.
+range is the file's memory map, which only the kernel looks into: the page cache is copied into the socket, once. A unix
+socket may get it without a copy (`sendfile`), where that is faster (ways.py): it points at the page cache until the
+peer has read it, and until then the pool keeps those blocks from being anybody else's (lent.py). Punching a hole would
+not do: where a page is part of a large folio, that zeroes it in place (seen with ext4 on 6.18).
 
 What waits here, unsent, has entered the pool; of a peer that takes nothing for a while a copy waits instead.
 """
@@ -24,6 +24,7 @@ import numpy as np
 from nbdthin.lent import Lent
 from nbdthin.pool.live import LivePool
 from nbdthin.units import KiB, MiB
+from nbdthin.ways import Ways
 
 MOST_BUFFERS: Final = 1024  # IOV_MAX
 HIGH: Final = 1 * MiB  # bytes unsent from which on the peer is slow
@@ -38,11 +39,12 @@ Buffer = bytes | bytearray | memoryview
 class Range:
     """A part of the data file."""
 
-    __slots__ = ("epoch", "length", "position", "taken")
+    __slots__ = ("epoch", "lends", "length", "position", "taken")
 
-    def __init__(self, position: int, length: int) -> None:
+    def __init__(self, position: int, length: int, lends: bool) -> None:
         self.position = position
         self.length = length
+        self.lends = lends
         self.epoch = -1  # entered
         self.taken = False  # being copied
 
@@ -81,6 +83,7 @@ class Outbox:
         if self._socket.family == socket.AF_UNIX:
             self._lent = Lent(self._socket)
             live.lenders.add(self._lent)
+        self._ways = Ways()
         self._changed = changed
         self._lost = lost
         self._new: list[Buffer | Range] = []  # put since the last flush
@@ -90,11 +93,6 @@ class Outbox:
         self._timer: asyncio.TimerHandle | None = None
         self._progress = False  # since the timer began
         self._closed = False
-
-    @property
-    def lends(self) -> bool:
-        """Ranges are lent to the socket, not copied when they are sent."""
-        return self._lent is not None
 
     def put(self, reply: Buffer) -> None:
         """Not empty, and the outbox's from now on."""
@@ -109,7 +107,7 @@ class Outbox:
 
     def put_range(self, position: int, length: int) -> None:
         """`length` bytes of the data file, which this turn of the loop has found to be those that were asked for."""
-        self._new.append(Range(position, length))
+        self._new.append(Range(position, length, self._lent is not None and self._ways.lends_next(length)))
         self._new_ranges += 1
         self.pending += length
 
@@ -206,9 +204,9 @@ class Outbox:
         """As much as the socket takes."""
         while self._queue:
             head = self._queue[0]
-            if self._lent is not None and isinstance(head, Range):
+            if isinstance(head, Range) and head.lends:
                 wanted = self._ready(head, PIECE)
-                sent = self._lend(self._lent, head, wanted) if wanted else 0
+                sent = self._lend(head, wanted) if wanted else 0
             else:
                 parts, wanted = self._next()
                 sent = self._write(parts) if parts else 0
@@ -223,12 +221,12 @@ class Outbox:
                 return
 
     def _next(self) -> tuple[list[Buffer], int]:
-        """What to send now, and its length; without ranges where they are lent."""
+        """What to send now, and its length, up to a range that is lent."""
         parts: list[Buffer] = []
         wanted = 0
         for each in self._queue:
             part: Buffer | None = each if not isinstance(each, Range) else None
-            if isinstance(each, Range) and self._lent is None:
+            if isinstance(each, Range) and not each.lends:
                 part = self._mapped(each, PIECE - wanted)
             if part is None:
                 break
@@ -256,8 +254,9 @@ class Outbox:
             self._take([each])
         return part
 
-    def _lend(self, lent: Lent, each: Range, length: int) -> int:
+    def _lend(self, each: Range, length: int) -> int:
         """Bytes that the socket took of the next `length`."""
+        assert self._lent is not None
         try:
             sent = os.sendfile(self.fd, self._data.fd, each.position, length)
         except BlockingIOError:
@@ -268,7 +267,7 @@ class Outbox:
                 return 0
             sent = 0
         if sent:
-            lent.add(each.position, sent)
+            self._lent.add(each.position, sent)
             self.pending -= sent
         else:  # the disk failed, the file is shorter than it should be, or is of no such kind: reading it tells
             self._take([each])

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -365,14 +366,32 @@ def test_large_reads_are_the_same_bytes_lent_and_copied(
     request: pytest.FixtureRequest, serving: Serving, monkeypatch: pytest.MonkeyPatch, kind: str, lends: bool
 ) -> None:
     client: Client = request.getfixturevalue(kind)
-    monkeypatch.setattr(Ways, "asked", lambda ways, _: setattr(ways, "lends", lends))
-    lent = _calls(monkeypatch, Outbox, "put_range")
+    monkeypatch.setattr(Ways, "lends_next", lambda *_: lends)
+    lent = _calls(monkeypatch, Outbox, "_lend")
     data = pattern(21, 8 * MIB)
     client.write(0, data)
     for length in (32 * KIB, 100_000, MIB):
         for start in (0, 333, 5 * MIB):
             assert client.read(start, length) == data[start : start + length]
     assert bool(lent) is lends
+
+
+@pytest.mark.interpreted("what it measures is told instead")
+def test_large_reads_of_which_some_are_lent_and_some_copied_come_in_order(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = cycle([True, False, False, True, True])
+    monkeypatch.setattr(Ways, "lends_next", lambda *_: next(turns))
+    data = pattern(22, 8 * MIB)
+    client.write(0, data)
+    lengths = [32 * KIB, 4 * KIB, 200_000, MIB, 64 * KIB, 2 * MIB, 3 * MIB]
+    asked = [(333 * number, lengths[number % len(lengths)]) for number in range(60)]
+    cookies = [client.send(READ, start, length) for start, length in asked]
+    got = {}
+    for _ in asked:
+        reply = client.reply()
+        got[reply.cookie] = reply.payload
+    assert [got[each] == data[o : o + n] for each, (o, n) in zip(cookies, asked, strict=True)] == [True] * len(asked)
 
 
 @pytest.mark.interpreted("a class of ours is watched")
