@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 SCRATCH = 256 * KiB  # bytes received at once; a full queue of small writes
 INLINE_READ: Final = 1 * MiB  # bytes; a larger read's copy would hold up the loop for longer than a thread costs
 SEND_BUFFER = 4 * MiB  # bytes
+LOCAL_SEND_BUFFER = 512 * KiB  # over TCP to the same machine: what is sent and received stays in the processor's cache
 UNIX_SEND_BUFFER = 1 * MiB  # and as many: what is in it is lent (lent.py), so that a peer may keep it from others
 PIECE: Final = 64 * KiB  # bytes of a write beyond which it is written as it comes in, up to each multiple of that
 IN_FLIGHT: Final = 64 * MiB  # bytes a connection may have in work: one request of the largest size
@@ -1055,11 +1056,20 @@ def _errno(error: Exception) -> int:
 
 def _enlarge(sock: socket.socket) -> None:
     """Room for large replies: a unix socket's buffer does not grow by itself, and TCP's only after some of them."""
-    size = UNIX_SEND_BUFFER if sock.family == socket.AF_UNIX else SEND_BUFFER
+    size = _send_buffer(sock)
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size)
     except OSError:  # not root: as much as everybody may have
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+
+
+def _send_buffer(sock: socket.socket) -> int:
+    if sock.family == socket.AF_UNIX:
+        return UNIX_SEND_BUFFER
+    try:
+        return LOCAL_SEND_BUFFER if sock.getpeername()[0] == sock.getsockname()[0] else SEND_BUFFER
+    except OSError:  # it has gone
+        return SEND_BUFFER
 
 
 def new_buffer(length: int) -> memoryview:

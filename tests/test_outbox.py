@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from nbdthin import connection
 from nbdthin.lent import Lent
 from nbdthin.outbox import ARENA, HIGH, Outbox
 from nbdthin.pool.live import LivePool
@@ -64,8 +65,8 @@ class Boxed:
     lost: list[OSError]
 
 
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def tcp_pair(address: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
+    with socket.create_server((address, 0)) as listener:
         theirs = socket.create_connection(listener.getsockname())
         return listener.accept()[0], theirs
 
@@ -364,6 +365,20 @@ def test_what_has_been_read_is_lent_no_more_nor_what_more_than_the_buffer_has_fo
         assert lent.unread()[-1] == (99 * MiB, MiB)
         assert theirs.recv(100) == b"unread"
         assert lent.unread() == []
+
+
+def test_over_tcp_within_the_machine_the_send_buffer_is_small() -> None:
+    """Another address of this machine is taken for another one."""
+    for address, size in (("127.0.0.1", connection.LOCAL_SEND_BUFFER), ("127.0.0.2", connection.SEND_BUFFER)):
+        ours, theirs = tcp_pair(address)
+        with ours, theirs:
+            theirs.settimeout(1)
+            connection._enlarge(theirs)
+            assert theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) in (2 * size, 2 * _most_for_everybody())
+
+
+def _most_for_everybody() -> int:
+    return int(Path("/proc/sys/net/core/wmem_max").read_text())
 
 
 def _receive(sock: socket.socket, length: int) -> bytes:
