@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -133,18 +134,12 @@ def test_a_client_alone_is_synced_for_by_the_loop_and_one_beside_others_is_not(
     monkeypatch.setattr("nbdthin.pool.live.QUICK_SYNC", 60.0)  # this disk is
     data = serving.live.pool.data
     assert (client.write(0, bytes(4096)), client.call(FLUSH, 0, 0)) == (0, 0)
-    by_the_loop: list[bool] = []
-    real = data.sync
-
-    def sync() -> None:
-        by_the_loop.append(threading.current_thread().name != "nbdthin-sync")
-        real()
+    by_the_loop = _syncs_by_the_loop(monkeypatch, data)
 
     def overwrite_and_flush() -> None:
         assert (client.write(0, bytes(4096)), client.call(FLUSH, 0, 0)) == (0, 0)
         assert not data.dirty
 
-    monkeypatch.setattr(data, "sync", sync)
     for _ in range(ALONE + 2):
         overwrite_and_flush()
     assert by_the_loop == [False] * (ALONE - 1) + [True] * 3
@@ -157,6 +152,48 @@ def test_a_client_alone_is_synced_for_by_the_loop_and_one_beside_others_is_not(
     overwrite_and_flush()
     assert not by_the_loop[-1]
     other.close()
+
+
+def test_several_who_flush_every_write_are_synced_for_by_the_loop_until_somebody_else_comes(
+    serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "QUICK_SYNC", 60.0)  # whatever disk this is
+    assert (client.write(0, bytes(64 * KIB)), client.call(FLUSH, 0, 0)) == (0, 0)
+    by_the_loop = _syncs_by_the_loop(monkeypatch, serving.live.pool.data)
+    with closing(Client(serving.socket, "web")) as second, closing(Client(serving.socket, "web")) as reader:
+
+        def overwrite_and_flush() -> None:
+            for each in (client, second):
+                assert (each.write(0, bytes(4096)), each.call(FLUSH, 0, 0)) == (0, 0)
+
+        for _ in range(2 * ALONE):
+            overwrite_and_flush()
+        assert by_the_loop[0] is False
+        assert by_the_loop[-ALONE:] == [True] * ALONE
+        assert reader.read(0, 512) == bytes(512)
+        overwrite_and_flush()
+        assert by_the_loop[-2:] == [False, False]
+        for _ in range(ALONE):
+            overwrite_and_flush()
+        assert by_the_loop[-1] is True
+        assert second.write(4096, bytes(4096)) == 0, "a second write before the flush"
+        assert second.write(8192, bytes(4096)) == 0
+        assert (client.write(0, bytes(4096)), second.write(4096, bytes(4096))) == (0, 0)
+        assert client.call(FLUSH, 0, 0) == 0
+        assert by_the_loop[-1] is False, "one of them does something else now"
+
+
+def _syncs_by_the_loop(monkeypatch: pytest.MonkeyPatch, data: DataFile) -> list[bool]:
+    """Of each sync of `data` from now on, whether the loop itself waits for it."""
+    found: list[bool] = []
+    real = data.sync
+
+    def sync() -> None:
+        found.append(threading.current_thread().name != "nbdthin-sync")
+        real()
+
+    monkeypatch.setattr(data, "sync", sync)
+    return found
 
 
 def test_whoever_flushes_after_every_write_finds_it_synced_already_and_once(

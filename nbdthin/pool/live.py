@@ -110,6 +110,7 @@ class LivePool:
         self._served_since = 0.0
         self._committing: asyncio.Task[None] | None = None
         self._sync_took = QUICK_SYNC  # seconds, the last time
+        self.all_flush = False  # all clients, each of their writes: nobody else waits for the loop
         self._crowd = Crowd()  # who asks for syncs
         self._reclaiming: asyncio.Task[None] | None = None
         self.lenders = Lenders(pool.block_size)
@@ -361,18 +362,24 @@ class LivePool:
 
     async def _commit_batch(self) -> None:
         self.pool.check_writable()
+        if self.all_flush and self._commit_here():
+            return
         batch = self.pool.unwritten or self.pool.begin()
         await self._sync_batch(batch)
         self._finish(batch)
 
     def commit_now(self) -> bool:
-        """Commit an overwrite in place in the loop itself, where that is short; False: ask `durable`.
+        """Commit overwrites in place in the loop itself, where that is short; False: ask `durable`.
 
-        For a client that is alone: handing over to the thread and back costs as much as the sync of a quick disk. A
-        disk that is quick no longer holds up the loop once: then the thread is asked until it is quick again. Raises
-        PoolFailed.
+        For a client that is alone. Raises PoolFailed.
         """
-        if self._committing is not None or self._sync_took >= QUICK_SYNC or not 0 < self.pool.overwritten <= LITTLE:
+        return self._committing is None and self._commit_here()
+
+    def _commit_here(self) -> bool:
+        """Handing over to the thread and back costs as much as the sync of a quick disk. A disk that is quick no longer
+        holds up the loop once: then the thread is asked until it is quick again.
+        """
+        if self._sync_took >= QUICK_SYNC or not 0 < self.pool.overwritten <= LITTLE:
             return False
         if self.pool.unwritten is not None:  # given up for want of room
             return False
