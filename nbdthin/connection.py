@@ -456,7 +456,7 @@ class Connection(asyncio.BufferedProtocol):
         if server.speaker is not self:
             server.speaker, server.turns_alone, server.flushes_alone = self, 0, 0
             if self._writes > 1 or not self._alternations:
-                server.flushes = 0
+                server.flushes, self._live.all_flush = 0, False
             server.share = max(2 * server.handled, SHARE)
         server.turns_alone += 1
         left = share = server.share if server.turns_alone <= ALONE else ALL
