@@ -181,6 +181,12 @@ def test_several_who_flush_every_write_are_synced_for_by_the_loop_until_somebody
         assert (client.write(0, bytes(4096)), second.write(4096, bytes(4096))) == (0, 0)
         assert client.call(FLUSH, 0, 0) == 0
         assert by_the_loop[-1] is False, "one of them does something else now"
+        for _ in range(2 * ALONE):
+            overwrite_and_flush()
+        assert by_the_loop[-1] is True
+        assert reader.write(64 * KIB, bytes(4096), FUA) == 0, "a new block"
+        assert reader.write(64 * KIB, bytes(4096), FUA) == 0
+        assert by_the_loop[-1] is False, "who is durable without a flush is somebody else, too"
 
 
 def _syncs_by_the_loop(monkeypatch: pytest.MonkeyPatch, data: DataFile) -> list[bool]:

@@ -54,6 +54,14 @@ def test_what_has_become_faster_is_found_again(before: bool) -> None:
     assert (part(client.read(2 * AGAIN)) < 0.05) is before
 
 
+def test_one_bad_measure_does_not_decide_for_long() -> None:
+    client = Client(2e9, 1e9)
+    client.read(2)
+    client.copied = 3e9
+    client.read(6 * FIRST)
+    assert part(client.read(AGAIN)) < 0.1
+
+
 def test_the_other_way_is_tried_less_and_less_often() -> None:
     client = Client(1e9, 3e9)
     first, later = client.read(8 * FIRST), client.read(8 * AGAIN)
