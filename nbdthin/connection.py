@@ -456,7 +456,7 @@ class Connection(asyncio.BufferedProtocol):
         if server.speaker is not self:
             server.speaker, server.turns_alone, server.flushes_alone = self, 0, 0
             if self._writes > 1 or not self._alternations:
-                server.flushes, self._live.all_flush = 0, False
+                self._live.flushes = 0
             server.share = max(2 * server.handled, SHARE)
         server.turns_alone += 1
         left = share = server.share if server.turns_alone <= ALONE else ALL
@@ -926,8 +926,7 @@ class Connection(asyncio.BufferedProtocol):
         """`last`: nothing has been received behind it."""
         server = self._server
         server.flushes_alone += 1
-        server.flushes += 1
-        self._live.all_flush = server.flushes > ALONE
+        self._live.flushes += 1
         self._alternations = self._alternations + 1 if self._writes == 1 else 0
         self._writes = 0
         if last and not self._tasks and server.flushes_alone > ALONE and self._live.commit_now():

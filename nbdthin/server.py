@@ -64,7 +64,6 @@ class Server:
         self.speaker: Connection | None = None  # who sent last
         self.turns_alone = 0  # that it has had since someone else sent
         self.flushes_alone = 0  # that it has asked for since
-        self.flushes = 0  # since anybody sent who does not flush each of his writes
         self.handled = 0  # requests in the last turn, large ones counted as more
         self.share = 0  # of these that the speaker may have in a turn, until it is found to be alone
         live.users = self.holders

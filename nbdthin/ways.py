@@ -1,9 +1,9 @@
 """How a large read of what is cached is answered over a unix socket: copied into it once, or lent (lent.py).
 
 Lending saves the daemon that copy, and its client copies from pages that no processor has in its cache. Which is faster
-depends on the machine: 1 MiB at depth 8 is twice as fast lent on one, and 1.2 to 2 times as fast copied on another. So
-it is measured, for each connection, as sizes and depths differ too: SPAN bytes are answered one way, and now and then
-the other.
+depends on the machine: 1 MiB at depth 8 is half as fast again lent on one, and 1.2 to 1.8 times as fast copied on
+another. So it is measured, for each connection, as sizes and depths differ too: SPAN bytes are answered one way, and
+now and then the other.
 """
 
 from __future__ import annotations

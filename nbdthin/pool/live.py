@@ -54,6 +54,7 @@ IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough
 QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 SLOW_SYNC = 0.0005  # seconds; a sync that takes longer waits for all who are about to ask for one
 MOST_GATHERING = 0.005  # seconds
+FLUSHES = 8  # since anybody did anything else, from which on the loop may do it for several clients
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
 POLL = 1.0  # seconds between looks at a full file system while somebody waits for it: others free space unseen
@@ -110,7 +111,7 @@ class LivePool:
         self._served_since = 0.0
         self._committing: asyncio.Task[None] | None = None
         self._sync_took = QUICK_SYNC  # seconds, the last time
-        self.all_flush = False  # all clients, each of their writes: nobody else waits for the loop
+        self.flushes = 0  # since a client sent who does not flush each of his writes, and may wait for the loop
         self._crowd = Crowd()  # who asks for syncs
         self._reclaiming: asyncio.Task[None] | None = None
         self.lenders = Lenders(pool.block_size)
@@ -362,7 +363,7 @@ class LivePool:
 
     async def _commit_batch(self) -> None:
         self.pool.check_writable()
-        if self.all_flush and self._commit_here():
+        if self.flushes > FLUSHES and self._commit_here():
             return
         batch = self.pool.unwritten or self.pool.begin()
         await self._sync_batch(batch)
@@ -376,7 +377,9 @@ class LivePool:
         return self._committing is None and self._commit_here()
 
     def _commit_here(self) -> bool:
-        """Handing over to the thread and back costs as much as the sync of a quick disk. A disk that is quick no longer
+        """Whether it was short. Raises PoolFailed.
+
+        Handing over to the thread and back costs as much as the sync of a quick disk. A disk that is quick no longer
         holds up the loop once: then the thread is asked until it is quick again.
         """
         if self._sync_took >= QUICK_SYNC or not 0 < self.pool.overwritten <= LITTLE:
