@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import psutil
 import pytest
+from benchlib.__main__ import SERVERS
 from benchlib.errors import BenchError
 from benchlib.ranges import check_map
+from benchlib.servers import Server, State
+from benchlib.standings import Cell, Holds, Ratio, Sample, in_question, standings
+from benchlib.works import WORKS, Work
 
 from tests.conftest import missing, need, need_root
 
@@ -34,7 +38,7 @@ def programs() -> None:
 
 
 def start(directory: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.Popen[str]:
-    small = ("--directory", str(directory), "--size", "2M", "--rounds", "1")
+    small = ("--directory", str(directory), "--size", "2M", "--rounds", "1", "--most", "1")
     return subprocess.Popen(
         [BENCH, *small, *arguments],
         stdout=subprocess.PIPE,
@@ -56,7 +60,7 @@ def test_cells_are_measured_in_turn_verified_and_told_as_a_table_and_as_json(tmp
     report = tmp_path / "report.json"
     images = tmp_path / "images"
     images.mkdir()
-    with start(images, "--seconds", "0.2", "--only", cells, "--json", str(report)) as bench:
+    with start(images, "--seconds", "0.2", "--only", cells, "--most", "2", "--json", str(report)) as bench:
         table, said = bench.communicate(timeout=120)
     assert bench.returncode == 0, table + said
     assert "Warm page cache" in table
@@ -74,6 +78,10 @@ def test_cells_are_measured_in_turn_verified_and_told_as_a_table_and_as_json(tmp
     assert standings["first-4k-d32"]["best_peer"] == "nbdkit cow 4K", "a raw file is no peer of a clone"
     for standing in standings.values():
         assert standing["holds"] == (standing["ratio"] >= standing["at_least"])
+        assert not standing["surely"] and standing["ratio_to"] is None, "two rounds say nothing"
+    rounds = {(cell["work"], cell["server"]): len(cell["rounds"]) for cell in told["cells"]}
+    assert rounds["read-4k-d32", "nbdthin"] == rounds["read-4k-d32", "nbdkit file"] == 2
+    assert rounds["read-4k-d32", "nbdkit cow 4K"] == 1, "the bar is not over it"
     checked = {(verdict["server"], verdict["image"]) for verdict in told["verified"]}
     assert {("nbdthin", "full"), ("nbdthin", "clone"), ("nbdkit file", "full")} <= checked
     assert list(images.iterdir()) == []
@@ -122,6 +130,56 @@ def test_a_map_with_a_hole_too_many_or_too_few_is_wrong() -> None:
     ):
         with pytest.raises(BenchError, match=place):
             check_map(np.array(wrong, dtype=np.uint64), 4 * part)
+
+
+def measured(server: Server, rates: Sequence[float], work: Work) -> Cell:
+    return Cell(work, server, State.FULL, samples=[Sample(rate, 1.0, cpu=0.5) for rate in rates])
+
+
+READ = next(work for work in WORKS if work.key == "read-4k-d32")  # at least 1.2 of the best raw peer
+OURS, *OTHERS = SERVERS
+FILE, OVERLAY = (next(each for each in OTHERS if each.name == name) for name in ("nbdkit file", "nbdkit cow 4K"))
+
+
+def test_servers_are_compared_round_by_round() -> None:
+    """A machine that has become twice as slow has done so for both."""
+    ours = measured(OURS, [1300, 1250, 650, 1350, 640], READ)
+    peer = measured(FILE, [1000, 1000, 500, 1000, 500], READ)
+    (standing,) = standings([ours, peer])
+    assert standing.ratio == Ratio(median=1.3, low=1.25, high=1.35)
+    assert standing.holds is Holds.YES
+
+
+@pytest.mark.parametrize(
+    ("ratios", "holds"),
+    [
+        ([1.3] * 4, Holds.PERHAPS),  # four rounds agree by chance once in eight times
+        ([1.3] * 5, Holds.YES),
+        ([1.3] * 4 + [1.1], Holds.PERHAPS),
+        ([1.3] * 8 + [1.1], Holds.YES),
+        ([1.1] * 3 + [1.3] * 2, Holds.HARDLY),
+        ([1.1] * 5, Holds.NO),
+        ([1.1] * 8 + [1.3], Holds.NO),
+    ],
+)
+def test_a_row_is_sure_when_its_rounds_agree(ratios: list[float], holds: Holds) -> None:
+    (standing,) = standings([measured(OURS, ratios, READ), measured(FILE, [1] * len(ratios), READ)])
+    assert standing.holds is holds
+
+
+def test_further_rounds_leave_out_who_is_surely_behind() -> None:
+    ours = measured(OURS, [1.3, 1.1, 1.3, 1.3, 1.3], READ)
+    near, far = measured(FILE, [1.0] * 5, READ), measured(OVERLAY, [0.5] * 5, READ)
+    server = next(each for each in OTHERS if each.name == "nbd-server")
+    behind = measured(server, [0.8] * 5, READ)
+    assert in_question([ours, near, far, behind]) == [ours, near]
+    assert in_question([ours, behind]) == []
+
+
+def test_a_row_is_missed_surely_when_one_peer_is_surely_too_near() -> None:
+    ours = measured(OURS, [1.1, 1.15, 1.1, 1.15, 1.1], READ)
+    near, nearer = (measured(each, [1.0] * 5, READ) for each in (FILE, OVERLAY))
+    assert in_question([ours, near, nearer]) == []
 
 
 def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:

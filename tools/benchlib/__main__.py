@@ -20,8 +20,9 @@ from .errors import BenchError
 from .options import pattern
 from .ours import Nbdthin, choose_data_path
 from .peers import PEERS
-from .rounds import Bench, Cell, Plan, cells
+from .rounds import Bench, Plan, cells
 from .servers import Ground, Server
+from .standings import Cell
 from .trials import Trial, trials
 from .trials import run as run_trials
 from .works import FIRST_WRITE_SHARE, TREE_TASKS, WORKS
@@ -59,6 +60,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="small and short, under 3 minutes: proves the data, not the times")
     add("--rounds", type=int, metavar="N", help="rounds in turn, of which the median counts (5; quick: 1)")
+    add("--most", type=int, metavar="N", help="rounds where they leave it unsure whether a row holds (3 times as many)")
     add("--seconds", type=float, metavar="S", help="length of one run of one cell (1; quick: 0.2)")
     add("--mapped", type=_blocks, metavar="N", help="blocks mapped for the last works (1M; quick: 64K)")
     add("--size", type=_size, metavar="SIZE", help="of each image (512M; quick: 128M)")
@@ -73,10 +75,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(arguments: argparse.Namespace) -> Plan:
     quick: bool = arguments.quick
+    rounds: int = arguments.rounds or (1 if quick else 5)
     return Plan(
         size=arguments.size or (128 * MiB if quick else 512 * MiB),
         seconds=arguments.seconds or (0.2 if quick else 1.0),
-        rounds=arguments.rounds or (1 if quick else 5),
+        rounds=rounds,
+        most=arguments.most or (rounds if quick else 3 * rounds),
         mapped=arguments.mapped or (64 << 10 if quick else 1 << 20),
         warm_up=not quick,
         trimmed=_trimmed(arguments.directory, GiB if quick else 100 * GiB),

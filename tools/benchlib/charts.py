@@ -12,8 +12,9 @@ from xml.sax.saxutils import escape
 
 from nbdthin.units import format_size
 
-from .report import Result, Standing, peers_of, standings, title, who
-from .rounds import Cell, Plan
+from .report import Result, best_of, standing_title, title, who
+from .rounds import Plan
+from .standings import Cell, Standing, peers_of, standings
 from .works import Work
 
 _STYLE = """\
@@ -28,6 +29,7 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 }
 .ours { fill: #1a7f37 }
 .behind { fill: #bc4c00 }
 .other { fill: #8c959f }
+.sure { fill: #1f2328 }
 @media (prefers-color-scheme: dark) {
   text { fill: #f0f6fc }
   .small { fill: #9198a1 }
@@ -38,6 +40,7 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 }
   .ours { fill: #3fb950 }
   .behind { fill: #f0883e }
   .other { fill: #656c76 }
+  .sure { fill: #f0f6fc }
 }"""
 _WIDTH = 900
 _MARGIN = 20
@@ -82,17 +85,17 @@ def _line(x: float, top: float, bottom: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
 
 
-def _rect(x: float, y: float, width: float, kind: str) -> str:
-    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{max(width, 1):.1f}" height="{_BAR}" rx="2"/>'
+def _rect(x: float, y: float, width: float, kind: str, height: float = _BAR) -> str:
+    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{max(width, 1):.1f}" height="{height}" rx="2"/>'
 
 
 def _how(plan: Plan) -> str:
-    return f"{plan.rounds} rounds of {plan.seconds:g} s in turn, images of {format_size(plan.size)}"
+    return f"{plan.rounds} to {plan.most} rounds of {plan.seconds:g} s in turn, images of {format_size(plan.size)}"
 
 
 def _ratios(found: Sequence[Standing], plan: Plan) -> str:
     height = _HEAD + _ROW * (len(found) + 1) + _MARGIN
-    below = f"Rate over the best peer's, logarithmic; the mark is what it shall be at least; {_how(plan)}."
+    below = f"Rate over the best peer's, and where it surely lies; the mark is the least it shall be; {_how(plan)}."
     return _svg(height, "nbdthin and the best peer of each work", below, _ratio_parts(found, plan))
 
 
@@ -104,12 +107,14 @@ def _ratio_parts(found: Sequence[Standing], plan: Plan) -> Iterator[str]:
         yield _text(_place(ratio) - 8, bottom + 16, f"{ratio:g}" if ratio >= 1 else f"1/{1 / ratio:g}", "small")
     for number, each in enumerate(found):
         top = _HEAD + _ROW * number + (_ROW - _BAR) / 2
-        base, end = sorted((_place(1), _place(each.ratio)))
-        yield _text(_MARGIN + _NAMES - 10, top + 11, each.title(plan), "right")
-        yield _rect(base, top, end - base, "ours" if each.holds else "behind")
+        base, end = sorted((_place(1), _place(each.ratio.median)))
+        low, high = _place(each.ratio.low), _place(each.ratio.high)
+        yield _text(_MARGIN + _NAMES - 10, top + 11, standing_title(each, plan), "right")
+        yield _rect(base, top, end - base, "ours" if each.ratio.median >= each.bar.least else "behind")
+        yield _rect(low, top + _BAR / 2 - 1, high - low, "sure", height=2)
         yield _line(_place(each.bar.least), top - 3, top + _BAR + 3, "bar")
-        beside = max(end, _place(each.bar.least)) + 6
-        yield _text(beside, top + 11, f"{each.ratio:.2f}, {each.against}", "small")
+        beside = max(end, high, _place(each.bar.least)) + 6
+        yield _text(beside, top + 11, f"{each.ratio.median:.2f}, {best_of(each)}", "small")
 
 
 def _place(ratio: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,66 +16,13 @@ from rich.table import Table
 
 from nbdthin.units import format_size
 
-from .rounds import Cell, Plan, Verdict
+from .rounds import Plan, Verdict
 from .servers import State
+from .standings import Cell, Ratio, Standing, peers_of, standings
 from .trials import Trial
-from .works import Bar, Load, Task, Work
+from .works import Load, Task, Work
 
 _PIPED_WIDTH = 190  # without a terminal to ask: wide enough for the longest row
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How nbdthin's `ours` stands to what it is measured against, and to what it shall be."""
-
-    ours: Cell
-    bar: Bar
-    best: Cell  # the highest rate of those that it is over
-    best_cow: Cell | None  # the highest of those that are more than a plain file
-
-    def title(self, plan: Plan) -> str:
-        title = plan.title(self.ours.work)
-        return f"{title}: {self.ours.state.value}" if len(self.ours.work.states) > 1 else title
-
-    @property
-    def against(self) -> str:
-        return who(self.best) if self.bar.own is None else f"its own {self.bar.own.value}"
-
-    @property
-    def ratio(self) -> float:
-        return self.ours.rate / self.best.rate
-
-    @property
-    def cpu_ratio(self) -> float | None:
-        """None where the best took less CPU time than can be told."""
-        return self.ours.cpu / self.best.cpu if self.best.cpu else None
-
-    @property
-    def holds(self) -> bool:
-        return self.ratio >= self.bar.least
-
-
-def peers_of(cell: Cell, all_cells: Sequence[Cell]) -> list[Cell]:
-    """Those that did the same work on an image in the same state, best first."""
-    same = (other for other in all_cells if other.samples and other.work is cell.work and other.state is cell.state)
-    return sorted((each for each in same if each.server.name in cell.work.against.names), key=lambda each: -each.rate)
-
-
-def standings(all_cells: Sequence[Cell]) -> list[Standing]:
-    """Of each bar that could be tried."""
-    found = []
-    for ours in (cell for cell in all_cells if cell.is_ours and cell.samples):
-        for bar in (bar for bar in ours.work.bars if bar.state is ours.state):
-            against = peers_of(ours, all_cells)
-            cow = next((peer for peer in against if not peer.server.is_raw(peer.state)), None)
-            if bar.own is not None:
-                same = (cell for cell in all_cells if cell.is_ours and cell.work is ours.work and cell.samples)
-                against, cow = [cell for cell in same if cell.state is bar.own], None
-            elif over := ours.work.against.over:
-                against = [peer for peer in against if peer.server.name in over]
-            if against:
-                found.append(Standing(ours, bar, against[0], cow))
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +46,8 @@ def print_report(result: Result) -> None:
     console = Console(width=_PIPED_WIDTH if piped else None, highlight=False)
     console.print(
         f"Warm page cache, unix socket, one connection, images of {format_size(plan.size)}, unless it says otherwise; "
-        f"medians of {plan.rounds} in turn, {plan.seconds:g} s each. Compare ratios, not machines."
+        f"{plan.rounds} to {plan.most} rounds in turn, {plan.seconds:g} s each. Figures are medians of them, also "
+        "ratios, taken in each; in brackets is where a ratio surely lies. Compare ratios, not machines."
     )
     console.print(", ".join(f"{name} {value}" for name, value in result.facts.items()))
     console.print()
@@ -133,6 +82,16 @@ def title(work: Work, plan: Plan) -> str:
     return plan.title(work) if work.unit == "requests" else f"{plan.title(work)}, {work.unit}"
 
 
+def standing_title(standing: Standing, plan: Plan) -> str:
+    work, state = standing.ours.work, standing.ours.state
+    return f"{plan.title(work)}: {state.value}" if len(work.states) > 1 else plan.title(work)
+
+
+def best_of(standing: Standing) -> str:
+    own = standing.bar.own
+    return who(standing.best) if own is None else f"its own {own.value}"
+
+
 def who(cell: Cell) -> str:
     return f"{cell.server.name}, raw" if cell.server.is_raw(cell.state) else cell.server.name
 
@@ -151,7 +110,7 @@ def _figures(cell: Cell, measured: Sequence[Cell]) -> list[str]:
     return [
         _number(cell.rate),
         f"{_number(min(rates))}-{_number(max(rates))}",
-        f"{cell.rate / peers[0].rate:.2f}" if peers else "-",
+        f"{Ratio.of(cell, peers[0]).median:.2f}" if peers else "-",
         f"{1e6 * cell.cpu:,.1f}",
         "-" if p99 is None else f"{1e6 * p99:,.0f}",
         "-" if busy is None else f"{100 * busy:.0f} %",
@@ -172,24 +131,25 @@ def _standings(found: Sequence[Standing], plan: Plan, style: box.Box) -> Table:
     table = Table(box=style)
     table.add_column("work")
     table.add_column("best peer")
-    for heading in ("nbdthin / it", "at least", "aim", "CPU / its", "aim", "/ best CoW peer"):
+    for heading in ("nbdthin / it", "", "at least", "aim", "CPU / its", "aim", "/ best CoW peer"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("holds")
     for each in found:
         bar, cpu = each.bar, each.cpu_ratio
         table.add_row(
-            each.title(plan),
-            each.against,
-            f"{each.ratio:.2f}",
+            standing_title(each, plan),
+            best_of(each),
+            f"{each.ratio.median:.2f}",
+            f"({each.ratio.low:.2f}-{each.ratio.high:.2f})",
             f"{bar.least:g}",
             f"{bar.aim:g}",
             "-" if cpu is None else f"{cpu:.2f}",
             "" if bar.cpu is None else f"{bar.cpu:g}",
-            f"{each.ours.rate / each.best_cow.rate:.2f}" if each.best_cow else "-",
-            "yes" if each.holds else "NO",
+            f"{Ratio.of(each.ours, each.best_cow).median:.2f}" if each.best_cow else "-",
+            each.holds.value,
         )
     table.add_section()
-    holding = sum(each.holds for each in found)
+    holding = sum(each.ratio.median >= each.bar.least for each in found)
     table.add_row(f"{holding} of {len(found)} hold", style="bold")
     return table
 
@@ -207,7 +167,7 @@ def _note(cell: Cell, measured: Sequence[Cell]) -> str:
     if cell.state.depth <= 1:
         return ""
     short = [c for c in measured if c.server is cell.server and c.work is cell.work and c.state is State.CHAIN_1]
-    return f"{cell.rate / short[0].rate:.2f} of its chain of 1" if short and short[0].samples else ""
+    return f"{Ratio.of(cell, short[0]).median:.2f} of its chain of 1" if short and short[0].samples else ""
 
 
 def _trials(result: Result, style: box.Box) -> Table:
@@ -252,6 +212,7 @@ def write_json(path: Path, result: Result) -> None:
         "size": result.plan.size,
         "seconds": result.plan.seconds,
         "rounds": result.plan.rounds,
+        "rounds_at_most": result.plan.most,
         "settings": {
             name: [{"arguments": s.arguments, "reason": s.reason} for s in server.settings]
             for name, server in servers.items()
@@ -281,21 +242,24 @@ def write_json(path: Path, result: Result) -> None:
 def _standing(each: Standing, plan: Plan) -> dict[str, object]:
     return {
         "work": each.ours.work.key,
-        "title": each.title(plan),
+        "title": standing_title(each, plan),
         "against": each.ours.work.against.title,
         "image": each.ours.state.value,
         "over": list(each.ours.work.against.over or each.ours.work.against.names),
         "best_peer": each.best.server.name,
         "best_peer_image": each.best.state.value,
         "best_peer_is_raw": each.best.server.is_raw(each.best.state),
-        "ratio": each.ratio,
+        "ratio": each.ratio.median,
+        "ratio_from": each.ratio.low,
+        "ratio_to": each.ratio.high if math.isfinite(each.ratio.high) else None,
         "at_least": each.bar.least,
         "aim": each.bar.aim,
         "cpu_ratio": each.cpu_ratio,
         "cpu_aim": each.bar.cpu,
         "best_cow_peer": each.best_cow.server.name if each.best_cow else None,
-        "ratio_to_best_cow_peer": each.ours.rate / each.best_cow.rate if each.best_cow else None,
-        "holds": each.holds,
+        "ratio_to_best_cow_peer": Ratio.of(each.ours, each.best_cow).median if each.best_cow else None,
+        "holds": each.ratio.median >= each.bar.least,
+        "surely": each.holds.is_sure,
     }
 
 
@@ -319,7 +283,7 @@ def _cell(cell: Cell, result: Result) -> dict[str, object]:
         "per_second": cell.rate,
         "rounds": [sample.rate for sample in cell.samples],
         "seconds": [sample.seconds for sample in cell.samples],
-        "ratio_to_best_peer": cell.rate / peers[0].rate if peers else None,
+        "ratio_to_best_peer": Ratio.of(cell, peers[0]).median if peers else None,
         "cpu_us_each": 1e6 * cell.cpu,
         "p99_us": None if p99 is None else 1e6 * p99,
         "client_busy": _busy(cell),

@@ -6,11 +6,10 @@ goes wrong on the way stays in its cell (`failure`), so that one broken server c
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
@@ -21,73 +20,13 @@ from .errors import BenchError
 from .ours import Nbdthin
 from .process import cpu_seconds
 from .servers import Export, Ground, Server, State
+from .standings import Cell, Sample, in_question
 from .works import FIRST_WRITE_SHARE, Load, Task, Work
 
 _WARM_UP = 0.3  # seconds: first touches, thread pools, socket buffers
 _CHILD_ENDS = 0.03  # seconds for a server's child to end after its connection, and its parent to notice
 _FAULTS = (BenchError, OSError)  # OSError: the server broke its connection, or let it time out
 _VERIFIED = 64 << 20  # bytes written and read back with checksums, or all of a smaller image
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One round of one cell. A bounded work's runs on several images are added up."""
-
-    amount: float  # requests, or what else the work counts
-    seconds: float
-    cpu: float  # seconds of the server's process tree
-    p99: float | None = None  # seconds; None where it was not fio that asked
-    busy: float | None = None  # of fio
-
-    @property
-    def rate(self) -> float:
-        return self.amount / self.seconds
-
-    def __add__(self, other: Sample) -> Sample:
-        assert self.p99 is not None and other.p99 is not None and self.busy is not None and other.busy is not None
-        return Sample(
-            self.amount + other.amount,
-            self.seconds + other.seconds,
-            self.cpu + other.cpu,
-            max(self.p99, other.p99),  # the worst of them: fio tells percentiles, which cannot be added
-            max(self.busy, other.busy),
-        )
-
-
-@dataclass(slots=True)
-class Cell:
-    work: Work
-    server: Server
-    state: State
-    reason: str | None = None
-    failure: str | None = None
-    samples: list[Sample] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"{self.work.key}/{self.server.name}/{self.state.value}"
-
-    @property
-    def measurable(self) -> bool:
-        return self.reason is None and self.failure is None
-
-    @property
-    def is_ours(self) -> bool:
-        return self.server.name == Nbdthin.name
-
-    def median(self, figure: Callable[[Sample], float | None]) -> float | None:
-        """None where the samples have no such figure."""
-        figures = [value for value in map(figure, self.samples) if value is not None]
-        return statistics.median(figures) if figures else None
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(sample.rate for sample in self.samples)
-
-    @property
-    def cpu(self) -> float:
-        """Seconds of one request. Of all rounds together: the kernel tells CPU time in steps of 10 ms."""
-        return sum(sample.cpu for sample in self.samples) / sum(sample.amount for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +44,7 @@ class Plan:
     size: int  # bytes of each image
     seconds: float  # of one run
     rounds: int
+    most: int  # rounds, where it is not sure whether a row holds
     warm_up: bool
     mapped: int  # blocks of the pools of trials.py
     trimmed: int  # bytes of the volume that is trimmed
@@ -171,14 +111,16 @@ class Bench:
         self._verify(todo)
 
     def _measure(self, work: Work, todo: Sequence[Cell]) -> None:
-        """All rounds of one work, close in time for all servers."""
+        """All rounds of one work, close in time for all servers; more of them where they leave a row unsure."""
         ready = [cell for cell in todo if cell.measurable and self._prepare(cell)]
-        for number in range(self._plan.rounds):
+        for number in range(self._plan.most):
+            if number >= self._plan.rounds:
+                unsure = in_question(todo)
+                # Who has left stays out, as rounds are compared by their numbers.
+                ready = [cell for cell in ready if cell in unsure]
             for cell in ready:
                 if cell.measurable:
-                    self._say(
-                        f"{self._plan.title(work)}: round {number + 1} of {self._plan.rounds}, {cell.server.name}"
-                    )
+                    self._say(f"{self._plan.title(work)}: round {number + 1}, {cell.server.name}")
                     with _kept_in(cell):
                         cell.samples.append(self._round(cell, number))
         while self._lent:
