@@ -1,4 +1,4 @@
-"""The measuring: each work on each server in turn, A B C A B C, then every image checked.
+"""The measuring: each work on each server in turn, round by round, then every image checked.
 
 A cell is one work on one image of one server. What a cell cannot do is known before it starts (`reason`); what
 goes wrong on the way stays in its cell (`failure`), so that one broken server costs no other its figures.
@@ -6,6 +6,7 @@ goes wrong on the way stays in its cell (`failure`), so that one broken server c
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -118,7 +119,8 @@ class Bench:
                 unsure = in_question(todo)
                 # Who has left stays out, as rounds are compared by their numbers.
                 ready = [cell for cell in ready if cell in unsure]
-            for cell in ready:
+            # In another order each time: who was before leaves memory and disk as they are.
+            for cell in random.Random(number).sample(ready, len(ready)):
                 if cell.measurable:
                     self._say(f"{self._plan.title(work)}: round {number + 1}, {cell.server.name}")
                     with _kept_in(cell):
