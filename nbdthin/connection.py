@@ -762,19 +762,24 @@ class Connection(asyncio.BufferedProtocol):
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return
         segments = self._volume.segments(offset, length)
-        in_order = False
+        in_order = asked = False
         if length >= SEND:
             in_order, self._read_to = offset == self._read_to, offset + length
             if not in_order:
                 self._ahead_to = 0
             elif self._ahead_to:
                 self._read_ahead()
-            if self._all_cached(segments):
-                self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
-                return
+            if all(start == ZERO or count >= SEND for start, count in segments):  # else one read of all is cheaper
+                if self._all_cached(segments):
+                    self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
+                    return
+                data_file = self._live.pool.data
+                asked = not in_order and data_file.nowait and data_file.maps
         data = [segment for segment in segments if segment[0] != ZERO]
         view = new_buffer(sum(count for _, count in data))
-        done = length <= INLINE_READ and self._device.read_now(data, view)
+        if asked:  # the disk is, for all of it at once and no more: being refused, the kernel may read on behind it
+            self._live.pool.data.prefetch(data)
+        done = not asked and length <= INLINE_READ and self._device.read_now(data, view)
         if done or (self._is_awaited and not in_order and self._readers.wait_for(data, view)):
             self._put_view(flags, cookie, offset, segments, view)
         else:
@@ -794,9 +799,9 @@ class Connection(asyncio.BufferedProtocol):
         self._ahead_to = start
 
     def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
-        """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""
+        """All can be read when it is sent."""
         data = self._live.pool.data
-        return all(start == ZERO or (length >= SEND and data.is_cached(start, length)) for start, length in segments)
+        return all(start == ZERO or data.is_cached(start, length) for start, length in segments)
 
     def _read_verified(self, flags: int, cookie: int, offset: int, length: int) -> None:
         """As `_read`, of what has been compared with its checksums."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -11,15 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import psutil
 import pytest
+from benchlib import rounds as rounds_module
 from benchlib.__main__ import SERVERS
 from benchlib.errors import BenchError
 from benchlib.ranges import check_map
-from benchlib.servers import Server, State
+from benchlib.rounds import Bench, Plan
+from benchlib.servers import Ground, Server, State
 from benchlib.standings import Cell, Holds, Ratio, Sample, in_question, standings
 from benchlib.works import WORKS, Work
 
@@ -180,6 +184,26 @@ def test_a_row_is_missed_surely_when_one_peer_is_surely_too_near() -> None:
     ours = measured(OURS, [1.1, 1.15, 1.1, 1.15, 1.1], READ)
     near, nearer = (measured(each, [1.0] * 5, READ) for each in (FILE, OVERLAY))
     assert in_question([ours, near, nearer]) == []
+
+
+@pytest.mark.parametrize(
+    ("stolen", "chosen", "again"),
+    [([0.0], 100, 0), ([1.0, 0.0], 101, 1), ([9.0, 5.0, 7.0], 101, 2)],
+    ids=["not at all", "once", "each time"],
+)
+def test_a_round_that_the_hypervisor_disturbs_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stolen: list[float], chosen: int, again: int
+) -> None:
+    taken = [0.0, *itertools.accumulate(stolen)]
+    seconds = iter([each for pair in itertools.pairwise(taken) for each in pair])
+    rates = itertools.count(100)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: SimpleNamespace(steal=next(seconds)))
+    monkeypatch.setattr(rounds_module, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    monkeypatch.setattr(Bench, "_round", lambda *_: Sample(next(rates), 1.0, cpu=0.5))
+    plan = Plan(1, 1.0, 3, 1, 1, warm_up=False, mapped=0, trimmed=0, debian=False)
+    cell = measured(OURS, [], READ)
+    sample = Bench(Ground(tmp_path, 1), plan, lambda _: None)._undisturbed(cell, 0)
+    assert (sample.amount, cell.again) == (chosen, again)
 
 
 def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:

@@ -325,6 +325,21 @@ def test_what_is_not_cached_is_read_in_a_thread(serving: Serving, ranges: list[i
         assert ranges == []
 
 
+def test_what_is_cached_is_told_from_what_is_so_in_part_right_after_something_was_not(
+    serving: Serving, ranges: list[int]
+) -> None:
+    with closing(Client(serving.socket, "mine")) as client:
+        assert client.write(0, data := os.urandom(MiB)) == 0
+        assert client.call(3, 0, 0) == 0
+        os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for start, length in ((2 * BLOCK, 2 * BLOCK), (0, BLOCK)):
+            assert client.read(start, length) == data[start : start + length]
+        assert client.read(0, 4 * BLOCK) == data[: 4 * BLOCK]  # of which the second block is not there
+        assert ranges == []
+        assert client.read(0, 4 * BLOCK) == data[: 4 * BLOCK]
+        assert ranges == [4 * BLOCK]
+
+
 @pytest.mark.parametrize("lent", [pytest.param(True, marks=LENDING)], indirect=True)
 def test_a_peer_that_goes_without_reading_gives_back_what_it_was_lent(tmp_path: Path, lent: bool) -> None:
     data = os.urandom(BLOCK)

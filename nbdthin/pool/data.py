@@ -7,6 +7,7 @@ an I/O error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -16,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from nbdthin.errors import Invalid, Locked, NotFound
 from nbdthin.pool.files import FILES, Files, write_all
@@ -30,8 +33,13 @@ BLKGETSIZE64 = 0x80081272
 FOLIO: Final = 64 * KiB
 
 _LOOK: Final = 128 * KiB  # what the kernel reads ahead at once
-_COLD: Final = 1.0  # seconds after something was not cached in which nothing is believed to be
+_COLD: Final = 1.0  # seconds after something was not cached in which a look here and there is not believed
 _BYTE: Final = bytearray(1)
+_PAGE: Final = mmap.PAGESIZE
+_MOST_PAGES: Final = 8192  # asked for at once: 32 MiB
+
+_mincore = ctypes.CDLL(None).mincore
+_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 # What file systems and devices without hole punching answer.
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
@@ -69,6 +77,9 @@ class DataFile:
         self.punches = True  # unless that is not wanted, and until the file system refuses
         self.maps = True  # until memory is refused, or a sync failed
         self._map: mmap.mmap | None = None
+        self._map_at = 0  # its address
+        self._pages = bytearray(_MOST_PAGES)  # what mincore says of them
+        self._pages_at = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         self._cold_until = 0.0  # by time.monotonic
         try:
             device = is_device(path)
@@ -143,9 +154,13 @@ class DataFile:
             done += length
 
     def is_cached(self, position: int, length: int) -> bool:
-        """`mapped` can be read without waiting for the disk, as far as a look here and there can tell."""
-        if not self.nowait or not self.maps or time.monotonic() < self._cold_until:
+        """`mapped` can be read without waiting for the disk: by a look here and there, which takes 1 us for 64 KiB and
+        17 for 1 MiB; where something was not cached lately, by one at every page, 6 and 28 us.
+        """
+        if not self.nowait or not self.maps:
             return False
+        if time.monotonic() < self._cold_until:
+            return self._is_resident(position, length)
         last = position + length - 1
         try:
             for each in (*range(position, last, _LOOK), last) if length > FOLIO else (last,):
@@ -155,6 +170,16 @@ class DataFile:
             self._cold_until = time.monotonic() + _COLD  # what else is not cached, a look at some of it does not tell
             return False
         return True
+
+    def _is_resident(self, position: int, length: int) -> bool:
+        """By mincore(2), which touches no page."""
+        start = position & -_PAGE
+        count = -(-(position + length - start) // _PAGE)
+        if count > _MOST_PAGES or self.mapped(position, length) is None:
+            return False
+        if _mincore(self._map_at + start, count * _PAGE, self._pages_at):
+            return False  # unmapped just now
+        return self._pages.count(1, 0, count) == count
 
     def mapped(self, position: int, length: int) -> memoryview | None:
         """These bytes for the kernel to copy from, in the same turn of the loop; None: they cannot be had this way.
@@ -167,6 +192,7 @@ class DataFile:
         try:
             if (view is None or end > len(view)) and self.maps:
                 view = self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+                self._map_at = np.frombuffer(view, np.uint8).ctypes.data
                 if not self.maps:  # a sync failed just now
                     view = self._map = None
             return None if view is None or end > len(view) else memoryview(view)[position:end]

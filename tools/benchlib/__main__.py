@@ -79,6 +79,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return Plan(
         size=arguments.size or (128 * MiB if quick else 512 * MiB),
         seconds=arguments.seconds or (0.2 if quick else 1.0),
+        tries=1 if quick else 3,
         rounds=rounds,
         most=arguments.most or (rounds if quick else 3 * rounds),
         mapped=arguments.mapped or (64 << 10 if quick else 1 << 20),

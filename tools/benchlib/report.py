@@ -16,7 +16,7 @@ from rich.table import Table
 
 from nbdthin.units import format_size
 
-from .rounds import Plan, Verdict
+from .rounds import STOLEN, Plan, Verdict
 from .servers import State
 from .standings import Cell, Ratio, Standing, peers_of, standings
 from .trials import Trial
@@ -55,6 +55,8 @@ def print_report(result: Result) -> None:
     if result.cells:
         console.print(_table(result, style))
         _print_verdicts(console, result.verdicts)
+        if again := sum(cell.again for cell in result.cells):
+            console.print(f"{again} rounds were measured again: the hypervisor took {STOLEN:.0%} and more of them.")
         if found := standings(result.cells):
             console.print()
             console.print(_standings(found, plan, style))
@@ -283,6 +285,7 @@ def _cell(cell: Cell, result: Result) -> dict[str, object]:
         "per_second": cell.rate,
         "rounds": [sample.rate for sample in cell.samples],
         "seconds": [sample.seconds for sample in cell.samples],
+        "measured_again": cell.again,
         "ratio_to_best_peer": Ratio.of(cell, peers[0]).median if peers else None,
         "cpu_us_each": 1e6 * cell.cpu,
         "p99_us": None if p99 is None else 1e6 * p99,

@@ -55,6 +55,7 @@ class Cell:
     reason: str | None = None
     failure: str | None = None
     samples: list[Sample] = field(default_factory=list)
+    again: int = 0  # rounds that were measured again
 
     @property
     def name(self) -> str:
