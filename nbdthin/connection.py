@@ -762,7 +762,7 @@ class Connection(asyncio.BufferedProtocol):
             self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
             return
         segments = self._volume.segments(offset, length)
-        in_order = asked = False
+        in_order = absent = False
         if length >= SEND:
             in_order, self._read_to = offset == self._read_to, offset + length
             if not in_order:
@@ -774,17 +774,17 @@ class Connection(asyncio.BufferedProtocol):
                     self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
                     return
                 data_file = self._live.pool.data
-                asked = not in_order and data_file.nowait and data_file.maps
+                absent = not in_order and data_file.nowait and data_file.maps
         data = [segment for segment in segments if segment[0] != ZERO]
         view = new_buffer(sum(count for _, count in data))
-        if asked:  # the disk is, for all of it at once and no more: being refused, the kernel may read on behind it
-            self._live.pool.data.prefetch(data)
-        done = not asked and length <= INLINE_READ and self._device.read_now(data, view)
+        if absent:  # to be refused would have the kernel read on behind it
+            self._device.ask_disk(data, view)
+        done = not absent and length <= INLINE_READ and self._device.read_now(data, view)
         if done or (self._is_awaited and not in_order and self._readers.wait_for(data, view)):
             self._put_view(flags, cookie, offset, segments, view)
         else:
             put = partial(self._put_view, flags, cookie, offset, segments, view)
-            self._read_slowly(cookie, length, data, view, put)
+            self._read_slowly(cookie, length, data, view, put, in_order)
             if in_order and not self._ahead_to:
                 self._read_ahead()
 
@@ -817,11 +817,17 @@ class Connection(asyncio.BufferedProtocol):
         self._put_data(cookie, offset, view)
 
     def _read_slowly(
-        self, cookie: int, length: int, data: list[tuple[int, int]], view: memoryview, put: Callable[[], None]
+        self,
+        cookie: int,
+        length: int,
+        data: list[tuple[int, int]],
+        view: memoryview,
+        put: Callable[[], None],
+        in_order: bool,
     ) -> None:
         """`put` the reply when `view` has `data`. No task: it would cost a cold read as much as the system calls do."""
         cost = max(length, REQUEST_COST)
-        self._device.read(data, view, partial(self._read_ended, cookie, cost, put))
+        self._device.read(data, view, partial(self._read_ended, cookie, cost, put), in_order)
         self._tasks += 1
         self._in_flight += cost
 
