@@ -20,6 +20,7 @@ import psutil
 import pytest
 from benchlib import rounds as rounds_module
 from benchlib.__main__ import SERVERS
+from benchlib.cold import forget
 from benchlib.errors import BenchError
 from benchlib.ranges import check_map
 from benchlib.rounds import Bench, Plan
@@ -28,6 +29,7 @@ from benchlib.standings import Cell, Holds, Ratio, Sample, in_question, standing
 from benchlib.works import WORKS, Work
 
 from tests.conftest import missing, need, need_root
+from tests.pagecache import is_cached
 
 BENCH = Path(__file__).parents[1] / "tools" / "bench"
 pytestmark = pytest.mark.slow
@@ -204,6 +206,24 @@ def test_a_round_that_the_hypervisor_disturbs_is_measured_again(
     cell = measured(OURS, [], READ)
     sample = Bench(Ground(tmp_path, 1), plan, lambda _: None)._undisturbed(cell, 0)
     assert (sample.amount, cell.again) == (chosen, again)
+
+
+def test_what_a_process_has_mapped_and_read_is_forgotten_too(tmp_path: Path) -> None:
+    need_root()
+    path, size = tmp_path / "file", 4 << 20
+    path.write_bytes(bytes(range(256)) * (size // 256))
+    reading = "import mmap, sys; m = mmap.mmap(open(sys.argv[1], 'r+b').fileno(), 0); bytes(m); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", reading, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as reader:
+        assert reader.stdin is not None and reader.stdout is not None
+        reader.stdout.readline()
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert is_cached(file.fileno(), 0, size)
+            forget(path)
+            assert not is_cached(file.fileno(), 0, size)
+        reader.stdin.close()
 
 
 def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:

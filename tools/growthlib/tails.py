@@ -60,8 +60,7 @@ class _Server:
 
     def forget(self) -> None:
         """None of it is cached any more, but for what is read by who measures."""
-        for file in self.files:
-            forget(file)
+        forget(*self.files)
         with Client(self.socket, "read") as client:
             for offset in range(0, _READ, MiB):
                 client.read(offset, MiB)
