@@ -769,22 +769,19 @@ class Connection(asyncio.BufferedProtocol):
                 self._ahead_to = 0
             elif self._ahead_to:
                 self._read_ahead()
-            if all(start == ZERO or count >= SEND for start, count in segments):  # else one read of all is cheaper
-                if self._all_cached(segments):
-                    self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
-                    return
-                data_file = self._live.pool.data
-                absent = not in_order and data_file.nowait and data_file.maps
+            if self._all_cached(segments):
+                self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
+                return
+            absent = not in_order and self._is_absent(segments)
         data = [segment for segment in segments if segment[0] != ZERO]
         view = new_buffer(sum(count for _, count in data))
-        if absent:  # to be refused would have the kernel read on behind it
-            self._device.ask_disk(data, view)
+        asked = absent and self._device.ask_disk(data, view)  # to be refused would have the kernel read on behind it
         done = not absent and length <= INLINE_READ and self._device.read_now(data, view)
         if done or (self._is_awaited and not in_order and self._readers.wait_for(data, view)):
             self._put_view(flags, cookie, offset, segments, view)
         else:
             put = partial(self._put_view, flags, cookie, offset, segments, view)
-            self._read_slowly(cookie, length, data, view, put, in_order)
+            self._read_slowly(cookie, length, data, view, put, not (in_order or asked))
             if in_order and not self._ahead_to:
                 self._read_ahead()
 
@@ -799,9 +796,13 @@ class Connection(asyncio.BufferedProtocol):
         self._ahead_to = start
 
     def _all_cached(self, segments: list[tuple[int, int]]) -> bool:
-        """All can be read when it is sent."""
+        """All can be read when it is sent. False also where a part is little: one read of all of them is cheaper."""
         data = self._live.pool.data
-        return all(start == ZERO or data.is_cached(start, length) for start, length in segments)
+        return all(start == ZERO or (length >= SEND and data.is_cached(start, length)) for start, length in segments)
+
+    def _is_absent(self, segments: list[tuple[int, int]]) -> bool:
+        """That not all of it is cached is why `_all_cached` said no."""
+        return self._live.pool.data.knows_cached and all(start == ZERO or length >= SEND for start, length in segments)
 
     def _read_verified(self, flags: int, cookie: int, offset: int, length: int) -> None:
         """As `_read`, of what has been compared with its checksums."""
@@ -823,11 +824,11 @@ class Connection(asyncio.BufferedProtocol):
         data: list[tuple[int, int]],
         view: memoryview,
         put: Callable[[], None],
-        in_order: bool,
+        ask: bool,
     ) -> None:
         """`put` the reply when `view` has `data`. No task: it would cost a cold read as much as the system calls do."""
         cost = max(length, REQUEST_COST)
-        self._device.read(data, view, partial(self._read_ended, cookie, cost, put), in_order)
+        self._device.read(data, view, partial(self._read_ended, cookie, cost, put), ask)
         self._tasks += 1
         self._in_flight += cost
 

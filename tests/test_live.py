@@ -63,7 +63,7 @@ async def read(volume: LiveVolume, offset: int, length: int) -> bytes:
     segments = volume.volume.segments(offset, length)
     if not volume.read_now(segments, view):
         ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        volume.read(segments, view, ended.set_result, in_order=False)
+        volume.read(segments, view, ended.set_result, ask=True)
         assert await ended is None
     return bytes(view)
 

@@ -389,16 +389,19 @@ def test_other_large_reads_have_it_asked_for_nothing_more(
     assert not _cached(serving, 5 * MIB)
 
 
-def test_a_large_read_in_no_order_has_the_disk_read_no_more_than_it_asks_for(serving: Serving, client: Client) -> None:
+@pytest.mark.parametrize(("before", "length"), [(128 * KIB, 64 * KIB), (MIB, 512 * KIB)], ids=["in the loop", "thread"])
+def test_a_large_read_in_no_order_has_the_disk_read_no_more_than_it_asks_for(
+    serving: Serving, client: Client, before: int, length: int
+) -> None:
     data = pattern(18, 8 * MIB)
     client.write(0, data)
     client.call(FLUSH, 0, 0)
     os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    for start, length in ((0, 128 * KIB), (4 * MIB, 64 * KIB)):
-        assert client.read(start, length) == data[start : start + length]
+    for start, count in ((0, before), (4 * MIB, 64 * KIB)):
+        assert client.read(start, count) == data[start : start + count]
     # The kernel takes what comes right behind so much that is cached for a part of something longer.
-    assert client.read(128 * KIB, 64 * KIB) == data[128 * KIB :][: 64 * KIB]
-    assert not _cached(serving, 192 * KIB)
+    assert client.read(before, length) == data[before : before + length]
+    assert not _cached(serving, before + length)
 
 
 def _calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[tuple[Any, ...]]:

@@ -62,22 +62,24 @@ class LiveVolume:
             return False
         return True
 
-    def ask_disk(self, segments: list[tuple[int, int]], view: memoryview) -> None:
+    def ask_disk(self, segments: list[tuple[int, int]], view: memoryview) -> bool:
         """In place of `read_now`, where they are known not to be all cached: have the kernel begin what `read` waits
-        for, and nothing else.
+        for, and nothing else. False: that would take long, and is left to `read`.
         """
-        if len(view) <= INLINE_ASK:
-            self._pool.data.prefetch(segments)
+        if len(view) > INLINE_ASK:
+            return False
+        self._pool.data.prefetch(segments)
+        return True
 
-    def read(self, segments: list[tuple[int, int]], view: memoryview, ended: Ended, in_order: bool) -> None:
+    def read(self, segments: list[tuple[int, int]], view: memoryview, ended: Ended, ask: bool) -> None:
         """Fill `view`, then call `ended` with None or an OSError. `segments` must be of this turn of the loop, in which
         `read_now`, if their length is at most TAKEN, has found that they are not all cached, or `ask_disk` was called.
-        `in_order`: the kernel shall read on behind it.
+        `ask`: where a thread does it, it asks the disk for all of it first.
         """
         if len(view) <= TAKEN and self._pool.data.nowait:
             self._live.readers.expect(segments, view, ended)
         else:
-            self._live.readers.read(segments, view, ended, in_order)
+            self._live.readers.read(segments, view, ended, ask)
 
     async def read_checked(self, offset: int, segments: list[tuple[int, int]], view: memoryview) -> None:
         """Fill `view` with a range, zeroes too, after comparing it with its checksums; EIO where they differ.

@@ -136,12 +136,14 @@ class Readers:
         turn.count += 1
         self.waiting.append((turn, _Whole(self._data, self._read_ended, segments, view, ended), 0, len(view), 0, 0))
 
-    def read(self, segments: Segments, view: memoryview, ended: Ended, in_order: bool) -> None:
-        """Have a thread do it: for what the kernel has not begun, and for what would take long to copy."""
+    def read(self, segments: Segments, view: memoryview, ended: Ended, ask: bool) -> None:
+        """Have a thread do it: for what the kernel has not begun, and for what would take long to copy. `ask` for all
+        of it at once, and no more, where the kernel would do so for one part after the other, and read on.
+        """
         turn = Turn(self._enter())
         turn.count = 1
-        read = self._read if in_order else self._ask_and_read
-        self._call(read, segments, view, partial(self._read_ended, ended, turn))
+        read = self._ask_and_read if ask and self._data.nowait else self._read
+        self._call(partial(read, segments, view), partial(self._read_ended, ended, turn))
 
     def wait_for(self, segments: Segments, view: memoryview) -> bool:
         """Fill `view` in the loop itself, where the disk is quick; False: it is not, or fails.
@@ -158,8 +160,7 @@ class Readers:
         return True
 
     def _ask_and_read(self, segments: Segments, view: memoryview) -> None:
-        if self._data.nowait:  # all of it at once and no more, where the kernel asks for one part after the other
-            self._data.prefetch(segments)
+        self._data.prefetch(segments)
         self._read(segments, view)
 
     def _read(self, segments: Segments, view: memoryview) -> None:
@@ -190,11 +191,9 @@ class Readers:
             self.end(turn)
         ended(error)
 
-    def _call(
-        self, read: Callable[[Segments, memoryview], None], segments: Segments, view: memoryview, ended: Ended
-    ) -> None:
+    def _call(self, read: Callable[[], None], ended: Ended) -> None:
         try:
-            self._threads.call(partial(read, segments, view), ended)
+            self._threads.call(read, ended)
         except RuntimeError as error:  # there is no thread, and none to be had
             self._loop.call_soon(ended, error)
 
@@ -227,7 +226,7 @@ class Readers:
             read = self.waiting.popleft()
             segments, view, ended = read[1].slowly(read)
             self._watched += 1
-            self._call(self._read, segments, view, partial(self._came, ended, read[0]))
+            self._call(partial(self._read, segments, view), partial(self._came, ended, read[0]))
         if (self.waiting or self._watched) and self._timer is None:
             self._returned = False
             self._timer = self._loop.call_later(STALL, self._look)

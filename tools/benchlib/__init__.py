@@ -5,7 +5,8 @@
     servers     what a server is here: states of images, settings, what all stand on
     peers       the servers nbdthin is measured beside, their best settings and why
     ours        nbdthin as one of them
-    rounds      the measuring: prepare, then A B C A B C, then verify
+    rounds      the measuring: prepare, then all servers in each round, then verify
+    standings   what the rounds say: ratios, how sure they are, and whom to measure further
     trials      what depends on the mapping's size: nbdthin against its own limits
     bigpool     a pool with millions of mapped blocks and no data
     upkeep      the daemon with checkpoints or merges all the time

@@ -110,7 +110,7 @@ def _ratio_parts(found: Sequence[Standing], plan: Plan) -> Iterator[str]:
         base, end = sorted((_place(1), _place(each.ratio.median)))
         low, high = _place(each.ratio.low), _place(each.ratio.high)
         yield _text(_MARGIN + _NAMES - 10, top + 11, standing_title(each, plan), "right")
-        yield _rect(base, top, end - base, "ours" if each.ratio.median >= each.bar.least else "behind")
+        yield _rect(base, top, end - base, "ours" if each.is_held else "behind")
         yield _rect(low, top + _BAR / 2 - 1, high - low, "sure", height=2)
         yield _line(_place(each.bar.least), top - 3, top + _BAR + 3, "bar")
         beside = max(end, high, _place(each.bar.least)) + 6

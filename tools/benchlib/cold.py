@@ -29,21 +29,21 @@ def drop(export: Export) -> None:
     with export.client() as client:
         client.flush()
         files = list(_files(export.pid))
+        if not any(path.stat().st_blocks for path in files):
+            raise BenchError("the server has no file open that could hold the image")
         forget(*files)
-    if not files:
-        raise BenchError("the server has no file open that could hold the image")
 
 
 def forget(*paths: Path) -> None:
     """Have nothing of some files in the page cache any more. Raises BenchError where it stays."""
     for path in paths:
-        _drop(path)
-    cached, size = (sum(figures) for figures in zip(*map(_cached, paths), strict=True)) if paths else (0, 0)
+        _evict(path)
+    cached, size = (sum(figures) for figures in zip(*map(_cached, paths), strict=True))
     if cached > _LEFT * size:
         raise BenchError(f"{cached} of {size} bytes of the image stayed in the page cache")
 
 
-def _drop(path: Path) -> None:
+def _evict(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     try:
         os.fdatasync(file)

@@ -151,7 +151,7 @@ def _standings(found: Sequence[Standing], plan: Plan, style: box.Box) -> Table:
             each.holds.value,
         )
     table.add_section()
-    holding = sum(each.ratio.median >= each.bar.least for each in found)
+    holding = sum(each.is_held for each in found)
     table.add_row(f"{holding} of {len(found)} hold", style="bold")
     return table
 
@@ -260,7 +260,7 @@ def _standing(each: Standing, plan: Plan) -> dict[str, object]:
         "cpu_aim": each.bar.cpu,
         "best_cow_peer": each.best_cow.server.name if each.best_cow else None,
         "ratio_to_best_cow_peer": Ratio.of(each.ours, each.best_cow).median if each.best_cow else None,
-        "holds": each.ratio.median >= each.bar.least,
+        "holds": each.is_held,
         "surely": each.holds.is_sure,
     }
 

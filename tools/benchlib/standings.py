@@ -148,11 +148,15 @@ class Standing:
         return self.ours.cpu / self.best.cpu if self.best.cpu else None
 
     @property
+    def is_held(self) -> bool:
+        return self.ratio.median >= self.bar.least
+
+    @property
     def holds(self) -> Holds:
         """Sure of no is who is sure of one peer, and of yes who is so of all."""
         ratios = [Ratio.of(self.ours, peer) for peer in self.against]
         least = self.bar.least
-        if self.ratio.median >= least:
+        if self.is_held:
             return Holds.YES if all(ratio.low >= least for ratio in ratios) else Holds.PERHAPS
         return Holds.NO if any(ratio.high < least for ratio in ratios) else Holds.HARDLY
 
@@ -170,10 +174,7 @@ def in_question(all_cells: Sequence[Cell]) -> list[Cell]:
 def peers_of(cell: Cell, all_cells: Iterable[Cell]) -> list[Cell]:
     """Those that did the same work on an image in the same state, the best first."""
     same = (other for other in all_cells if other.samples and other.work is cell.work and other.state is cell.state)
-    return _best_first(cell, (each for each in same if each.server.name in cell.work.against.names))
-
-
-def _best_first(cell: Cell, peers: Iterable[Cell]) -> list[Cell]:
+    peers = (each for each in same if each.server.name in cell.work.against.names)
     return sorted(peers, key=lambda each: Ratio.of(cell, each).median)
 
 

@@ -132,7 +132,8 @@ def _upkeep(place: Path, curve: Curve, what: str, depth: int, scale: Scale) -> B
     ground = place / f"{what[0]}{depth}"  # short: a socket has at most 107 bytes of path
     ground.mkdir()
     blocks, rounds = scale.choose(1 << 20, 16 << 10), scale.choose(3, 1)
-    figures = trial.run(ground, Plan(0, 1.0, 1, rounds, rounds, warm_up=False, mapped=blocks, trimmed=0, debian=False))
+    plan = Plan(0, 1.0, tries=1, rounds=rounds, most=rounds, warm_up=False, mapped=blocks, trimmed=0, debian=False)
+    figures = trial.run(ground, plan)
     curve.add(f"beside a {what}", depth, figures["p99_us_with"])
     curve.add(f"without a {what}", depth, figures["p99_us_without"])
     return Bound(f"depth {depth}, beside a {what}: p99 / without", figures["p99_ratio"], _MOST, "times")

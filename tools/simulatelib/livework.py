@@ -275,7 +275,7 @@ class LiveWork:
 
 async def _read_slowly(volume: LiveVolume, segments: list[tuple[int, int]], view: memoryview) -> None:
     ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-    volume.read(segments, view, ended.set_result, in_order=False)
+    volume.read(segments, view, ended.set_result, ask=True)
     assert await ended is None
 
 
