@@ -142,7 +142,7 @@ def _standings(found: Sequence[Standing], plan: Plan, style: box.Box) -> Table:
             standing_title(each, plan),
             best_of(each),
             f"{each.ratio.median:.2f}",
-            f"({each.ratio.low:.2f}-{each.ratio.high:.2f})",
+            f"({each.ratio.low:.2f}-{each.ratio.high:.2f})" if math.isfinite(each.ratio.high) else "",
             f"{bar.least:g}",
             f"{bar.aim:g}",
             "-" if cpu is None else f"{cpu:.2f}",
