@@ -316,25 +316,39 @@ def test_after_a_failed_sync_nothing_that_the_disk_may_not_have_stays_mapped(
     uvloop.run(main())
 
 
-def test_what_is_not_cached_is_read_in_a_thread(serving: Serving, ranges: list[int]) -> None:
-    with closing(Client(serving.socket, "mine")) as client:
-        assert client.write(0, data := os.urandom(MiB)) == 0
-        assert client.call(3, 0, 0) == 0
+def _tries(serving: Serving, client: Client, data: bytes, ranges: list[int]) -> Iterator[None]:
+    """With nothing cached: a look at what is not cached asks the disk, which now and then has answered before the look
+    is over.
+    """
+    assert client.write(0, data) == 0
+    assert client.call(3, 0, 0) == 0
+    for _ in range(20):
+        ranges.clear()
         os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        assert client.read(0, MiB) == data
+        yield
+
+
+def test_what_is_not_cached_is_read_in_a_thread(serving: Serving, ranges: list[int]) -> None:
+    data = os.urandom(MiB)
+    with closing(Client(serving.socket, "mine")) as client:
+        for _ in _tries(serving, client, data, ranges):
+            assert client.read(0, MiB) == data
+            if not ranges:
+                break
         assert ranges == []
 
 
 def test_what_is_cached_is_told_from_what_is_so_in_part_right_after_something_was_not(
     serving: Serving, ranges: list[int]
 ) -> None:
+    data = os.urandom(MiB)
     with closing(Client(serving.socket, "mine")) as client:
-        assert client.write(0, data := os.urandom(MiB)) == 0
-        assert client.call(3, 0, 0) == 0
-        os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        for start, length in ((2 * BLOCK, 2 * BLOCK), (0, BLOCK)):
-            assert client.read(start, length) == data[start : start + length]
-        assert client.read(0, 4 * BLOCK) == data[: 4 * BLOCK]  # of which the second block is not there
+        for _ in _tries(serving, client, data, ranges):
+            for start, length in ((2 * BLOCK, 2 * BLOCK), (0, BLOCK)):
+                assert client.read(start, length) == data[start : start + length]
+            assert client.read(0, 4 * BLOCK) == data[: 4 * BLOCK]  # of which the second block is not there
+            if not ranges:
+                break
         assert ranges == []
         assert client.read(0, 4 * BLOCK) == data[: 4 * BLOCK]
         assert ranges == [4 * BLOCK]
