@@ -246,6 +246,44 @@ def test_those_who_flush_after_each_write_share_one_sync_of_a_slow_disk_however_
     run(tmp_path / "pool", work)
 
 
+@pytest.mark.parametrize(("many", "begins"), [(8, True), (4, False)])
+def test_the_disk_begins_with_what_many_flush_while_the_rest_of_them_is_heard_who_share_the_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int, begins: bool
+) -> None:
+    async def work(live: LivePool) -> None:
+        await live.execute([Create("web", 8 * MIB)])
+        volume = live.open("web")
+        await write(volume, 0, bytes(MIB))
+        await live.commit()
+        monkeypatch.setattr(live_module, "QUICK_SYNC", 60.0)
+        calls: list[str] = []
+        for name in ("begin_sync", "sync"):
+            real = getattr(live.pool.data, name)
+            monkeypatch.setattr(live.pool.data, name, lambda name=name, real=real: (calls.append(name), real()))
+
+        async def flush(turns: int) -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await write(volume, 0, bytes(4096))
+            await live.commit()
+
+        live.flushes = 100
+        await asyncio.gather(*(flush(0) for _ in range(many)))
+        assert calls == ["sync"]
+        calls.clear()
+        await asyncio.gather(*(flush(2 * (number >= many / 2)) for number in range(many)))
+        assert calls == (["begin_sync", "sync"] if begins else ["sync", "sync"])
+        calls.clear()
+        await asyncio.gather(*(flush(0) for _ in range(many)))
+        assert calls == ["sync"], "nobody is missing"
+        calls.clear()
+        live.flushes = 0
+        await asyncio.gather(*(flush(0) for _ in range(many // 8 + 1)))
+        assert calls == ["sync"], "somebody does something else, too"
+
+    run(tmp_path / "pool", work)
+
+
 def test_a_sync_waits_for_nobody_who_is_not_expected_and_not_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import io
@@ -25,10 +24,6 @@ STEP = MiB  # bytes read at a time
 BEHIND = 32 * MiB  # bytes that are written before the disk begins with them
 Output = io.RawIOBase | io.BufferedIOBase
 _BLKZEROOUT = 0x127F  # linux/fs.h
-_SYNC_FILE_RANGE_WRITE = 2
-
-_libc = ctypes.CDLL(None)
-_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
 @contextlib.contextmanager
@@ -112,7 +107,7 @@ class RawTarget:
         self._fd = fd
         self._path = path
         self._written = 0  # bytes since the disk was last told to begin
-        self._beginning: Future[int] | None = None
+        self._beginning: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1)
 
     def close(self) -> None:
@@ -128,7 +123,7 @@ class RawTarget:
         self._written += len(data)
         # What lies on the disk by the end has not to be waited for then. A disk that is busy lets even the call wait.
         if self._written >= BEHIND and (self._beginning is None or self._beginning.done()):
-            self._beginning = self._thread.submit(_libc.sync_file_range, self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+            self._beginning = self._thread.submit(FILES.begin_sync, self._fd)
             self._written = 0
 
     def zero(self, offset: int, length: int) -> None:

@@ -31,10 +31,14 @@ class Crowd:
         if self._all is not None and self._waiting >= self._known:
             self._enough()
 
+    @property
+    def missing(self) -> int:
+        """How many who may come back have not asked yet."""
+        return max(0, self._known - self._waiting)
+
     async def gather(self, patience: float) -> None:
         """Return when as many wait as there are, or after `patience` seconds."""
-        missing = self._known - self._waiting
-        if missing <= 0:
+        if not (missing := self.missing):
             return
         if self._skip:
             self._skip -= 1
@@ -44,7 +48,7 @@ class Crowd:
         await self._all
         timer.cancel()
         self._all = None
-        if (self._known - self._waiting) * 2 > missing:
+        if self.missing * 2 > missing:
             self._misses = self._skip = min(self._misses * 2 + 1, MOST_SKIPPED)
         else:
             self._misses = 0

@@ -22,6 +22,7 @@ from nbdthin.errors import Corrupt
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -33,6 +34,7 @@ _KINDS = {
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
 class Files:
@@ -54,6 +56,10 @@ class Files:
     def sync(self, fd: int) -> None:
         """The file's bytes, and the size that reading them takes, are durable afterwards."""
         os.fdatasync(fd)
+
+    def begin_sync(self, fd: int) -> None:
+        """Have the disk begin with what was written; a busy one lets even this call wait. What fails, `sync` tells."""
+        _libc.sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
     def truncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)

@@ -54,6 +54,7 @@ IO_THREADS = 16  # reads that the page cache cannot answer, large writes: enough
 QUICK_SYNC = 0.001  # seconds; a sync that takes less the loop may do itself
 SLOW_SYNC = 0.0005  # seconds; a sync that takes longer waits for all who are about to ask for one
 MOST_GATHERING = 0.005  # seconds
+MANY = 4  # who may still ask for a sync: for so many a turn of the loop is waited
 FLUSHES = 8  # since anybody did anything else, from which on the loop may do it for several clients
 LITTLE = 256 * KiB  # bytes to be synced, at most, when the loop does it
 PREPARE_AGAIN = 30.0  # seconds until the next try to get room for a journal segment
@@ -304,7 +305,10 @@ class LivePool:
         """Batch after batch, as long as someone waits."""
         await asyncio.sleep(0)  # whoever asks in this turn of the loop belongs to this batch
         while self._next_batch is not None:
-            if self._sync_took > SLOW_SYNC:
+            if self._crowd.missing >= MANY and self.flushes > FLUSHES and self._sync_took < QUICK_SYNC:
+                self.pool.data.begin_sync()  # the disk is at it while the loop hears some of them
+                await asyncio.sleep(0)
+            elif self._sync_took > SLOW_SYNC:
                 await self._crowd.gather(min(self._sync_took / 2, MOST_GATHERING))
             self._crowd.begin()
             durable = self._served = self._next_batch
