@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 import psutil
 import pytest
+from benchlib import profile
 from benchlib import rounds as rounds_module
 from benchlib.__main__ import SERVERS
 from benchlib.cold import forget
@@ -245,6 +246,68 @@ def test_many_writers_that_flush_are_compared_with_one(tmp_path: Path) -> None:
             assert one["ratio_to_one_writer"] is None
             assert many["ratio_to_one_writer"] == many["per_second"] / one["per_second"]
             assert disk == "fsync" or one["per_second"] < 1000, "a sync of a millisecond and more"
+    assert list(images.iterdir()) == []
+
+
+SCRIPT = """
+\tffffffff81e2c56c try_to_wake_up ([kernel.kallsyms])
+\tffffffff820c9bae sock_def_readable ([kernel.kallsyms])
+\tffffffff81e2c56c sock_write_iter ([kernel.kallsyms])
+\tffffffff816b774d vfs_writev ([kernel.kallsyms])
+\tffffffff821ecc51 do_syscall_64 ([kernel.kallsyms])
+\t           fde9d __GI___writev (/usr/lib/x86_64-linux-gnu/libc.so.6)
+
+\tffffffff816b774d ext4_file_write_iter ([ext4])
+\tffffffff816b774d vfs_write ([kernel.kallsyms])
+\t          147bcf [unknown] (/usr/bin/python3.11)
+
+\tffffffff821f8054 __schedule ([kernel.kallsyms])
+\t          147bcf [unknown] (/usr/bin/python3.11)
+
+\t          147bcf [unknown] (/usr/bin/python3.11)
+\t               0 [unknown] ([unknown])
+
+\t          4d9ac9 PyLong_FromLong (/usr/lib/x86_64-linux-gnu/libpython3.11.so.1.0)
+
+\t           f83b7 uv__io_poll (/venv/lib/python3.11/site-packages/uvloop/loop.cpython-311-x86_64-linux-gnu.so)
+
+\t    7ffd85a6e9d0 __vdso_clock_gettime ([vdso])
+"""
+
+
+def test_each_sample_of_a_server_is_told_by_what_it_was_for() -> None:
+    found = profile.parts(SCRIPT)
+    wanted = {"send": 1, profile.WAKING: 1, "write file": 1, profile.OTHER: 1, profile.INTERPRETER: 2, profile.OWN: 2}
+    assert {part: count for part, count in found.items() if count} == wanted
+    assert profile.shares(found)["write file"] == 1 / 7
+    assert list(profile.shares(found)) == list(profile.COLUMNS)
+    assert profile.shares(profile.parts("")) == {}
+
+
+def test_a_run_under_perf_tells_where_each_servers_time_goes_and_counts_for_nothing_else(tmp_path: Path) -> None:
+    need("perf")
+    trial = ["perf", "record", "-q", "-e", "cpu-clock", "-g", "-o", str(tmp_path / "trial"), "true"]
+    if (done := subprocess.run(trial, capture_output=True, text=True)).returncode:
+        pytest.skip(f"perf cannot record here: {done.stderr.strip()}")
+    report = tmp_path / "report.json"
+    images = tmp_path / "images"
+    images.mkdir()
+    only = "^(write-4k-d32/(nbdthin|nbdkit file)|(first-4k-d32|copy-out)/(nbdthin|qemu-nbd qcow2))"
+    with start(
+        images, "--seconds", "0.3", "--size", "16M", "--quick", "--perf", "--only", only, "--json", str(report)
+    ) as bench:
+        table, said = bench.communicate(timeout=240)
+    assert bench.returncode == 0, table + said
+    assert "the server's CPU us each" in table
+    for cell in json.loads(report.read_text())["cells"]:
+        assert len(cell["rounds"]) == 1
+        shares = cell["profile"]
+        if cell["work"] == "first-4k-d32":  # milliseconds
+            continue
+        assert sum(shares.values()) - shares[profile.WAKING] == pytest.approx(1)
+        assert (shares[profile.INTERPRETER] > 0.05) == (cell["server"] == "nbdthin")
+        assert shares["write file" if "write" in cell["work"] else "read file"] > 0.01
+        assert shares["send"] > 0
     assert list(images.iterdir()) == []
 
 

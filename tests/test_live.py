@@ -257,9 +257,18 @@ def test_the_disk_begins_with_what_many_flush_while_the_rest_of_them_is_heard_wh
         await live.commit()
         monkeypatch.setattr(live_module, "QUICK_SYNC", 60.0)
         calls: list[str] = []
-        for name in ("begin_sync", "sync"):
+
+        def watch(name: str) -> None:
             real = getattr(live.pool.data, name)
-            monkeypatch.setattr(live.pool.data, name, lambda name=name, real=real: (calls.append(name), real()))
+
+            def called() -> None:
+                calls.append(name)
+                real()
+
+            monkeypatch.setattr(live.pool.data, name, called)
+
+        watch("begin_sync")
+        watch("sync")
 
         async def flush(turns: int) -> None:
             for _ in range(turns):

@@ -21,6 +21,7 @@
     client      a small NBD client to fill and to read back (not nbdthin's own code, which is what is tested)
     process     servers as processes: start, CPU time, end
     report      the tables and the JSON
+    profile     where a server's time goes, by perf
     charts      two pictures of them
     options     what their command lines have in common
     machine     what ran: processor, kernel, versions, missing programs

@@ -69,6 +69,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
     add("--charts", type=Path, metavar="DIR", help="write charts there, as SVG")
     add("--interpreted", action="store_true", help="nbdthin as if tools/compile had not been run")
+    add("--perf", action="store_true", help="one more run of each cell under perf, and where its server's time goes")
     add("--list", action="store_true", help="print the names of the cells, and end")
     return parser.parse_args(argv)
 
@@ -86,6 +87,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         warm_up=not quick,
         trimmed=_trimmed(arguments.directory, GiB if quick else 100 * GiB),
         debian=not quick and os.geteuid() == 0,
+        perf=arguments.perf,
     )
 
 
@@ -146,6 +148,8 @@ def _check_programs(chosen: Sequence[Cell], plan: Plan) -> None:
     needed = {"fio", *(program for cell in chosen for program in cell.server.programs)}
     if any(cell.work.job in TREE_TASKS for cell in chosen if cell.reason is None):
         needed |= {"nbdcopy", "mke2fs", *(["debootstrap"] if plan.debian else [])}
+    if plan.perf:
+        needed.add("perf")
     machine.require(needed)
 
 

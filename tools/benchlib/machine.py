@@ -26,6 +26,7 @@ _PACKAGES = {
     "nbdcopy": "libnbd-bin",
     "mke2fs": "e2fsprogs",
     "debootstrap": "debootstrap",
+    "perf": "linux-perf",
 }
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)*")
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from nbdthin.units import format_size
 
+from . import profile
 from .rounds import STOLEN, Plan, Verdict
 from .servers import State
 from .standings import Cell, Ratio, Standing, peers_of, standings
@@ -60,6 +61,9 @@ def print_report(result: Result) -> None:
         if found := standings(result.cells):
             console.print()
             console.print(_standings(found, plan, style))
+    if any(cell.profile for cell in result.cells):
+        console.print()
+        console.print(_profiles(result, style))
     if result.trials:
         console.print(_trials(result, style))
 
@@ -153,6 +157,19 @@ def _standings(found: Sequence[Standing], plan: Plan, style: box.Box) -> Table:
     table.add_section()
     holding = sum(each.is_held for each in found)
     table.add_row(f"{holding} of {len(found)} hold", style="bold")
+    return table
+
+
+def _profiles(result: Result, style: box.Box) -> Table:
+    """Of one more run, whose shares are laid upon the CPU time of the others."""
+    table = Table(box=style)
+    table.add_column("the server's CPU us each")
+    for part in ("in all", *profile.COLUMNS):
+        table.add_column(part, justify="right")
+    for cell in result.cells:
+        if shares := profile.shares(cell.profile):
+            figures = [f"{1e6 * cell.cpu * share:,.1f}" for share in (1.0, *shares.values())]
+            table.add_row(f"{title(cell.work, result.plan)}: {_who(cell)}", *figures)
     return table
 
 
@@ -292,4 +309,5 @@ def _cell(cell: Cell, result: Result) -> dict[str, object]:
         "client_busy": _busy(cell),
         "ratio_to_one_writer": ratio_to_one_writer(cell, measured),
         "failure": cell.failure,
+        "profile": profile.shares(cell.profile),
     }

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import psutil
 
 from nbdthin.units import MiB, format_size
 
-from . import cold, fio, images, ranges, slowdisk, tree
+from . import cold, fio, images, profile, ranges, slowdisk, tree
 from .errors import BenchError
 from .ours import Nbdthin
 from .process import cpu_seconds
@@ -55,6 +56,7 @@ class Plan:
     mapped: int  # blocks of the pools of trials.py
     trimmed: int  # bytes of the volume that is trimmed
     debian: bool  # whether the root file system is Debian's, or something smaller
+    perf: bool = False  # whether each cell has one more run, under perf
 
     @property
     def fragmented(self) -> int:
@@ -108,6 +110,7 @@ class Bench:
         self._say = say
         self._exports: dict[tuple[str, State], Export] = {}
         self._lent: dict[str, Export] = {}
+        self._profile: Counter[str] | None = None  # of the cell that is profiled just now
         self._tree = tree.Tree(ground.directory, plan.debian)
         self.verdicts: list[Verdict] = []
 
@@ -130,6 +133,13 @@ class Bench:
                     self._say(f"{self._plan.title(work)}: round {number + 1}, {cell.server.name}")
                     with _kept_in(cell):
                         cell.samples.append(self._undisturbed(cell, number))
+        if self._plan.perf:
+            for cell in (cell for cell in todo if cell.samples and cell.measurable):
+                self._say(f"{self._plan.title(work)}: {cell.server.name} under perf")
+                self._profile = cell.profile
+                with _kept_in(cell):
+                    self._round(cell, self._plan.most)
+                self._profile = None
         while self._lent:
             self._lent.popitem()[1].close()
 
@@ -197,7 +207,8 @@ class Bench:
 
     def _run(self, export: Export, load: Load, requests: int | None, seed: int) -> Sample:
         before = cpu_seconds(export.pid)
-        job = fio.measure(export.uri, load, self._plan.size, self._plan.seconds, requests, seed)
+        with self._watched(export):
+            job = fio.measure(export.uri, load, self._plan.size, self._plan.seconds, requests, seed)
         time.sleep(_CHILD_ENDS)
         cpu = cpu_seconds(export.pid) - before
         return Sample(job.requests, job.seconds, cpu, job.p99, job.busy)
@@ -209,13 +220,17 @@ class Bench:
         try:
             with job.prepared(export) as go:
                 before, began = cpu_seconds(export.pid), time.monotonic()
-                amount = go()
+                with self._watched(export):
+                    amount = go()
                 seconds = time.monotonic() - began
                 time.sleep(_CHILD_ENDS)
                 return Sample(amount, seconds, cpu_seconds(export.pid) - before)
         finally:
             if job.setup is None:
                 self._lent.pop(cell.server.name).close()
+
+    def _watched(self, export: Export) -> AbstractContextManager[None]:
+        return nullcontext() if self._profile is None else profile.recording(export.pid, self._profile)
 
     def _lend(self, cell: Cell, job: _Job) -> Export:
         export = cell.server.open(cell.state, self._ground.sized(job.size))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -56,6 +57,7 @@ class Cell:
     failure: str | None = None
     samples: list[Sample] = field(default_factory=list)
     again: int = 0  # rounds that were measured again
+    profile: Counter[str] = field(default_factory=Counter)  # samples of its server by part (profile.py)
 
     @property
     def name(self) -> str:
