@@ -453,7 +453,8 @@ class Connection(asyncio.BufferedProtocol):
         view, end = self._view, self._end
         received = end
         server = self._server
-        if server.speaker is not self:
+        changed = server.speaker is not self
+        if changed:
             server.speaker, server.turns_alone, server.flushes_alone = self, 0, 0
             if self._writes > 1 or not self._alternations:
                 self._live.flushes = 0
@@ -462,6 +463,7 @@ class Connection(asyncio.BufferedProtocol):
         left = share = server.share if server.turns_alone <= ALONE else ALL
         outbox = self._outbox
         position = 0
+        answered = False  # something, at once
         waiting = False  # for something before it goes on with what is in scratch
         volume, device = self._volume, self._device
         plain_read, plain_write = self._plain_read, self._plain_write
@@ -512,6 +514,7 @@ class Connection(asyncio.BufferedProtocol):
                     done = True
                 if done:
                     position = stop
+                    answered = True
                     continue
             error = 0 if plain else _refuse(self._rules, command, flags, offset, length, volume.size)
             if command == _WRITE:
@@ -547,6 +550,8 @@ class Connection(asyncio.BufferedProtocol):
         if received > self._end:
             server.handled = share - left + (received - self._end >> 14)
         self._flush()
+        if changed:
+            self._live.readers.speaker_changed(answered)
         if self._alternations > ALONE and self._writes == 1 and not self._end and not self._tasks:
             self._sync_early()
         if self._draining and not waiting:

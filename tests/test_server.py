@@ -454,7 +454,7 @@ def test_large_reads_of_which_some_are_lent_and_some_copied_come_in_order(
 
 @pytest.mark.interpreted("a class of ours is watched")
 @pytest.mark.parametrize("length", [4 * KIB, 60 * KIB])
-def test_who_is_alone_and_waits_for_a_quick_disk_is_answered_without_a_thread(
+def test_who_waits_for_a_quick_disk_is_answered_without_a_thread_alone_or_with_others(
     serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     monkeypatch.setattr(readers_module, "QUICK", 60.0)
@@ -478,8 +478,13 @@ def test_who_is_alone_and_waits_for_a_quick_disk_is_answered_without_a_thread(
         return len(handed_over) - before
 
     with contextlib.closing(Client(serving.socket, "web")) as other:
-        both = read_all(client, other)  # each of them was not alone
-        assert read_all(client) <= ALONE + 1 < both
+        assert read_all(client, other) == 0
+        assert len(waited_for) <= 1, "one of them was alone before"
+        monkeypatch.setattr(readers_module, "QUICK", 0.0)
+        assert read_all(client, other) > ALONE + 1, "the disk is not quick"
+        monkeypatch.setattr(readers_module, "QUICK", 60.0)
+        assert read_all(client) <= ALONE + 1
+        assert len(waited_for) > 32
         for places in (range(0, 4 * MIB, length), random.Random(20).sample(range(0, len(data), 256 * KIB), 64)):
             forget()
             before, requests = len(waited_for), [client.request(READ, start, length) for start in places]
@@ -538,6 +543,26 @@ def test_an_error_of_a_small_read_that_is_not_cached_reaches_it_alone(
             assert replies[cookie].error == EIO
         else:
             assert replies[cookie].payload[8:] == data[number * 64 * KIB :][:4096]
+
+
+def test_a_disk_that_is_quick_no_longer_is_waited_for_by_a_thread_whoever_waits(
+    serving: Serving, client: Client, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pattern(23, MIB)
+    client.write(0, data)
+    readers = serving.live.readers
+    monkeypatch.setattr(readers, "_took", 0.0)
+    monkeypatch.setattr(readers_module, "BESIDE", 60.0)
+    with contextlib.closing(Client(serving.socket, "web")) as other:
+        assert other.call(FLUSH, 0, 0) == 0  # so that neither is alone
+        for number, each in enumerate((client, other)):
+            each.sock.sendall(each.request(READ, number * 64 * KIB, 4096)[1])
+        until(lambda: readers._watched > 0)
+        time.sleep(0.01)
+        slow_disk.free.set()
+        for number, each in enumerate((client, other)):
+            assert each.reply().payload == data[number * 64 * KIB :][:4096]
+    assert readers._took > 0.001
 
 
 @pytest.mark.parametrize("cut_off", [False, True])

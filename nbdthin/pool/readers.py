@@ -4,7 +4,9 @@ A read that was refused with RWF_NOWAIT has begun all the same: since Linux 5.10
 refuses (mm/filemap.c, filemap_get_pages). So when the loop has tried all the reads that one receive brought in, the
 disk has all of them, and what is left is to learn when they are there. One thread waits for the oldest, by reading it;
 when it comes back the loop takes with NOWAIT what has come by then, which is most of them: one hand-over for a batch of
-reads, where a thread for each costs 80 us of it. What a client that is alone waits for, the loop itself does.
+reads, where a thread for each costs 80 us of it. What a client that is alone waits for, the loop itself does; and where
+several speak and the disk is quick, it looks again in each turn: a thread that comes back has all of them wait for the
+interpreter's lock.
 
 Nothing depends on what the kernel has begun: each read becomes the oldest, and is then read by a thread, which also
 finds out why one does not come. Where the oldest keeps the disk busy for long, others are waited for beside it.
@@ -25,7 +27,9 @@ from nbdthin.units import KiB
 
 STALL: Final = 0.002  # seconds after which another read is waited for beside those that have not come
 MOST_STALLED: Final = 8  # reads waited for at once: half of the threads
-SWEPT: Final = 128 * KiB  # bytes of large reads that are taken in one turn of the loop: others have theirs
+SWEPT: Final = 128 * KiB  # bytes of large reads that are taken in one turn of the loop
+SWEPT_BESIDE: Final = 64 * KiB  # while others have small requests, which wait for no disk
+BESIDE: Final = 0.01  # seconds since somebody else spoke
 TAKEN: Final = 64 * KiB  # bytes of a read from the disk that the loop itself takes when they are there
 QUICK: Final = 0.001  # seconds that such a read may take of the loop
 MOST_ASKED: Final = 4  # calls of `prefetch` under way: a quarter of the threads
@@ -119,14 +123,25 @@ class Readers:
         self._stalled = 0  # of these, known not to come soon
         self._returned = False  # one did, since the timer began
         self._timer: asyncio.TimerHandle | None = None
+        self._beside_until = 0.0  # several clients speak, by time.monotonic
+        self._small_until = 0.0  # one of them has small requests
+        self._moved = 0.0  # when a read last came, or the first of them was begun
         self._asked = 0  # of the disk, by `prefetch`, and not answered yet
         self._took = QUICK  # seconds, the last time that up to TAKEN were waited for
 
     def begin_turn(self) -> Turn:
         """For the first read of this turn of the loop. Each read is counted in it, and appended to `waiting`."""
         turn = self.turn = Turn(self._enter())
+        if not self.waiting:
+            self._moved = time.monotonic()
         self._progress_soon()
         return turn
+
+    def speaker_changed(self, small: bool) -> None:
+        """Another client than the one before has spoken; `small`: and been answered at once."""
+        self._beside_until = time.monotonic() + BESIDE
+        if small:
+            self._small_until = self._beside_until
 
     def expect(self, segments: Segments, view: memoryview, ended: Ended) -> None:
         """Reading `segments` with NOWAIT was refused in this turn of the loop: fill `view`, then call `ended`, in a
@@ -214,9 +229,13 @@ class Readers:
         turn, self.turn = self.turn, None
         if turn is not None and not turn.count:
             self._leave(turn.epoch)
-        if self._sweep():
+        now = time.monotonic()
+        if self._sweep(SWEPT_BESIDE if now < self._small_until else SWEPT):
+            self._moved = now
             if self.waiting:
                 self._progress_soon()
+        elif now < self._beside_until and now < self._moved + QUICK and self._took < QUICK and self.waiting:
+            self._progress_soon()
         else:
             self._watch()
 
@@ -244,12 +263,11 @@ class Readers:
         if turn is not self.turn:
             self._leave(turn.epoch)
 
-    def _sweep(self) -> bool:
-        """Take what has come, of large reads some of it; False: none has."""
+    def _sweep(self, left: int) -> bool:
+        """Take what has come, of large reads about `left` bytes; False: none has."""
         waiting = self.waiting
         missed: list[Read] = []
         before = len(waiting)
-        left = SWEPT
         while waiting and len(missed) < MISSES and left > 0:
             left -= waiting[0][3]
             waiting[0][1].take(waiting, missed)
@@ -262,7 +280,7 @@ class Readers:
         if not self._returned:
             self._stalled = self._watched
         if self.waiting:
-            if self._sweep():
+            if self._sweep(SWEPT):
                 self._progress_soon()
             self.waiting.rotate(-MISSES)  # those behind may have come before these
             self._watch()
