@@ -292,7 +292,7 @@ def test_a_run_under_perf_tells_where_each_servers_time_goes_and_counts_for_noth
     report = tmp_path / "report.json"
     images = tmp_path / "images"
     images.mkdir()
-    only = "^(write-4k-d32/(nbdthin|nbdkit file)|(first-4k-d32|copy-out)/(nbdthin|qemu-nbd qcow2))"
+    only = "^(write-4k-d32/(nbdthin|nbdkit file)|(first-4k-d32|copy-out)/nbdthin)"
     with start(
         images, "--seconds", "0.3", "--size", "16M", "--quick", "--perf", "--only", only, "--json", str(report)
     ) as bench:
@@ -302,12 +302,12 @@ def test_a_run_under_perf_tells_where_each_servers_time_goes_and_counts_for_noth
     for cell in json.loads(report.read_text())["cells"]:
         assert len(cell["rounds"]) == 1
         shares = cell["profile"]
-        if cell["work"] == "first-4k-d32":  # milliseconds
+        if cell["work"] == "first-4k-d32":  # of which there are milliseconds, and few samples
             continue
         assert sum(shares.values()) - shares[profile.WAKING] == pytest.approx(1)
         assert (shares[profile.INTERPRETER] > 0.05) == (cell["server"] == "nbdthin")
-        assert shares["write file" if "write" in cell["work"] else "read file"] > 0.01
         assert shares["send"] > 0
+        assert cell["work"] == "copy-out" or shares["write file"] > 0.05
     assert list(images.iterdir()) == []
 
 
