@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -309,6 +310,15 @@ def test_a_run_under_perf_tells_where_each_servers_time_goes_and_counts_for_noth
         assert shares["send"] > 0
         assert cell["work"] == "copy-out" or shares["write file"] > 0.05
     assert list(images.iterdir()) == []
+
+
+def test_where_perf_may_not_look_its_own_words_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    perf = tmp_path / "perf"
+    perf.write_text("#!/bin/sh\necho Error: >&2\necho 'Access is limited.' >&2\nexit 255\n")
+    perf.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(BenchError, match=r"^perf: Access is limited\.$"), profile.recording(os.getpid(), Counter()):
+        pytest.fail("nothing is recorded")
 
 
 def test_mapped(tmp_path: Path) -> None:

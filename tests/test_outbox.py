@@ -23,7 +23,7 @@ from nbdthin.pool.pool import Pool
 from nbdthin.units import KiB, MiB
 from nbdthin.ways import Ways
 from tests.pagecache import is_cached
-from tests.rawclient import READ, REFUSING, TRIM, Client, Serving, until
+from tests.rawclient import FLUSH, READ, REFUSING, TRIM, Client, Serving, until
 
 BLOCK = 64 * KiB
 
@@ -321,7 +321,7 @@ def _tries(serving: Serving, client: Client, data: bytes, ranges: list[int]) -> 
     is over.
     """
     assert client.write(0, data) == 0
-    assert client.call(3, 0, 0) == 0
+    assert client.call(FLUSH, 0, 0) == 0
     for _ in range(20):
         ranges.clear()
         os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)

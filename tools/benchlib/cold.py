@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from .errors import BenchError
+from .process import family
 from .servers import Export
 
 _IMAGE = 1 << 20  # bytes from which on an open file is taken for one that holds the image
@@ -91,9 +92,8 @@ def _page_out_range(pid: int, start: int, end: int) -> None:
 
 def _files(pid: int) -> Iterator[Path]:
     """By their descriptors: an overlay may have no name, and a server that forks opens files in its children."""
-    server = psutil.Process(pid)
     seen = set()
-    for process in (server, *server.children(recursive=True)):
+    for process in family(pid):
         for path in Path(f"/proc/{process.pid}/fd").iterdir():
             try:
                 status = path.stat()

@@ -16,8 +16,7 @@ import numpy as np
 
 from . import images
 from .client import Address, Client
-from .errors import BenchError
-from .process import Daemon, free_port
+from .process import Daemon, free_port, output_of
 from .servers import Export, Ground, Server, Setting, State, write_some
 
 
@@ -170,7 +169,7 @@ class QemuNbd(_Peer):
 
     def _create(self, path: Path, ground: Ground, *options: str) -> None:
         create = ["qemu-img", "create", "-q", "-f", "qcow2", *self._form.arguments]
-        _run_tool([*create, *options, str(path), str(ground.size)])
+        output_of([*create, *options, str(path), str(ground.size)])
 
     def _serve(self, image: Path, place: Path, ground: Ground) -> Daemon:
         (place / "s").unlink(missing_ok=True)  # qemu-nbd leaves its socket behind
@@ -227,13 +226,6 @@ class NbdServer(_Peer):
         argv = ["nbd-server", "-C", str(place / "config"), "-p", str(place / "pid")]
         daemon = Daemon(argv, place / "s", pidfile=place / "pid")
         return _prepared(_export(daemon, place, "x", state, ground), state, ground)
-
-
-def _run_tool(argv: list[str]) -> None:
-    """A helper program that says nothing when all is well."""
-    done = subprocess.run(argv, capture_output=True, text=True)
-    if done.returncode:
-        raise BenchError(f"{argv[0]}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
 
 
 PEERS: tuple[Server, ...] = (

@@ -83,14 +83,12 @@ class Daemon:
         return True
 
     def last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return last_line(self._log.read_text(errors="replace"))
 
     def stop(self) -> None:
         try:
-            main = psutil.Process(self.pid)
-            processes = [main, *main.children(recursive=True)]
-        except psutil.NoSuchProcess:
+            processes = family(self.pid)
+        except BenchError:
             processes = []
         _end(processes)
         self._child.wait()
@@ -148,18 +146,36 @@ def _answers(address: Address) -> bool:
         return False
 
 
+def last_line(text: str) -> str:
+    """Of what a program said, the line that tells why it failed."""
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def output_of(argv: Sequence[str], name: str = "") -> str:
+    """What a helper program prints. Raises BenchError with its last line, and `name` in place of its own."""
+    done = subprocess.run(argv, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise BenchError(f"{name or argv[0]}: {last_line(done.stderr or done.stdout)}")
+    return done.stdout
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and its children, and theirs. Raises BenchError where it has ended."""
+    try:
+        main = psutil.Process(pid)
+        return [main, *main.children(recursive=True)]
+    except psutil.NoSuchProcess as error:
+        raise BenchError("the server is gone") from error
+
+
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process, its threads and its children, the ended ones too (steps of 10 ms).
 
     Call it when no child is just ending: a child's time moves to its parent when the parent notices the end.
     """
-    try:
-        main = psutil.Process(pid)
-        tree = (main, *main.children(recursive=True))
-    except psutil.NoSuchProcess as error:
-        raise BenchError("the server is gone") from error
     total = 0.0
-    for process in tree:
+    for process in family(pid):
         try:
             times = process.cpu_times()
         except psutil.NoSuchProcess:

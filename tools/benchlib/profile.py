@@ -14,13 +14,12 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 from .errors import BenchError
+from .process import family, last_line, output_of
 
 WAKING: Final = "(waking)"
 OTHER: Final = "other kernel"
@@ -54,8 +53,7 @@ _PYTHON: Final = re.compile(r"(lib)?python3[.\d]*(\.so[.\d]*)?")
 @contextmanager
 def recording(pid: int, samples: Counter[str]) -> Iterator[None]:
     """Count the samples of a process, of its children and of those to come, by part. Raises BenchError."""
-    main = psutil.Process(pid)
-    pids = ",".join(str(process.pid) for process in (main, *main.children(recursive=True)))
+    pids = ",".join(str(process.pid) for process in family(pid))
     with tempfile.TemporaryDirectory(prefix="nbench-perf-") as place:
         data = Path(place) / "data"
         control, to_control = os.pipe()
@@ -72,29 +70,18 @@ def recording(pid: int, samples: Counter[str]) -> Iterator[None]:
         os.close(control)
         os.close(ready)
         try:
-            os.write(to_control, b"enable\n")
-            if not os.read(from_ready, 16):
-                raise BenchError(f"perf: {_last_line(perf.communicate()[1])}")
-            yield
+            with suppress(BrokenPipeError):
+                os.write(to_control, b"enable\n")
+            if began := bool(os.read(from_ready, 16)):
+                yield
         finally:
             perf.send_signal(signal.SIGINT)  # which it takes for the end of its work
-            perf.communicate()
+            _, said = perf.communicate()
             os.close(to_control)
             os.close(from_ready)
-        samples.update(parts(_script(data)))
-
-
-def _script(data: Path) -> str:
-    command = ["perf", "script", "-i", str(data), "-F", "ip,sym,dso"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise BenchError(f"perf: {_last_line(done.stderr)}")
-    return done.stdout
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+        if not began:
+            raise BenchError(f"perf: {last_line(said)}")
+        samples.update(parts(output_of(["perf", "script", "-i", str(data), "-F", "ip,sym,dso"])))
 
 
 def parts(script: str) -> Counter[str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from . import bigpool, containers, images, latency
 from .client import Client
 from .errors import BenchError
 from .latency import Span
-from .process import Daemon
+from .process import Daemon, output_of
 from .rounds import Plan
 from .tree import mount_missing
 
@@ -93,10 +92,7 @@ def _load_once(pool: Path, blocks: int) -> dict[str, float]:
 
 
 def _program(argv: Sequence[str]) -> str:
-    done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True)
-    if done.returncode:
-        raise BenchError(f"{argv[0]}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-    return done.stdout
+    return output_of([sys.executable, "-m", *argv], argv[0])
 
 
 def _beside(kind: str, depth: int) -> Callable[[Path, Plan], dict[str, float]]:
