@@ -8,6 +8,8 @@ write into it), and the replies leave with one gathered write. What may block be
 - replies may leave in any order, so nothing waits for a slow request but itself;
 - clients share the loop: who sends much gets no more of a turn than twice what the one before it got, until it has had
   ALONE turns with nobody between, so that one who asks for little does not wait for a whole queue of another's;
+- who waits for each answer before he asks again is woken by the first bytes of it while his request is handled: on a
+  processor that sleeps he needs longer to be there than most requests take;
 - bytes in flight are bounded: reading pauses while too much is being worked on, or while the peer does not take its
   replies, also in the middle of a batch;
 - a connection uses its export until its last request has ended, even when the peer is gone by then;
@@ -65,6 +67,7 @@ WAITING: Final = 64 * MiB  # bytes beyond these, if so much waits for space
 REQUEST_COST: Final = 512 * KiB  # bytes that a request in work counts for at least: the kernel has 128 of them
 TURN: Final = 500e-6  # seconds for which the loop stays with a connection that is alone
 ALONE: Final = 8  # turns that one client has had, or flushes, while all others were silent: it may be waited for
+LONE: Final = 16  # requests of one who waits for each answer, lately, from which on the next one is taken for such
 SHARE: Final = 4  # requests of a client's turn, or twice what the one before it got: large ones count as more
 ALL: Final = 1 << 30  # requests: no share
 COLD: Final = 15  # small reads after one that was not cached that are taken to be not cached either
@@ -92,11 +95,13 @@ _NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 _DF: Final = int(CommandFlag.DF)
 _REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 _DONE: Final = int(ChunkFlag.DONE)
+_NONE: Final = int(Chunk.NONE)
 _OFFSET_DATA: Final = int(Chunk.OFFSET_DATA)
 _CHUNK_MAGIC: Final = proto.STRUCTURED_REPLY_MAGIC
 _SIMPLE_MAGIC: Final = proto.SIMPLE_REPLY_MAGIC
 _REQUEST_HEADER: Final = proto.REQUEST.size
 _SIMPLE_HEADER: Final = proto.SIMPLE_REPLY.size
+_CHUNK_HEADER: Final = proto.CHUNK.size
 _DATA_HEADER: Final = proto.OFFSET_DATA.size
 _REQUEST_MAGIC: Final = proto.REQUEST_MAGIC
 _unpack_request: Final = proto.REQUEST.unpack_from
@@ -104,7 +109,10 @@ _refuse: Final = transmission.refuse
 _preadv: Final = os.preadv
 _fadvise: Final = os.posix_fadvise
 _WILLNEED: Final = os.POSIX_FADV_WILLNEED
+_CHUNK: Final = _CHUNK_MAGIC.to_bytes(4, "big")
+_SIMPLE: Final = _SIMPLE_MAGIC.to_bytes(4, "big")
 _pack_simple_into: Final = proto.SIMPLE_REPLY.pack_into
+_pack_chunk_into: Final = proto.CHUNK.pack_into
 _pack_data_into: Final = proto.OFFSET_DATA.pack_into
 _simple: Final = transmission.simple_reply
 
@@ -145,6 +153,9 @@ class Connection(asyncio.BufferedProtocol):
         self._writes = 0  # since the last flush
         self._alternations = 0  # flushes with one write before each of them, the last ones
         self._flush_due = False
+        self._lone = 0  # requests that were waited for, one by one, lately; at most 2 * LONE
+        self._begins = False  # the one that is handled is such: its reply may begin before that
+        self._hit = False  # the last small read was cached
         self._cold = 0  # so many reads more are asked of the disk without a look at the cache
         self._last_position = 0  # of the last small read
         self._read_to = -1  # bytes of the volume: the end of the last large read
@@ -218,7 +229,12 @@ class Connection(asyncio.BufferedProtocol):
         poller, ready, fd = self._poller, self._ready, self._outbox.fd
         until = poller.time + TURN
         while poller.time < until and not (self._tasks or self._paused or self._closing):
-            if not ready(0) and not poller.wait(ready):
+            if ready(0):
+                if not (self._end or self._left or self._payload is not None):  # else it is more of the same request
+                    self._lone = max(self._lone - LONE, 0)
+            elif poller.wait(ready):
+                self._lone = min(self._lone + 1, 2 * LONE)
+            else:
                 return
             try:
                 nbytes = os.readv(fd, (self.get_buffer(-1),))
@@ -481,6 +497,7 @@ class Connection(asyncio.BufferedProtocol):
             position = self._take_pieces(0)
             if position < 0:
                 end = position
+        lone = self._lone > LONE and not (position or self._tasks or self._alternations)
         while end - position >= _REQUEST_HEADER and not self._closing:
             if left <= 0:
                 self._let_others()
@@ -500,13 +517,19 @@ class Connection(asyncio.BufferedProtocol):
             plain = not flags and 0 < length <= most and offset + length <= volume.size
             if plain:
                 left -= length >> 16
-                stop = position + _REQUEST_HEADER
+                start = position + _REQUEST_HEADER
+                stop = start if command == _READ else start + length
+                if lone:
+                    lone = False
+                    self._begins = stop == end
+                    if stop < end:
+                        self._lone = 0
                 try:
                     if command == _READ:
                         done = length < self._small and self._read_small(cookie, offset, length)
                     else:
-                        start, stop = stop, stop + length
-                        done = length <= PIECE and stop <= end and device.write_small(offset, view[start:stop])
+                        begins = self._begin if self._begins else None
+                        done = length <= PIECE and stop <= end and device.write_small(offset, view[start:stop], begins)
                         if done:
                             self._written(0, cookie)
                 except Exception as failure:
@@ -545,6 +568,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._let_others()
                 waiting = True
                 break
+        self._begins = False
         if position >= 0:
             self._keep_from(position)
         if received > self._end:
@@ -572,7 +596,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.abort()
                 self._end = 0
                 return -1
-            return self._refuse(start, length, _simple(error, cookie))
+            return self._refuse(start, length, self._reply(cookie, error))
         if length > PIECE:
             self._payload_request = (flags, cookie, offset)
             self._left = length
@@ -606,7 +630,7 @@ class Connection(asyncio.BufferedProtocol):
             except Exception as error:
                 self._left = 0
                 self._end_pieces()
-                return self._refuse(position, left, _simple(self._told(_WRITE, error), cookie))
+                return self._refuse(position, left, self._reply(cookie, self._told(_WRITE, error)))
             position += count
             offset += count
             left -= count
@@ -677,6 +701,8 @@ class Connection(asyncio.BufferedProtocol):
             _fadvise(self._data_fd, position, length, _WILLNEED)
         else:
             outbox, header = self._outbox, self._data_header
+            if self._begins and self._hit:
+                self._begin()
             start = outbox.room(header + length) if outbox.used else 0
             end = start + header + length
             arena = outbox.arena
@@ -684,6 +710,7 @@ class Connection(asyncio.BufferedProtocol):
                 count = _preadv(self._data_fd, (arena[start + header : end],), position, NOWAIT)
             except OSError:  # not cached, or worse: the slow way finds out
                 count = -1
+            self._hit = count == length
             if count != length and self._is_awaited:
                 done = self._readers.wait_for([(position, length)], arena[start + header : end])
                 count = length if done else -1
@@ -707,6 +734,18 @@ class Connection(asyncio.BufferedProtocol):
     def _is_awaited(self) -> bool:
         """The one request that is here is all that any client asks for."""
         return self._end == _REQUEST_HEADER and self._server.turns_alone > ALONE and not self._tasks
+
+    def _begin(self) -> None:
+        """Of a reply whose client waits for nothing else. While it has only begun, all are of its kind (`_reply`), so
+        that the next one that leaves may be any.
+        """
+        self._outbox.begin(_CHUNK if self._structured else _SIMPLE)
+
+    def _reply(self, cookie: int, error: int = 0) -> bytes:
+        """To anything that has no data in its reply."""
+        if not (self._structured and self._outbox.begun):
+            return _simple(error, cookie)
+        return transmission.error_chunk(cookie, error) if error else transmission.none_chunk(cookie)
 
     # -- small reads that have begun (pool.readers.Taker)
 
@@ -775,6 +814,8 @@ class Connection(asyncio.BufferedProtocol):
             elif self._ahead_to:
                 self._read_ahead()
             if self._all_cached(segments):
+                if self._begins:
+                    self._begin()
                 self._put_segments(flags, cookie, offset, segments, self._outbox.put_range)
                 return
             absent = not in_order and self._is_absent(segments)
@@ -917,6 +958,11 @@ class Connection(asyncio.BufferedProtocol):
             self._answer_durable(_WRITE, cookie)
             return
         outbox = self._outbox
+        if outbox.begun and self._structured:
+            start = outbox.room(_CHUNK_HEADER)
+            _pack_chunk_into(outbox.arena, start, _CHUNK_MAGIC, _DONE, _NONE, cookie, 0)
+            outbox.used = start + _CHUNK_HEADER
+            return
         start = outbox.room(_SIMPLE_HEADER)
         _pack_simple_into(outbox.arena, start, _SIMPLE_MAGIC, 0, cookie)
         outbox.used = start + _SIMPLE_HEADER
@@ -947,7 +993,7 @@ class Connection(asyncio.BufferedProtocol):
         self._alternations = self._alternations + 1 if self._writes == 1 else 0
         self._writes = 0
         if last and not self._tasks and server.flushes_alone > ALONE and self._live.commit_now():
-            self._put(_simple(0, cookie))
+            self._put(self._reply(cookie))
         else:
             self._answer_durable(_FLUSH, cookie)
 
@@ -968,7 +1014,7 @@ class Connection(asyncio.BufferedProtocol):
             self._fail(command, cookie, error)
             return
         if durable is None:
-            self._put(_simple(0, cookie))
+            self._put(self._reply(cookie))
             return
         self._tasks += 1
         self._in_flight += REQUEST_COST
@@ -977,7 +1023,7 @@ class Connection(asyncio.BufferedProtocol):
     def _durable(self, command: int, cookie: int, durable: asyncio.Future[None]) -> None:
         error = durable.exception()
         if error is None:
-            self._put(_simple(0, cookie))
+            self._put(self._reply(cookie))
         else:
             assert isinstance(error, Exception)
             self._fail(command, cookie, error)
@@ -998,12 +1044,12 @@ class Connection(asyncio.BufferedProtocol):
     async def _cache(self, cookie: int, offset: int, length: int) -> None:
         if length:
             await self._device.prefetch(offset, length)
-        self._put(_simple(0, cookie))
+        self._put(self._reply(cookie))
 
     async def _succeed(self, flags: int, cookie: int) -> None:
         if flags & _FUA:
             await self._live.commit()
-        self._put(_simple(0, cookie))
+        self._put(self._reply(cookie))
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
         most = 1 if flags & _REQ_ONE else STATUS_EXTENTS
@@ -1051,7 +1097,7 @@ class Connection(asyncio.BufferedProtocol):
         if command == _READ and self._structured:
             self._put(transmission.error_chunk(cookie, error, os.strerror(error)))
         else:
-            self._put(_simple(error, cookie))
+            self._put(self._reply(cookie, error))
 
     def _fail(self, command: int, cookie: int, error: Exception) -> None:
         """The one place where an error of a request becomes a reply."""

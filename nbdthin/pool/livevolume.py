@@ -117,11 +117,11 @@ class LiveVolume:
         self._coming.discard(pieces)
         pieces.set_result(None)
 
-    def write_small(self, offset: int, payload: memoryview) -> bool:
+    def write_small(self, offset: int, payload: memoryview, begins: Callable[[], None] | None = None) -> bool:
         """`Volume.write_small` where nobody else is at the volume; False: ask `write_now`."""
         if self._gate is not None or self._held or self._pool.failed is not None:
             return False
-        return self.volume.write_small(offset, payload)
+        return self.volume.write_small(offset, payload, begins)
 
     def write_now(self, offset: int, payload: memoryview, pieces: Pieces | None = None) -> bool:
         """Write what can be written without waiting. NoSpace is left to the slow way; OSError from the disk."""

@@ -9,7 +9,7 @@ Data goes to its block before the entry says so; until `finish`, a reserved bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -251,10 +251,11 @@ class Volume:
             raise
         self.finish(write)
 
-    def write_small(self, offset: int, payload: memoryview) -> bool:
+    def write_small(self, offset: int, payload: memoryview, begins: Callable[[], None] | None = None) -> bool:
         """Write what lies in one block and needs nothing read first, in as few steps as there can be.
 
-        False: it is not so, or did not go well, and the mapping is as before: `write` has the errors, too.
+        False: it is not so, or did not go well, and the mapping is as before: `write` has the errors, too. `begins` is
+        called when all is decided, before the write itself.
         """
         shift, length = self._shift, len(payload)
         within = offset & self._block_mask
@@ -279,6 +280,8 @@ class Volume:
                     physical = fresh = allocator.allocate(layer.number, block, beside)
                 except NoSpace:
                     return False
+        if begins is not None:
+            begins()
         data = self._data
         done = False
         try:
