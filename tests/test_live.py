@@ -255,7 +255,8 @@ def test_the_disk_begins_with_what_many_flush_while_the_rest_of_them_is_heard_wh
         volume = live.open("web")
         await write(volume, 0, bytes(MIB))
         await live.commit()
-        monkeypatch.setattr(live_module, "QUICK_SYNC", 60.0)
+        monkeypatch.setattr(live_module, "QUICK_SYNC", 60.0)  # this disk is
+        monkeypatch.setattr(live_module, "SLOW_SYNC", 60.0)
         calls: list[str] = []
 
         def watch(name: str) -> None:
