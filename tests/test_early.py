@@ -19,6 +19,7 @@ from nbdthin import connection as connection_module
 from nbdthin import polling
 from nbdthin.outbox import Outbox
 from nbdthin.pool.commands import Clone, Create, Snapshot
+from nbdthin.pool.data import DataFile
 from nbdthin.pool.policy import QUEUE, Policy
 from nbdthin.pool.pool import Pool
 from tests.rawclient import (
@@ -146,15 +147,13 @@ def test_the_answer_to_a_read_begins_before_it_is_read(
     client.write(0, data)
     assert client.read(0, length) == data
     disk.free.clear()
-    flush = Outbox.flush
+    mapped = DataFile.mapped
 
-    def held(outbox: Outbox) -> None:
-        disk.free.wait(60)
-        flush(outbox)
+    def held(file: DataFile, position: int, length: int) -> memoryview | None:
+        assert disk.free.wait(60)
+        return mapped(file, position, length)
 
-    if length > 4 * KIB:  # it is read when it is sent
-        monkeypatch.setattr(Outbox, "flush", held)
-        monkeypatch.setattr(connection_module.Connection, "_flush", held, raising=False)
+    monkeypatch.setattr(DataFile, "mapped", held)  # what is large is read when it is sent
     cookie = client.send(READ, 0, length)
     begun = magic(client)
     disk.free.set()
@@ -221,7 +220,13 @@ def test_what_comes_behind_a_read_that_has_begun_and_is_not_cached_is_answered(
     client.write(0, data)
     assert client.read(0, 4 * KIB) == data[: 4 * KIB]
     slow = threading.Event()
-    monkeypatch.setattr(type(serving.live.pool.data), "read_into", _slow(type(serving.live.pool.data).read_into, slow))
+    read_into = DataFile.read_into
+
+    def read(*arguments: Any) -> None:
+        assert slow.wait(60)
+        read_into(*arguments)
+
+    monkeypatch.setattr(DataFile, "read_into", read)
     disk.of_reads = errno.EAGAIN
     first = client.send(READ, BLOCK, 4 * KIB)
     until(lambda: bool(serving.live.pool._readers))
@@ -235,14 +240,6 @@ def test_what_comes_behind_a_read_that_has_begun_and_is_not_cached_is_answered(
     assert [replies[each].error for each in (first, second, write, flush)] == [0] * 4
     assert replies[first].payload.endswith(data[BLOCK:][: 4 * KIB])
     assert replies[second].payload.endswith(data[2 * BLOCK :][: 4 * KIB])
-
-
-def _slow(read_into: Any, free: threading.Event) -> Any:
-    def read(*arguments: Any) -> None:
-        free.wait(60)
-        read_into(*arguments)
-
-    return read
 
 
 def test_a_stopping_server_completes_what_has_begun(serving: Serving, client: Client, disk: Disk, always: None) -> None:
