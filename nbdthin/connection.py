@@ -497,7 +497,7 @@ class Connection(asyncio.BufferedProtocol):
             position = self._take_pieces(0)
             if position < 0:
                 end = position
-        lone = self._lone > LONE and not (position or self._tasks or self._alternations)
+        lone = self._lone > LONE and server.turns_alone > ALONE and not (position or self._tasks)
         while end - position >= _REQUEST_HEADER and not self._closing:
             if left <= 0:
                 self._let_others()
@@ -528,7 +528,8 @@ class Connection(asyncio.BufferedProtocol):
                     if command == _READ:
                         done = length < self._small and self._read_small(cookie, offset, length)
                     else:
-                        begins = self._begin if self._begins else None
+                        # Not before a flush, which takes longer than to wake somebody.
+                        begins = self._begin if self._begins and (self._writes or not self._alternations) else None
                         done = length <= PIECE and stop <= end and device.write_small(offset, view[start:stop], begins)
                         if done:
                             self._written(0, cookie)
