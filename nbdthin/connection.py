@@ -95,13 +95,11 @@ _NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 _DF: Final = int(CommandFlag.DF)
 _REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 _DONE: Final = int(ChunkFlag.DONE)
-_NONE: Final = int(Chunk.NONE)
 _OFFSET_DATA: Final = int(Chunk.OFFSET_DATA)
 _CHUNK_MAGIC: Final = proto.STRUCTURED_REPLY_MAGIC
 _SIMPLE_MAGIC: Final = proto.SIMPLE_REPLY_MAGIC
 _REQUEST_HEADER: Final = proto.REQUEST.size
 _SIMPLE_HEADER: Final = proto.SIMPLE_REPLY.size
-_CHUNK_HEADER: Final = proto.CHUNK.size
 _DATA_HEADER: Final = proto.OFFSET_DATA.size
 _REQUEST_MAGIC: Final = proto.REQUEST_MAGIC
 _unpack_request: Final = proto.REQUEST.unpack_from
@@ -112,7 +110,6 @@ _WILLNEED: Final = os.POSIX_FADV_WILLNEED
 _CHUNK: Final = _CHUNK_MAGIC.to_bytes(4, "big")
 _SIMPLE: Final = _SIMPLE_MAGIC.to_bytes(4, "big")
 _pack_simple_into: Final = proto.SIMPLE_REPLY.pack_into
-_pack_chunk_into: Final = proto.CHUNK.pack_into
 _pack_data_into: Final = proto.OFFSET_DATA.pack_into
 _simple: Final = transmission.simple_reply
 
@@ -742,11 +739,11 @@ class Connection(asyncio.BufferedProtocol):
         """
         self._outbox.begin(_CHUNK if self._structured else _SIMPLE)
 
-    def _reply(self, cookie: int, error: int = 0) -> bytes:
-        """To anything that has no data in its reply."""
-        if not (self._structured and self._outbox.begun):
+    def _reply(self, cookie: int, error: int = 0, to_read: bool = False) -> bytes:
+        """One that has no data."""
+        if not self._structured or not (to_read or self._outbox.begun):
             return _simple(error, cookie)
-        return transmission.error_chunk(cookie, error) if error else transmission.none_chunk(cookie)
+        return transmission.error_chunk(cookie, error, os.strerror(error)) if error else transmission.none_chunk(cookie)
 
     # -- small reads that have begun (pool.readers.Taker)
 
@@ -804,7 +801,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if not length:
-            self._put(transmission.none_chunk(cookie) if self._structured else _simple(0, cookie))
+            self._put(self._reply(cookie, to_read=True))
             return
         segments = self._volume.segments(offset, length)
         in_order = absent = False
@@ -959,10 +956,8 @@ class Connection(asyncio.BufferedProtocol):
             self._answer_durable(_WRITE, cookie)
             return
         outbox = self._outbox
-        if outbox.begun and self._structured:
-            start = outbox.room(_CHUNK_HEADER)
-            _pack_chunk_into(outbox.arena, start, _CHUNK_MAGIC, _DONE, _NONE, cookie, 0)
-            outbox.used = start + _CHUNK_HEADER
+        if outbox.begun:
+            self._put(self._reply(cookie))
             return
         start = outbox.room(_SIMPLE_HEADER)
         _pack_simple_into(outbox.arena, start, _SIMPLE_MAGIC, 0, cookie)
@@ -1095,10 +1090,7 @@ class Connection(asyncio.BufferedProtocol):
     # -- replies
 
     def _answer_error(self, command: int, cookie: int, error: int) -> None:
-        if command == _READ and self._structured:
-            self._put(transmission.error_chunk(cookie, error, os.strerror(error)))
-        else:
-            self._put(self._reply(cookie, error))
+        self._put(self._reply(cookie, error, command == _READ))
 
     def _fail(self, command: int, cookie: int, error: Exception) -> None:
         """The one place where an error of a request becomes a reply."""

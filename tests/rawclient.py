@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
+import pytest
 import uvloop
 
 from nbdthin.pool.check import check
@@ -40,6 +41,19 @@ def until(holds: Callable[[], bool]) -> None:
             return
         time.sleep(0.005)
     raise AssertionError("it never came true")
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of each call of a method from now on, which is done as before."""
+    seen = []
+    method = getattr(owner, name)
+
+    def call(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, call)
+    return seen
 
 
 class Chunk(NamedTuple):

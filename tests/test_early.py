@@ -34,6 +34,7 @@ from tests.rawclient import (
     Chunk,
     Client,
     Serving,
+    calls,
     until,
 )
 
@@ -306,7 +307,7 @@ def test_it_is_for_who_waits_for_each_answer_and_for_nobody_else(
 ) -> None:
     monkeypatch.setattr(polling, "WINDOW", 0.05)  # however busy the machine is
     monkeypatch.setattr(polling, "LONG", 60.0)
-    begun = _count(monkeypatch, Outbox, "begin")
+    begun = calls(monkeypatch, Outbox, "begin")
     client.write(0, bytes(BLOCK))
     for _ in range(200):  # two at a time
         client.sock.sendall(client.request(READ, 0, 4 * KIB)[1] + client.request(READ, 0, 4 * KIB)[1])
@@ -330,18 +331,6 @@ def test_it_is_for_who_waits_for_each_answer_and_for_nobody_else(
         for _ in range(100):
             assert client.read(0, 4 * KIB) == other.read(0, 4 * KIB) == bytes(4 * KIB)
     assert len(begun) <= 1
-
-
-def _count(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[None]:
-    calls: list[None] = []
-    method = getattr(owner, name)
-
-    def call(*arguments: Any) -> Any:
-        calls.append(None)
-        return method(*arguments)
-
-    monkeypatch.setattr(owner, name, call)
-    return calls
 
 
 def test_a_first_write_on_a_clone_begins_when_it_has_its_block(

@@ -20,7 +20,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -60,6 +59,7 @@ from tests.rawclient import (
     WRITE_ZEROES,
     Client,
     Serving,
+    calls,
     until,
 )
 
@@ -404,19 +404,6 @@ def test_a_large_read_in_no_order_has_the_disk_read_no_more_than_it_asks_for(
     assert not _cached(serving, before + length)
 
 
-def _calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[tuple[Any, ...]]:
-    """The arguments of each call of a method from now on, which is done as before."""
-    calls = []
-    method = getattr(owner, name)
-
-    def call(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return method(*arguments)
-
-    monkeypatch.setattr(owner, name, call)
-    return calls
-
-
 @pytest.mark.interpreted("what it measures is told instead")
 @pytest.mark.parametrize("kind", ["client", "structured"])
 @pytest.mark.parametrize("lends", [True, False])
@@ -425,7 +412,7 @@ def test_large_reads_are_the_same_bytes_lent_and_copied(
 ) -> None:
     client: Client = request.getfixturevalue(kind)
     monkeypatch.setattr(Ways, "lends_next", lambda *_: lends)
-    lent = _calls(monkeypatch, Outbox, "_lend")
+    lent = calls(monkeypatch, Outbox, "_lend")
     data = pattern(21, 8 * MIB)
     client.write(0, data)
     for length in (32 * KIB, 100_000, MIB):
@@ -459,8 +446,8 @@ def test_who_waits_for_a_quick_disk_is_answered_without_a_thread_alone_or_with_o
 ) -> None:
     monkeypatch.setattr(readers_module, "QUICK", 60.0)
     monkeypatch.setattr(serving.live.readers, "_took", 0.0)
-    handed_over = _calls(monkeypatch, Threads, "call")
-    waited_for = _calls(monkeypatch, Readers, "wait_for")
+    handed_over = calls(monkeypatch, Threads, "call")
+    waited_for = calls(monkeypatch, Readers, "wait_for")
     data = pattern(18, 16 * MIB)
     client.write(0, data)
     client.call(FLUSH, 0, 0)
