@@ -37,6 +37,7 @@ from tests.rawclient import (
     calls,
     until,
 )
+from tests.slowdisk import SlowDisk
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = 64 * KIB
@@ -70,23 +71,22 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Disk:
-    """Small reads and writes are held until `free` is set, then done, or fail with these errors."""
+    """Small reads and writes are held until `free` is set, then done; writes fail with `of_writes`."""
 
     def __init__(self, serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free = threading.Event()
         self.of_writes = 0
-        self.of_reads = 0
         data = serving.live.pool.data
         pwrite, preadv = data.pwrite, connection_module._preadv
 
         def write(fd: int, payload: Any, position: int) -> int:
             self._wait()
-            self._fail(self.of_writes)
+            if self.of_writes:
+                raise OSError(self.of_writes, os.strerror(self.of_writes))
             return pwrite(fd, payload, position)
 
         def read(*arguments: Any) -> int:
             self._wait()
-            self._fail(self.of_reads)
             return preadv(*arguments)
 
         monkeypatch.setattr(data, "pwrite", write)
@@ -94,10 +94,6 @@ class Disk:
 
     def _wait(self) -> None:
         assert self.free.wait(60)
-
-    def _fail(self, error: int) -> None:
-        if error:
-            raise OSError(error, os.strerror(error))
 
 
 @pytest.fixture
@@ -215,29 +211,19 @@ def test_any_reply_may_be_what_has_begun(
 
 
 def test_what_comes_behind_a_read_that_has_begun_and_is_not_cached_is_answered(
-    serving: Serving, client: Client, disk: Disk, always: None, monkeypatch: pytest.MonkeyPatch
+    serving: Serving, client: Client, always: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk.free.set()
     data = random.Random(2).randbytes(MIB)
     client.write(0, data)
     assert client.read(0, 4 * KIB) == data[: 4 * KIB]
-    slow = threading.Event()
-    read_into = DataFile.read_into
-
-    def read(*arguments: Any) -> None:
-        assert slow.wait(60)
-        read_into(*arguments)
-
-    monkeypatch.setattr(DataFile, "read_into", read)
-    disk.of_reads = errno.EAGAIN
+    slow_disk = SlowDisk(monkeypatch)
     first = client.send(READ, BLOCK, 4 * KIB)
     until(lambda: bool(serving.live.pool._readers))
     second = client.send(READ, 2 * BLOCK, 4 * KIB)
     write = client.send(WRITE, 3 * BLOCK, 4 * KIB, bytes(4 * KIB))
     flush = client.send(FLUSH, 0, 0)
     time.sleep(0.05)
-    slow.set()
-    disk.of_reads = 0
+    slow_disk.free.set()
     replies = {reply.cookie: reply for reply in (client.reply() for _ in range(4))}
     assert [replies[each].error for each in (first, second, write, flush)] == [0] * 4
     assert replies[first].payload.endswith(data[BLOCK:][: 4 * KIB])

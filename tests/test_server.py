@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import os
 import random
@@ -14,7 +13,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nbdthin import connection as connection_module
 from nbdthin.connection import ALONE
 from nbdthin.errors import InUse
 from nbdthin.host import own_memory
@@ -62,6 +60,7 @@ from tests.rawclient import (
     calls,
     until,
 )
+from tests.slowdisk import SlowDisk
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 256 * MIB
@@ -480,31 +479,6 @@ def test_who_waits_for_a_quick_disk_is_answered_without_a_thread_alone_or_with_o
             for start, (cookie, _) in zip(places, requests, strict=True):
                 assert replies[cookie] == data[start : start + length]
             assert len(waited_for) == before, "many at once"
-
-
-class SlowDisk:
-    """Nothing that is asked of it at once is cached; some positions fail, all others come when `free` is set."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.bad: set[int] = set()
-        self.free = threading.Event()
-        self._preadv = connection_module._preadv
-        self._read_into = DataFile.read_into
-        monkeypatch.setattr(connection_module, "_preadv", self._try)
-        monkeypatch.setattr(DataFile, "read_into", lambda data, *arguments: self._wait(data, *arguments))
-
-    def _try(self, fd: int, buffers: Sequence[memoryview], position: int, flags: int) -> int:
-        if not self.free.is_set():
-            raise BlockingIOError(errno.EAGAIN, "not cached")
-        if position in self.bad:
-            raise OSError(errno.EIO, "injected")
-        return self._preadv(fd, buffers, position, flags)
-
-    def _wait(self, data: DataFile, view: memoryview, position: int, flags: int = 0) -> None:
-        self.free.wait()
-        if position in self.bad:
-            raise OSError(errno.EIO, "injected")
-        self._read_into(data, view, position, flags)
 
 
 @pytest.fixture
