@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import time
 
 import numpy as np
 
@@ -17,3 +19,12 @@ def is_cached(fd: int, position: int, length: int) -> bool:
         assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)) == 0
         del view  # or it could not be closed
         return bool((pages & 1).any())
+
+
+def forget(fd: int) -> None:
+    """Have the kernel drop what it can of a file: what is just being read or moved between its lists stays at first."""
+    for _ in range(20):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if not is_cached(fd, 0, os.fstat(fd).st_size & -mmap.PAGESIZE):
+            return
+        time.sleep(0.005)

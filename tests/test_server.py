@@ -36,7 +36,7 @@ from nbdthin.pool.readers import Readers
 from nbdthin.pool.threads import Threads
 from nbdthin.server import Server
 from nbdthin.ways import Ways
-from tests.pagecache import is_cached
+from tests.pagecache import forget, is_cached
 from tests.rawclient import (
     BLOCK_STATUS,
     CACHE,
@@ -330,7 +330,7 @@ def test_many_small_reads_that_are_not_cached_each_get_their_own_bytes(
     client.call(FLUSH, 0, 0)
     chance = random.Random(15)
     for length in (4096, 20_000):  # of the larger ones not all fit into the arena at once
-        os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(serving.live.pool.data.fd)
         offsets = {}
         message = b""
         for start in chance.sample(range(0, len(data), 64 * KIB), 100):
@@ -361,7 +361,7 @@ def test_large_reads_in_order_have_the_disk_asked_for_what_comes_next_in_the_vol
     for start in range(20 * MIB, -1, -4 * MIB):  # the other way round in the data file
         client.write(start, data[start : start + 4 * MIB])
     client.call(FLUSH, 0, 0)
-    os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    forget(serving.live.pool.data.fd)
     read_to = 4 * MIB + 512 * KIB
     for start in range(0, read_to, length):
         assert client.read(start, length) == data[start : start + length]
@@ -380,7 +380,7 @@ def test_other_large_reads_have_it_asked_for_nothing_more(
     data = pattern(17, 8 * MIB)
     client.write(0, data)
     client.call(FLUSH, 0, 0)
-    os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    forget(serving.live.pool.data.fd)
     client.read(0, MIB)
     for start in order:
         assert client.read(start, 256 * KIB) == data[start : start + 256 * KIB]
@@ -395,7 +395,7 @@ def test_a_large_read_in_no_order_has_the_disk_read_no_more_than_it_asks_for(
     data = pattern(18, 8 * MIB)
     client.write(0, data)
     client.call(FLUSH, 0, 0)
-    os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    forget(serving.live.pool.data.fd)
     for start, count in ((0, before), (4 * MIB, 64 * KIB)):
         assert client.read(start, count) == data[start : start + count]
     # The kernel takes what comes right behind so much that is cached for a part of something longer.
@@ -451,12 +451,9 @@ def test_who_waits_for_a_quick_disk_is_answered_without_a_thread_alone_or_with_o
     client.write(0, data)
     client.call(FLUSH, 0, 0)
 
-    def forget() -> None:
-        os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def read_all(*clients: Client) -> int:
         """How many reads were handed over."""
-        forget()
+        forget(serving.live.pool.data.fd)
         before = len(handed_over)
         places = random.Random(19).sample(range(0, len(data), 256 * KIB), 64)
         for index, start in enumerate(places):
@@ -472,7 +469,7 @@ def test_who_waits_for_a_quick_disk_is_answered_without_a_thread_alone_or_with_o
         assert read_all(client) <= ALONE + 1
         assert len(waited_for) > 32
         for places in (range(0, 4 * MIB, length), random.Random(20).sample(range(0, len(data), 256 * KIB), 64)):
-            forget()
+            forget(serving.live.pool.data.fd)
             before, requests = len(waited_for), [client.request(READ, start, length) for start in places]
             client.sock.sendall(b"".join(message for _, message in requests))
             replies = {reply.cookie: reply.payload for reply in (client.reply() for _ in requests)}
@@ -555,7 +552,7 @@ def test_what_lies_in_a_parent_is_read_from_disk_when_part_of_a_subblock_is_writ
     data = pattern(5, 64 * KIB)
     client.write(0, data)
     serving.run(serving.live.execute([Snapshot("web", "web@1"), Clone("web@1", "two")]))
-    os.posix_fadvise(serving.live.pool.data.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    forget(serving.live.pool.data.fd)
     other = Client(serving.socket, "two")
     assert other.write(5000, b"new") == 0
     assert other.read(0, 64 * KIB) == data[:5000] + b"new" + data[5003:]
